@@ -1,0 +1,105 @@
+"""`Allocation`: which format each layer's weights and activations have. The one value that travels through everything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fliqs_hf.errors import AllocationError, FormatError
+from fliqs_hf.formats import Format, parse
+
+
+@dataclass(frozen=True)
+class LayerFormats:
+    """Formats of one layer. `activation=None` leaves the layer's input unquantized (weight-only quantization)."""
+
+    weight: Format
+    activation: Format | None
+
+    @classmethod
+    def of(cls, weight: str | Format, activation: str | Format | None) -> LayerFormats:
+        return cls(parse(weight), None if activation is None else parse(activation))
+
+    def to_dict(self) -> dict[str, str | None]:
+        return {"weight": self.weight.name, "activation": self.activation.name if self.activation else None}
+
+    def __str__(self) -> str:
+        return f"W {self.weight} / A {self.activation or 'fp32'}"
+
+
+class Allocation(Mapping[str, LayerFormats]):
+    """Layer name -> `LayerFormats`, immutable, in the order of the model. Layers it does not name stay as they are.
+
+    Names are module names as `model.named_modules()` gives them.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerFormats]) -> None:
+        self._layers = dict(layers)
+
+    @classmethod
+    def uniform(
+        cls, names: Iterable[str], weight: str | Format, activation: str | Format | None = "same"
+    ) -> Allocation:
+        """Every layer alike; `activation="same"` follows the weights."""
+        formats = LayerFormats.of(weight, weight if activation == "same" else activation)
+        return cls(dict.fromkeys(names, formats))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Allocation:
+        """Inverse of `to_dict`.
+
+        Raises: AllocationError: an entry is not `{"weight": name, "activation": name or null}`; it names the layer.
+        """
+        if not isinstance(data, Mapping):
+            raise AllocationError(f"an allocation maps layer names to formats, it is not a {type(data).__name__}")
+        layers = {}
+        for name, entry in data.items():
+            if isinstance(entry, LayerFormats):
+                layers[name] = entry
+                continue
+            if not isinstance(entry, Mapping) or set(entry) != {"weight", "activation"}:
+                raise AllocationError(
+                    f'allocation of {name!r}: expected {{"weight": …, "activation": …}}, got {entry!r}'
+                )
+            try:
+                layers[name] = LayerFormats.of(entry["weight"], entry["activation"])
+            except FormatError as error:
+                raise AllocationError(f"allocation of {name!r}: {error}") from error
+        return cls(layers)
+
+    def to_dict(self) -> dict[str, dict[str, str | None]]:
+        return {name: formats.to_dict() for name, formats in self._layers.items()}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Allocation:
+        """Read `allocation.json`. Raises: AllocationError: unreadable, or not an allocation."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise AllocationError(f"cannot read the allocation {str(path)!r}: {error}") from error
+        return cls.from_dict(data)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def __getitem__(self, name: str) -> LayerFormats:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"Allocation({len(self)} layers: {self.summary()})"
+
+    def summary(self) -> str:
+        """Formats with the number of layers that have them, most frequent first."""
+        counts: dict[str, int] = {}
+        for formats in self._layers.values():
+            counts[str(formats)] = counts.get(str(formats), 0) + 1
+        return ", ".join(f"{count} × {key}" for key, count in sorted(counts.items(), key=lambda item: -item[1]))

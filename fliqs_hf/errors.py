@@ -1,0 +1,33 @@
+"""Typed errors. Each message names the bad value and the remedy."""
+
+
+class FliqsError(Exception):
+    """Base class of every error that fliqs_hf raises on purpose."""
+
+
+class FormatError(FliqsError, ValueError):
+    """A number format, code or scale that does not exist or does not fit."""
+
+
+class AllocationError(FliqsError, ValueError):
+    """An allocation that does not match the model, or cannot be read."""
+
+
+class ConfigError(FliqsError, ValueError):
+    """A setting that is unknown, malformed or contradicts another."""
+
+
+class TargetError(FliqsError, ValueError):
+    """A cost target that no allocation of the search space can meet."""
+
+
+class DataError(FliqsError, ValueError):
+    """An image, label or split that cannot be used."""
+
+
+class CheckpointError(FliqsError, RuntimeError):
+    """A checkpoint that is missing, damaged, foreign or of another version."""
+
+
+class TrainingError(FliqsError, RuntimeError):
+    """Training that cannot go on, such as a loss that is not finite."""

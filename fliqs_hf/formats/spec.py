@@ -1,0 +1,196 @@
+"""The number formats that exist. Every constant is derived from the bit layout.
+
+Integers and floats share one description, so that one rounding routine serves both. A value x is rounded to a
+multiple of ``p * 2**-mantissa_bits`` with ``p = max(2**floor(log2 |x|), 2**min_exponent)``, then saturated at
+``max_value``. A k-bit integer is the special case of a single binade: ``min_exponent = mantissa_bits = k - 2`` makes
+the step 1 for every code.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from fliqs_hf.errors import FormatError
+
+MAX_BITS = 16
+
+
+@dataclass(frozen=True)
+class IntFormat:
+    """Symmetric two's-complement integer, codes -(2**(bits-1)-1) ... 2**(bits-1)-1.
+
+    The most negative code, -2**(bits-1), is never produced and is refused on decoding.
+
+    Raises: FormatError: `bits` outside 2...16.
+    Source: FLIQS (Dotzel et al. 2024), section 3.
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= MAX_BITS:
+            raise FormatError(f"int{self.bits}: an integer format has 2 to {MAX_BITS} bits")
+
+    @cached_property
+    def name(self) -> str:
+        return f"int{self.bits}"
+
+    @property
+    def is_integer(self) -> bool:
+        return True
+
+    @property
+    def is_scaled(self) -> bool:
+        return True
+
+    @property
+    def mantissa_bits(self) -> int:
+        """Fraction bits of the single binade (see the module's docstring)."""
+        return self.bits - 2
+
+    @property
+    def min_exponent(self) -> int:
+        return self.bits - 2
+
+    @property
+    def max_value(self) -> float:
+        return float(2 ** (self.bits - 1) - 1)
+
+    @property
+    def smallest(self) -> float:
+        """Smallest positive value, before scaling."""
+        return 1.0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """Sign, `exponent_bits`, `mantissa_bits`, with subnormals and signed zero.
+
+    `specials` says which codes are not finite numbers:
+        none  every code is a finite number (all formats below 8 bits, as in OCP MX v1.0, sections 5.3.2 and 5.3.3)
+        nan   only the all-ones code is NaN, no infinity (E4M3, OCP FP8 v1.0, section 5)
+        ieee  the all-ones exponent holds infinity and NaN (E5M2, E3M4, E5M10, BF16 and everything else)
+
+    Raises: FormatError: fewer than 2 or more than 8 exponent bits, or more than 16 bits in all.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+
+    def __post_init__(self) -> None:
+        if not (2 <= self.exponent_bits <= 8 and self.mantissa_bits >= 0 and self.bits <= MAX_BITS):
+            raise FormatError(
+                f"e{self.exponent_bits}m{self.mantissa_bits}: a float format has 2 to 8 exponent bits "
+                f"and at most {MAX_BITS} bits including the sign"
+            )
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @cached_property
+    def name(self) -> str:
+        return "bf16" if self == _BF16 else f"e{self.exponent_bits}m{self.mantissa_bits}"
+
+    @property
+    def is_integer(self) -> bool:
+        return False
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether a scale maps the data's maximum to `max_value`: not where the range is that of float32."""
+        return self.exponent_bits < 8
+
+    @property
+    def specials(self) -> Literal["none", "nan", "ieee"]:
+        if self.bits < 8:
+            return "none"
+        return "nan" if (self.exponent_bits, self.mantissa_bits) == (4, 3) else "ieee"
+
+    @property
+    def bias(self) -> int:
+        return 2 ** (self.exponent_bits - 1) - 1
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal number."""
+        return 1 - self.bias
+
+    @property
+    def max_code(self) -> int:
+        """Code of the largest finite value (sign bit clear)."""
+        all_ones = 2 ** (self.bits - 1) - 1
+        return {"none": all_ones, "nan": all_ones - 1, "ieee": all_ones - 2**self.mantissa_bits}[self.specials]
+
+    @property
+    def max_value(self) -> float:
+        exponent, fraction = divmod(self.max_code, 2**self.mantissa_bits)
+        return float((1 + fraction / 2**self.mantissa_bits) * 2.0 ** (exponent - self.bias))
+
+    @property
+    def smallest(self) -> float:
+        """Smallest positive value, before scaling (a subnormal where there are any)."""
+        return float(2.0 ** (self.min_exponent - self.mantissa_bits)) if self.mantissa_bits else 2.0**self.min_exponent
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Format = IntFormat | FloatFormat
+
+_BF16 = FloatFormat(8, 7)
+
+#: Names people use -> layout. `intK` and `eXmY` (also `fpN_eXmY`, `float8_e4m3fn`) need no entry.
+ALIASES: dict[str, FloatFormat] = {
+    "fp3": FloatFormat(2, 0),
+    "fp4": FloatFormat(2, 1),
+    "fp5": FloatFormat(2, 2),
+    "fp6": FloatFormat(3, 2),
+    "fp7": FloatFormat(3, 3),
+    "fp8": FloatFormat(4, 3),
+    "fp16": FloatFormat(5, 10),
+    "float16": FloatFormat(5, 10),
+    "half": FloatFormat(5, 10),
+    "bf16": _BF16,
+    "bfloat16": _BF16,
+}
+
+#: The formats that tables and error messages list. Any other eXmY of at most 16 bits works as well.
+COMMON: tuple[Format, ...] = (
+    *(IntFormat(bits) for bits in range(2, 9)),
+    *(FloatFormat(e, m) for e, m in ((2, 0), (3, 0), (2, 1), (2, 2), (3, 1), (3, 2), (2, 3), (3, 3), (4, 2))),
+    *(FloatFormat(e, m) for e, m in ((4, 3), (5, 2), (3, 4), (8, 7))),
+)
+
+_FLOAT = re.compile(r"(?:(?:fp|float)(\d+)_?)?e(\d+)m(\d+)(?:fn)?")
+
+
+def parse(name: str | Format) -> Format:
+    """The format called `name`: `int4`, `E2M1`, `fp4`, `fp8_e4m3`, `float8_e4m3fn`, `bf16`, ...
+
+    Raises: FormatError: no such format, or a bit count that contradicts the layout (`fp8_e2m1`).
+    """
+    if isinstance(name, (IntFormat, FloatFormat)):
+        return name
+    if not isinstance(name, str):
+        raise FormatError(f"a format is given by its name, not by {name!r} ({type(name).__name__})")
+    key = name.strip().lower().removeprefix("torch.")
+    if key in ALIASES:
+        return ALIASES[key]
+    if match := re.fullmatch(r"int(\d+)", key):
+        return IntFormat(int(match[1]))
+    if match := _FLOAT.fullmatch(key):
+        fmt = FloatFormat(int(match[2]), int(match[3]))
+        if match[1] and int(match[1]) != fmt.bits:
+            raise FormatError(f"{name!r} says {match[1]} bits, but E{match[2]}M{match[3]} has {fmt.bits}")
+        return fmt
+    raise FormatError(
+        f"unknown format {name!r}. Known: {', '.join(f.name for f in COMMON)}; "
+        f"aliases {', '.join(ALIASES)}; any other eXmY with 2 to 8 exponent bits and at most {MAX_BITS} bits"
+    )
