@@ -1,0 +1,29 @@
+"""Quantized layers: searchable (training) and packed (storage, inference), and how they get into a model."""
+
+from fliqs_hf.nn.packed import PackedConv2d, PackedLinear
+from fliqs_hf.nn.searchable import FormatSwitch, QuantizerSettings, SearchableConv2d, SearchableLinear
+from fliqs_hf.nn.swap import (
+    format_switch,
+    make_searchable,
+    pack_model,
+    packed_layers,
+    quantizable_layers,
+    restore,
+    unpack_model,
+)
+
+__all__ = [
+    "FormatSwitch",
+    "PackedConv2d",
+    "PackedLinear",
+    "QuantizerSettings",
+    "SearchableConv2d",
+    "SearchableLinear",
+    "format_switch",
+    "make_searchable",
+    "pack_model",
+    "packed_layers",
+    "quantizable_layers",
+    "restore",
+    "unpack_model",
+]

@@ -1,0 +1,154 @@
+"""Packed layers: weights as bit-packed codes, for storage and inference.
+
+A packed layer computes exactly what the searchable layer computes in the same formats, bit for bit: its weight
+decodes to the very values that fake quantization gives, and its input is quantized by the same function.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fliqs_hf.allocation import LayerFormats
+from fliqs_hf.errors import CheckpointError, FormatError
+from fliqs_hf.formats.packing import pack, packed_bytes, unpack
+from fliqs_hf.formats.rounding import decode, encode
+from fliqs_hf.nn.searchable import QuantizerSettings
+from fliqs_hf.quant import quantize_activation
+from fliqs_hf.quant.fake import round_to_grid
+from fliqs_hf.quant.scale import format_data, weight_scale
+
+
+class _Packed(nn.Module):
+    """Bit-packed weight of one layer.
+
+    Buffers:
+        weight_codes: uint8 [`packed_bytes(weight_numel, bits)`], see `formats/packing.py` for the layout.
+        weight_scale: float32, [out] per channel or [1] per tensor; absent where the format is used unscaled (BF16).
+            It stays float32 whatever the model is cast to.
+    """
+
+    is_fliqs_layer = True
+    kind: str
+    weight_codes: Tensor
+    weight_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight_shape: torch.Size,
+        formats: LayerFormats,
+        settings: QuantizerSettings,
+        bias: nn.Parameter | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight_shape = torch.Size(weight_shape)
+        self.formats = formats
+        self.settings = settings
+        self.dtype = dtype or torch.get_default_dtype()
+        scales = self.weight_shape[0] if settings.weight_granularity == "per_channel" else 1
+        codes = torch.zeros(packed_bytes(self.weight_shape.numel(), formats.weight.bits), dtype=torch.uint8, device=device)
+        self.register_buffer("weight_codes", codes)
+        self.register_buffer(
+            "weight_scale",
+            torch.ones(scales, dtype=torch.float32, device=device) if formats.weight.is_scaled else None,
+        )
+        self.register_parameter("bias", bias)
+
+    @torch.no_grad()
+    def pack_(self, weight: Tensor) -> None:
+        """Quantize and pack `weight` [out, ...] on its own device.
+
+        Raises: FormatError: a weight that is not finite.
+        """
+        if not bool(torch.isfinite(weight).all()):
+            raise FormatError("cannot pack a weight that holds NaN or infinity; check the checkpoint it comes from")
+        fmt, settings = self.formats.weight, self.settings
+        data = format_data(fmt)
+        weight = weight.float()
+        scale = weight_scale(weight, data, settings.weight_granularity, settings.weight_scale)
+        # On the grid in units of one code: the very arithmetic of fake quantization, less the final scaling.
+        units = round_to_grid(weight / scale, torch.ones_like(scale), data, saturate=True, integer=fmt.is_integer)
+        self.weight_codes = pack(encode(units, fmt).flatten(), fmt.bits)
+        if fmt.is_scaled:
+            self.weight_scale = scale.flatten()
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, `weight_shape`, in the layer's dtype. Made anew at each access."""
+        return self.decoded_weight().to(self.dtype)
+
+    def decoded_weight(self) -> Tensor:
+        """code value × scale, float32."""
+        fmt = self.formats.weight
+        values = decode(unpack(self.weight_codes, fmt.bits, self.weight_shape.numel()), fmt).view(self.weight_shape)
+        if self.weight_scale is None:
+            return values
+        return values.mul_(self.weight_scale.view(-1, *[1] * (len(self.weight_shape) - 1)))
+
+    def quantized(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        fmt = self.formats.activation
+        if fmt is not None:
+            granularity = self.settings.activation_granularity
+            input = quantize_activation(input, fmt, self.kind, granularity, integer=fmt.is_integer)
+        return input, self.decoded_weight().to(input.dtype)
+
+    def check_codes(self) -> None:
+        """Raises: CheckpointError: codes that this format does not have, or scales that are not positive numbers."""
+        try:
+            finite = bool(torch.isfinite(self.decoded_weight()).all())
+        except FormatError as error:
+            raise CheckpointError(str(error)) from error
+        if not finite or (self.weight_scale is not None and not bool((self.weight_scale > 0).all())):
+            raise CheckpointError("packed weights decode to values that are not finite, or scales are not positive")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if scale is not None and self.weight_scale is not None and self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight_shape)}, {self.formats}, bias={self.bias is not None}"
+
+
+class PackedLinear(_Packed):
+    """`nn.Linear` with a bit-packed weight. Input [..., in], output [..., out]."""
+
+    kind = "linear"
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_shape[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = self.quantized(input)
+        return functional.linear(x, weight, self.bias)
+
+
+class PackedConv2d(_Packed):
+    """`nn.Conv2d` with a bit-packed weight; geometry as the layer it replaces."""
+
+    kind = "conv2d"
+
+    def __init__(self, geometry: nn.Conv2d, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(geometry, name))
+        self.padding_mode = geometry.padding_mode
+        self._reversed_padding_repeated_twice = geometry._reversed_padding_repeated_twice
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = self.quantized(input)
+        return nn.Conv2d._conv_forward(self, x, weight, self.bias)  # type: ignore[arg-type]

@@ -1,0 +1,203 @@
+"""Searchable layers: ordinary fp32 parameters, and a number format that can change at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fliqs_hf.allocation import Allocation
+from fliqs_hf.errors import AllocationError, FormatError
+from fliqs_hf.formats import Format
+from fliqs_hf.quant import FormatData, format_table, quantize_activation, quantize_weight
+from fliqs_hf.quant.scale import ActivationGranularity, ScaleMethod, WeightGranularity, check_choice
+
+WEIGHT, ACTIVATION = 0, 1
+
+
+@dataclass(frozen=True)
+class QuantizerSettings:
+    """How scales are made; the formats themselves are in an `Allocation`.
+
+    Raises: FormatError: a setting that does not exist.
+    """
+
+    weight_granularity: WeightGranularity = "per_channel"
+    weight_scale: ScaleMethod = "absmax"
+    activation_granularity: ActivationGranularity = "per_token"
+
+    def __post_init__(self) -> None:
+        check_choice("weight_granularity", self.weight_granularity, WeightGranularity)
+        check_choice("weight_scale", self.weight_scale, ScaleMethod)
+        check_choice("activation_granularity", self.activation_granularity, ActivationGranularity)
+
+
+class FormatSwitch:
+    """Chooses the formats of all searchable layers of a model at once.
+
+    The chosen formats are numbers in one small tensor per device that every layer reads, so a change of all of them
+    is one gather: no host synchronisation, no work that grows with layers × formats, no recompilation.
+
+    Attributes:
+        names: the layers, in the order of the model; the index of a layer in `set`.
+        formats: the formats to choose from; the index of a format in `set`.
+    """
+
+    def __init__(self, names: Sequence[str], formats: Sequence[Format], settings: QuantizerSettings) -> None:
+        if not formats:
+            raise FormatError("a searchable model needs at least one format to choose from")
+        self.names = tuple(names)
+        self.formats = tuple(formats)
+        self.settings = settings
+        self.enabled = True
+        self.integer = all(fmt.is_integer for fmt in formats)
+        self._table = format_table(formats)
+        self._chosen = torch.zeros(len(self.names), 2, dtype=torch.long)
+        self._quantized = [[True, True] for _ in self.names]
+        self._data: dict[torch.device, tuple[Tensor, Tensor, list[list[FormatData]]]] = {}
+
+    def set(self, weight_index: Tensor, activation_index: Tensor) -> None:
+        """Choose formats by index into `formats`.
+
+        Args:
+            weight_index, activation_index: [layers], int64, on the model's device (one small copy otherwise).
+        """
+        self._chosen = torch.stack([weight_index, activation_index], dim=1)
+        if not all(map(all, self._quantized)):
+            self._quantized = [[True, True] for _ in self.names]
+        for device in self._data:
+            self._refresh(device)
+
+    def set_allocation(self, allocation: Allocation) -> None:
+        """Choose the formats of an allocation; layers that it does not name run in fp32.
+
+        Raises: AllocationError: a layer that is not searchable, or a format outside `formats`.
+        """
+        unknown = [name for name in allocation if name not in self.names]
+        if unknown:
+            raise AllocationError(f"the allocation names {unknown[0]!r}, which is not among the searchable layers")
+        chosen = torch.zeros(len(self.names), 2, dtype=torch.long)
+        quantized = [[False, False] for _ in self.names]
+        for row, name in enumerate(self.names):
+            if name not in allocation:
+                continue
+            for role, fmt in ((WEIGHT, allocation[name].weight), (ACTIVATION, allocation[name].activation)):
+                if fmt is None:
+                    continue
+                if fmt not in self.formats:
+                    raise AllocationError(
+                        f"the allocation gives {name!r} the format {fmt}, but this model was made searchable over "
+                        f"{', '.join(f.name for f in self.formats)}"
+                    )
+                chosen[row, role] = self.formats.index(fmt)
+                quantized[row][role] = True
+        self.set(chosen[:, WEIGHT], chosen[:, ACTIVATION])
+        self._quantized = quantized
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the layers in plain fp32 within this context."""
+        previous, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = previous
+
+    def quantizes(self, row: int, role: int) -> bool:
+        return self.enabled and self._quantized[row][role]
+
+    def data(self, row: int, role: int, device: torch.device) -> FormatData:
+        """The chosen format of one layer's weight or activation, as tensors on `device`."""
+        if device not in self._data:
+            active = torch.empty(len(self.names), 2, self._table.shape[1], device=device)
+            views = [[FormatData(*active[i, j].unbind()) for j in (WEIGHT, ACTIVATION)] for i in range(len(self.names))]
+            self._data[device] = (self._table.to(device), active, views)
+            self._refresh(device)
+        return self._data[device][2][row][role]
+
+    def _refresh(self, device: torch.device) -> None:
+        table, active, _ = self._data[device]
+        torch.index_select(table, 0, self._chosen.flatten().to(device), out=active.view(-1, table.shape[1]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own tensors on first use: views must never be copied apart from what they view.
+        return {**self.__dict__, "_data": {}}
+
+
+class SharedInput:
+    """The quantized input of layers that read one tensor in one format (q, k and v), made once per forward pass."""
+
+    def __init__(self, readers: int) -> None:
+        self.readers = readers
+        self._key: tuple[Any, ...] = ()
+        self._value: Tensor | None = None
+        self._left = 0
+
+    def get(self, x: Tensor, make: Any) -> Tensor:
+        """`make()` for the first reader of `x`, the same tensor for the others; released after the last one."""
+        # The input itself is part of the key, so it cannot be freed and another tensor take its place in memory.
+        key = (x, x._version, torch.is_grad_enabled())
+        if self._value is None or self._key[0] is not x or self._key[1:] != key[1:]:
+            self._key, self._value, self._left = key, make(), self.readers
+        value = self._value
+        self._left -= 1
+        if self._left == 0:
+            self._key, self._value = (), None
+        return value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
+        memo[id(self)] = copy = SharedInput(self.readers)
+        return copy
+
+
+class _Searchable:
+    """What both layer types share. `attach` gives an ordinary layer these attributes and this behaviour."""
+
+    is_fliqs_layer = True
+    kind: str
+    weight: Tensor
+    switch: FormatSwitch
+    row: int
+    shared_input: SharedInput | None
+
+    def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and weight in the formats that the switch says."""
+        switch, settings = self.switch, self.switch.settings
+        weight = self.weight
+        if switch.quantizes(self.row, ACTIVATION):
+            data = switch.data(self.row, ACTIVATION, x.device)
+            source = x
+
+            def make() -> Tensor:
+                return quantize_activation(source, data, self.kind, settings.activation_granularity, switch.integer)
+
+            x = make() if self.shared_input is None else self.shared_input.get(x, make)
+        if switch.quantizes(self.row, WEIGHT):
+            data = switch.data(self.row, WEIGHT, weight.device)
+            weight = quantize_weight(weight, data, settings.weight_granularity, settings.weight_scale, switch.integer)
+        return x, weight
+
+
+class SearchableLinear(_Searchable, nn.Linear):
+    """`nn.Linear` whose weight [out, in] and input [..., in] are fake-quantized in formats that a switch chooses."""
+
+    kind = "linear"
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = self.quantized(input)
+        return functional.linear(x, weight, self.bias)
+
+
+class SearchableConv2d(_Searchable, nn.Conv2d):
+    """`nn.Conv2d` (any stride, groups, padding) fake-quantized in formats that a switch chooses."""
+
+    kind = "conv2d"
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = self.quantized(input)
+        return self._conv_forward(x, weight, self.bias)

@@ -1,0 +1,171 @@
+"""Which layers are quantized, and turning them into searchable, packed and plain layers, in place."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from fliqs_hf.allocation import Allocation, LayerFormats
+from fliqs_hf.errors import AllocationError, ConfigError
+from fliqs_hf.formats import Format, parse
+from fliqs_hf.nn.packed import PackedConv2d, PackedLinear, _Packed
+from fliqs_hf.nn.searchable import (
+    FormatSwitch,
+    QuantizerSettings,
+    SearchableConv2d,
+    SearchableLinear,
+    SharedInput,
+)
+
+_SEARCHABLE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: SearchableLinear, nn.Conv2d: SearchableConv2d}
+_PLAIN = {searchable: plain for plain, searchable in _SEARCHABLE.items()}
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module name matches: `re:` + regular expression (searched for), else a glob over the whole name, a
+    dotted part of it (`classifier`, `encoder.layer.3`) or the exact name.
+
+    Raises: ConfigError: a regular expression that does not compile.
+    """
+    if pattern.startswith("re:"):
+        try:
+            return re.search(pattern[3:], name) is not None
+        except re.error as error:
+            raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+    return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
+
+
+def quantizable_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """The layers that can be quantized, by name in the order of the model: `nn.Linear` and `nn.Conv2d` by exact type
+    (subclasses carry behaviour of their own) and layers that are searchable already.
+
+    Args:
+        modules_to_not_convert: patterns (see `matches`) of layers to leave out.
+    Raises: ConfigError: a pattern that matches no layer.
+    """
+    layers = {
+        name: module for name, module in model.named_modules() if type(module) in _SEARCHABLE or type(module) in _PLAIN
+    }
+    excluded: set[str] = set()
+    for pattern in modules_to_not_convert or ():
+        hits = {name for name in layers if matches(name, pattern)}
+        if not hits:
+            raise ConfigError(
+                f"modules_to_not_convert: {pattern!r} matches none of the {len(layers)} Linear and Conv2d layers "
+                f"of {type(model).__name__}, such as {next(iter(layers), None)!r}"
+            )
+        excluded |= hits
+    return {name: module for name, module in layers.items() if name not in excluded}
+
+
+def make_searchable(
+    model: nn.Module,
+    formats: Sequence[str | Format],
+    *,
+    names: Iterable[str] | None = None,
+    input_groups: Mapping[str, int] | None = None,
+    settings: QuantizerSettings | None = None,
+) -> FormatSwitch:
+    """Turn layers into searchable ones, in place. Parameters stay the same objects under the same names.
+
+    Args:
+        names: the layers; default: all of `quantizable_layers`.
+        input_groups: layer -> group; layers of one group read the same tensor and share its quantized copy, so they
+            must always be given the same activation format.
+    Returns: the switch that chooses their formats. At first every layer has the first of `formats`.
+    Raises: AllocationError: a name that is no quantizable layer. ConfigError: the model is searchable already.
+    """
+    layers = quantizable_layers(model)
+    names = list(layers) if names is None else list(names)
+    for name in names:
+        if name not in layers:
+            raise AllocationError(f"{name!r} is not a Linear or Conv2d layer of {type(model).__name__}")
+        if type(layers[name]) in _PLAIN:
+            raise ConfigError("the model is searchable already; call `restore(model)` first")
+    switch = FormatSwitch(names, [parse(fmt) for fmt in formats], settings or QuantizerSettings())
+    groups = {name: (input_groups or {}).get(name) for name in names}
+    readers = Counter(group for group in groups.values() if group is not None)
+    shared = {group: SharedInput(count) for group, count in readers.items() if count > 1}
+    for row, name in enumerate(names):
+        layer = layers[name]
+        # Changing the class keeps parameters, hooks and every reference to the layer as they are.
+        layer.__class__ = _SEARCHABLE[type(layer)]
+        layer.switch, layer.row, layer.shared_input = switch, row, shared.get(groups[name])  # type: ignore[assignment, arg-type]
+    return switch
+
+
+def format_switch(model: nn.Module) -> FormatSwitch:
+    """The switch of a searchable model. Raises: ConfigError: the model is not searchable."""
+    for module in model.modules():
+        if type(module) in _PLAIN:
+            return module.switch  # type: ignore[return-value]
+    raise ConfigError(
+        f"this {type(model).__name__} is not searchable; load it with FLIQSConfig(search_space=…) or call make_searchable"
+    )
+
+
+def restore(model: nn.Module) -> None:
+    """Turn searchable layers back into plain ones, in place."""
+    for module in model.modules():
+        if type(module) in _PLAIN:
+            module.__class__ = _PLAIN[type(module)]
+            del module.switch, module.row, module.shared_input
+
+
+def packed_like(
+    layer: nn.Module, formats: LayerFormats, settings: QuantizerSettings, dtype: torch.dtype | None = None
+) -> _Packed:
+    """An empty packed layer with the geometry, bias and device of `layer`."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, torch.Tensor)
+    arguments = (weight.shape, formats, settings, bias, weight.device, dtype or weight.dtype)
+    packed = PackedConv2d(layer, *arguments) if isinstance(layer, nn.Conv2d) else PackedLinear(*arguments)  # type: ignore[arg-type]
+    return packed.train(layer.training)
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def pack_model(model: nn.Module, allocation: Allocation, settings: QuantizerSettings | None = None) -> None:
+    """Replace layers by packed ones in the formats of `allocation`, in place; the others become plain layers.
+
+    Raises: AllocationError: a name that is no quantizable layer; nothing is changed then.
+    """
+    layers = quantizable_layers(model)
+    for name in allocation:
+        if name not in layers:
+            raise AllocationError(f"the allocation names {name!r}, which is no Linear or Conv2d of {type(model).__name__}")
+    for name, formats in allocation.items():
+        packed = packed_like(layers[name], formats, settings or QuantizerSettings())
+        packed.pack_(layers[name].weight)  # type: ignore[arg-type]
+        replace(model, name, packed)
+    restore(model)
+
+
+def packed_layers(model: nn.Module) -> dict[str, _Packed]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Packed)}
+
+
+def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace packed layers by plain ones that hold the decoded weights, in place. Inputs are quantized no longer."""
+    for name, packed in packed_layers(model).items():
+        weight = packed.decoded_weight().to(dtype or packed.dtype)
+        plain: nn.Module
+        if isinstance(packed, PackedConv2d):
+            plain = nn.Conv2d(
+                packed.in_channels, packed.out_channels, packed.kernel_size, packed.stride, packed.padding,
+                packed.dilation, packed.groups, packed.bias is not None, packed.padding_mode, device="meta",
+            )  # fmt: skip
+        else:
+            plain = nn.Linear(*reversed(packed.weight_shape), bias=packed.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight)
+        if packed.bias is not None:
+            plain.bias = nn.Parameter(packed.bias.detach().to(weight.dtype))
+        replace(model, name, plain.train(packed.training))

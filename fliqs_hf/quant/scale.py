@@ -1,0 +1,123 @@
+"""Scales: what one code step is worth, per channel, per token or per tensor, by absolute maximum or least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fliqs_hf.errors import FormatError
+from fliqs_hf.formats import Format
+
+ScaleMethod = Literal["absmax", "mse"]
+WeightGranularity = Literal["per_channel", "per_tensor"]
+ActivationGranularity = Literal["per_token", "per_tensor"]
+
+#: Smallest scale. Data whose maximum lies below `max_value * 2**-100` rounds to a grid of this step, so that an
+#: all-zero channel gives zeros instead of 0/0, and no scale is a float32 subnormal.
+MIN_SCALE = 2.0**-100
+
+
+class FormatData(NamedTuple):
+    """A format as numbers: floats where it is fixed, 0-dimensional float32 tensors where it changes from step to step,
+    so that a change touches data and not the graph. Both give the same bits.
+
+    See `formats/spec.py` for the rounding that `min_normal` and `magic` describe.
+    """
+
+    min_normal: Tensor | float  # 2**min_exponent: below it the grid is uniform
+    magic: Tensor | float  # K = 1.5 * 2**(23 - mantissa_bits): adding and subtracting K*p rounds to p * 2**-mantissa_bits
+    max_value: Tensor
+    min_scale: Tensor | float  # bounds on the scale: both 1 for a format that is used unscaled (BF16)
+    max_scale: Tensor
+
+
+def format_row(fmt: Format) -> list[float]:
+    """The numbers of `FormatData` for `fmt`."""
+    bounds = [MIN_SCALE, float("inf")] if fmt.is_scaled else [1.0, 1.0]
+    return [2.0**fmt.min_exponent, 1.5 * 2.0 ** (23 - fmt.mantissa_bits), fmt.max_value, *bounds]
+
+
+def format_table(formats: Sequence[Format]) -> Tensor:
+    """`FormatData` of several formats, [formats, 5], float32. A row unpacks as `FormatData(*row.unbind())`."""
+    return torch.tensor([format_row(fmt) for fmt in formats], dtype=torch.float32)
+
+
+def format_data(fmt: Format) -> FormatData:
+    return FormatData(*format_row(fmt))
+
+
+def absmax(x: Tensor, dims: Sequence[int] | None) -> Tensor:
+    """max |x| over `dims` (kept, size 1), or over everything; float32. NaN propagates.
+
+    Two reductions without a temporary of the size of `x`, which `x.abs().amax()` would make.
+    """
+    dims = tuple(range(x.dim())) if dims is None else tuple(dims)
+    return torch.maximum(x.amax(dims, keepdim=True), x.amin(dims, keepdim=True).neg_()).float()
+
+
+def absmax_scale(x: Tensor, fmt: FormatData, dims: Sequence[int] | None) -> Tensor:
+    """Scale that maps max |x| over `dims` to the format's largest value; nothing is clipped.
+
+    Returns: float32, the shape of `x` with `dims` reduced to 1.
+    Source: FLIQS (Dotzel et al. 2024), section 3.
+    """
+    largest = absmax(x, dims)
+    # A tensor also where it is a number: GPUs divide by a host number through its reciprocal, one bit off.
+    limit = fmt.max_value if isinstance(fmt.max_value, Tensor) else largest.new_full((), fmt.max_value)
+    return _bounded(largest / limit, fmt)
+
+
+def _bounded(scale: Tensor, fmt: FormatData) -> Tensor:
+    return torch.clamp(scale, fmt.min_scale, fmt.max_scale)  # type: ignore[arg-type, call-overload, no-any-return]
+
+
+def mse_scale(x: Tensor, fmt: FormatData, dims: Sequence[int] | None, candidates: int = 40) -> Tensor:
+    """Scale with the least squared error among `candidates` fractions of the absmax scale in (0.2, 1].
+
+    Values beyond the largest code saturate. For low-bit weights clipping a few outliers buys a finer grid.
+    """
+    from fliqs_hf.quant.fake import round_to_grid
+
+    x = x.float()
+    full = absmax_scale(x, fmt, dims)
+    dims = tuple(range(x.dim())) if dims is None else tuple(dims)
+    best, best_error = full, torch.full_like(full, float("inf"))
+    for step in range(candidates):
+        scale = _bounded(full * (1.0 - 0.8 * step / candidates), fmt)
+        error = (round_to_grid(x, scale, fmt, saturate=True) - x).square_().sum(dims, keepdim=True)
+        better = error < best_error
+        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+    return best
+
+
+def weight_scale(weight: Tensor, fmt: FormatData, granularity: WeightGranularity, method: ScaleMethod) -> Tensor:
+    """Scale of a weight [out, ...]: [out, 1, ...] per channel, all ones per tensor. float32.
+
+    Raises: FormatError: unknown granularity or method.
+    """
+    check_choice("weight_granularity", granularity, WeightGranularity)
+    check_choice("weight_scale", method, ScaleMethod)
+    dims = range(1, weight.dim()) if granularity == "per_channel" else None
+    return (absmax_scale if method == "absmax" else mse_scale)(weight, fmt, dims)
+
+
+def activation_scale(x: Tensor, fmt: FormatData, kind: str, granularity: ActivationGranularity) -> Tensor:
+    """Scale of a layer input, computed from the input itself.
+
+    per_token: one scale for each vector that a Linear multiplies (`x` [..., features]), one for each image of a
+    convolution (`x` [images, channels, height, width]): a result never depends on what else is in the batch.
+    per_tensor: one scale for the whole batch, as in the paper; then results depend on how images are batched.
+    """
+    check_choice("activation_granularity", granularity, ActivationGranularity)
+    dims = None if granularity == "per_tensor" else (-1,) if kind == "linear" else tuple(range(-3, 0))
+    return absmax_scale(x, fmt, dims)
+
+
+def check_choice(setting: str, value: object, choices: object) -> None:
+    """Raises: FormatError: `value` is not one of the `choices` (a Literal)."""
+    allowed = choices.__args__  # type: ignore[attr-defined]
+    if value not in allowed:
+        raise FormatError(f"{setting}={value!r} does not exist; choose from {', '.join(map(repr, allowed))}")
