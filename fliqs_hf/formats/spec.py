@@ -64,6 +64,11 @@ class IntFormat:
         """Smallest positive value, before scaling."""
         return 1.0
 
+    @property
+    def nan_code(self) -> None:
+        """Integers have no NaN."""
+        return None
+
     def __str__(self) -> str:
         return self.name
 
@@ -115,7 +120,7 @@ class FloatFormat:
 
     @property
     def bias(self) -> int:
-        return 2 ** (self.exponent_bits - 1) - 1
+        return (1 << (self.exponent_bits - 1)) - 1
 
     @property
     def min_exponent(self) -> int:
@@ -125,8 +130,8 @@ class FloatFormat:
     @property
     def max_code(self) -> int:
         """Code of the largest finite value (sign bit clear)."""
-        all_ones = 2 ** (self.bits - 1) - 1
-        return {"none": all_ones, "nan": all_ones - 1, "ieee": all_ones - 2**self.mantissa_bits}[self.specials]
+        all_ones = (1 << (self.bits - 1)) - 1
+        return {"none": all_ones, "nan": all_ones - 1, "ieee": all_ones - (1 << self.mantissa_bits)}[self.specials]
 
     @property
     def max_value(self) -> float:
@@ -136,7 +141,14 @@ class FloatFormat:
     @property
     def smallest(self) -> float:
         """Smallest positive value, before scaling (a subnormal where there are any)."""
-        return float(2.0 ** (self.min_exponent - self.mantissa_bits)) if self.mantissa_bits else 2.0**self.min_exponent
+        return float(2.0 ** (self.min_exponent - self.mantissa_bits))
+
+    @property
+    def nan_code(self) -> int | None:
+        """Code of the canonical quiet NaN (sign bit clear); None where no code is NaN (E7M0 has only infinity)."""
+        if self.specials == "none" or (self.specials == "ieee" and self.mantissa_bits == 0):
+            return None
+        return self.max_code + 1 + (2 ** (self.mantissa_bits - 1) if self.specials == "ieee" else 0)
 
     def __str__(self) -> str:
         return self.name
@@ -168,27 +180,33 @@ COMMON: tuple[Format, ...] = (
     *(FloatFormat(e, m) for e, m in ((4, 3), (5, 2), (3, 4), (8, 7))),
 )
 
-_FLOAT = re.compile(r"(?:(?:fp|float)(\d+)_?)?e(\d+)m(\d+)(?:fn)?")
+_INT = re.compile(r"int_?(\d+)")
+_FLOAT = re.compile(r"(?:(?:fp|float)_?(\d+)_?)?e(\d+)m(\d+)(fn)?")
 
 
 def parse(name: str | Format) -> Format:
-    """The format called `name`: `int4`, `E2M1`, `fp4`, `fp8_e4m3`, `float8_e4m3fn`, `bf16`, ...
+    """The format called `name`: `int4`, `E2M1`, `fp4`, `fp8_e4m3`, `FP8-E4M3`, `float8_e4m3fn`, `bf16`, ...
 
-    Raises: FormatError: no such format, or a bit count that contradicts the layout (`fp8_e2m1`).
+    The ending `fn` ("finite") is accepted where it is true; E4M3 is the finite one with or without it.
+
+    Raises: FormatError: no such format, a bit count that contradicts the layout (`fp8_e2m1`), or `fn` on a format
+        with infinities (`float8_e5m2fn`).
     """
     if isinstance(name, (IntFormat, FloatFormat)):
         return name
     if not isinstance(name, str):
         raise FormatError(f"a format is given by its name, not by {name!r} ({type(name).__name__})")
-    key = name.strip().lower().removeprefix("torch.")
+    key = name.strip().lower().removeprefix("torch.").replace("-", "_")
     if key in ALIASES:
         return ALIASES[key]
-    if match := re.fullmatch(r"int(\d+)", key):
+    if match := _INT.fullmatch(key):
         return IntFormat(int(match[1]))
     if match := _FLOAT.fullmatch(key):
         fmt = FloatFormat(int(match[2]), int(match[3]))
         if match[1] and int(match[1]) != fmt.bits:
             raise FormatError(f"{name!r} says {match[1]} bits, but E{match[2]}M{match[3]} has {fmt.bits}")
+        if match[4] and fmt.specials == "ieee":
+            raise FormatError(f"{name!r}: {fmt.name} has infinities, a finite-only variant does not exist here")
         return fmt
     raise FormatError(
         f"unknown format {name!r}. Known: {', '.join(f.name for f in COMMON)}; "
