@@ -98,14 +98,16 @@ class _Packed(nn.Module):
             input = quantize_activation(input, fmt, self.kind, granularity, integer=fmt.is_integer)
         return input, self.decoded_weight().to(input.dtype)
 
-    def check_codes(self) -> None:
-        """Raises: CheckpointError: codes that this format does not have, or scales that are not positive numbers."""
+    def check_codes(self, name: str) -> None:
+        """Raises: CheckpointError: codes that the format does not have, or scales that are not positive numbers."""
         try:
-            finite = bool(torch.isfinite(self.decoded_weight()).all())
+            weight = self.decoded_weight()
         except FormatError as error:
-            raise CheckpointError(str(error)) from error
-        if not finite or (self.weight_scale is not None and not bool((self.weight_scale > 0).all())):
-            raise CheckpointError("packed weights decode to values that are not finite, or scales are not positive")
+            raise CheckpointError(f"{name}: {error}") from error
+        if self.weight_scale is not None and not bool((self.weight_scale > 0).all() & self.weight_scale.isfinite().all()):
+            raise CheckpointError(f"{name}.weight_scale holds a value that is no positive number; the file is damaged")
+        if not bool(weight.isfinite().all()):
+            raise CheckpointError(f"{name}.weight holds codes of NaN or infinity; the file is damaged")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         scale = self.weight_scale

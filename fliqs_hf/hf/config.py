@@ -1,0 +1,164 @@
+"""`FLIQSConfig`: what to quantize, in which formats, and how scales are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fliqs_hf.allocation import Allocation, LayerFormats
+from fliqs_hf.errors import AllocationError, ConfigError
+from fliqs_hf.hf.checkpoint import part_of
+from fliqs_hf.nn import QuantizerSettings, quantizable_layers
+from fliqs_hf.nn.swap import matches
+
+METHOD = "fliqs"
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(METHOD)
+@dataclass(repr=False)
+class FLIQSConfig(QuantizationConfigMixin):
+    """Quantization of a vision model's Linear and Conv2d layers in integer and floating-point formats.
+
+    Three uses, by what is given:
+        nothing, or formats   quantize an fp32 checkpoint while it loads; the default is uniform W8A8
+        allocation            the same with a format per layer, as a search returns it
+        search_space          load the trainable model whose formats can change at every step
+
+    Args:
+        allocation: layer name -> formats: an `Allocation`, its dictionary, or the path of an `allocation.json`. Layers
+            that it does not name stay as they are. Excludes the format arguments below.
+        weight_format: format of all weights, such as "int4", "e2m1", "fp8_e4m3" (`fliqs_hf.formats.COMMON`).
+        activation_format: format of all layer inputs; None leaves them in floating point (weight-only).
+        overrides: pattern -> format, or {"weight": …, "activation": …}, for layers that differ; a later pattern wins.
+            Patterns are globs over module names ("*.mlp.*", "classifier") or "re:" + regular expression.
+        modules_to_not_convert: patterns of layers to leave in floating point.
+        search_space: formats to choose from, or the name of a space ("fliqs-s-int", "mixed", …).
+        weight_granularity: "per_channel" (output channels) or "per_tensor".
+        weight_scale: "absmax", or "mse" for the scale with the least squared error.
+        activation_granularity: "per_token" (per image in convolutions) or "per_tensor" over the whole batch.
+        format_version: of the checkpoint layout; set by the library.
+
+    Raises: ConfigError, FormatError, AllocationError: an unknown argument or a bad value, which they name.
+    """
+
+    allocation: Any = None
+    weight_format: str = "int8"
+    activation_format: str | None = "int8"
+    overrides: Mapping[str, Any] | None = None
+    modules_to_not_convert: list[str] | None = None
+    search_space: Sequence[str] | str | None = None
+    weight_granularity: str = "per_channel"
+    weight_scale: str = "absmax"
+    activation_granularity: str = "per_token"
+    format_version: int = FORMAT_VERSION
+    quant_method: str = METHOD
+
+    def __post_init__(self) -> None:
+        if self.quant_method != METHOD:
+            raise ConfigError(f"quant_method={self.quant_method!r} is not {METHOD!r}; this is no FLIQS configuration")
+        if self.format_version != FORMAT_VERSION:
+            raise ConfigError(
+                f"format_version={self.format_version!r}: this fliqs_hf reads version {FORMAT_VERSION}; "
+                "upgrade fliqs_hf, or quantize the original model again"
+            )
+        if self.search_space is not None and self.allocation is not None:
+            raise ConfigError("give either allocation or search_space: a model is packed or searchable, not both")
+        if self.allocation is not None:
+            for name, default in (("weight_format", "int8"), ("activation_format", "int8"), ("overrides", None)):
+                if getattr(self, name) != default:
+                    raise ConfigError(f"{name}={getattr(self, name)!r} contradicts allocation, which says every format")
+            if isinstance(self.allocation, (str, Path)):
+                self.allocation = Allocation.load(self.allocation)
+            elif not isinstance(self.allocation, Allocation):
+                self.allocation = Allocation.from_dict(self.allocation)
+        LayerFormats.of(self.weight_format, self.activation_format)
+        for pattern, value in (self.overrides or {}).items():
+            _override(pattern, value, LayerFormats.of(self.weight_format, self.activation_format))
+        if isinstance(self.modules_to_not_convert, str):
+            raise ConfigError(f"modules_to_not_convert={self.modules_to_not_convert!r}: give a list of patterns")
+        self.settings  # noqa: B018 - validates
+
+    @property
+    def settings(self) -> QuantizerSettings:
+        return QuantizerSettings(self.weight_granularity, self.weight_scale, self.activation_granularity)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Inverse of `to_dict`. Raises: ConfigError: a key that does not exist, with the nearest one that does."""
+        known = [f.name for f in fields(cls)]
+        for key in config_dict:
+            if key not in known:
+                close = get_close_matches(key, known, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+                raise ConfigError(f"unknown key {key!r} in a FLIQS quantization config; {hint}")
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without what is not in force: a packed model's formats are all in `allocation`."""
+        data: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.allocation is not None:
+            data["allocation"] = self.allocation.to_dict()
+            del data["weight_format"], data["activation_format"]
+        if self.search_space is not None:
+            del data["weight_format"], data["activation_format"]
+        return {key: value for key, value in data.items() if value is not None or key == "activation_format"}
+
+    def resolve(self, model: Any) -> Allocation:
+        """The allocation that this configuration means for `model`, in the model's names and order.
+
+        Raises: AllocationError, ConfigError: a layer or a pattern that the model does not have.
+        """
+        layers = quantizable_layers(model, self.modules_to_not_convert)
+        if self.allocation is not None:
+            return _renamed(self.allocation, model, layers)
+        default = LayerFormats.of(self.weight_format, self.activation_format)
+        formats = dict.fromkeys(layers, default)
+        for pattern, value in (self.overrides or {}).items():
+            hits = [name for name in layers if matches(name, pattern)]
+            if not hits:
+                raise ConfigError(f"overrides: {pattern!r} matches no layer of {type(model).__name__}")
+            formats.update(dict.fromkeys(hits, _override(pattern, value, default)))
+        return Allocation(formats)
+
+
+def _override(pattern: str, value: Any, default: LayerFormats) -> LayerFormats:
+    """A format for both, or a mapping with "weight", "activation" or both."""
+    if isinstance(value, LayerFormats):
+        return value
+    if not isinstance(value, Mapping):
+        return LayerFormats.of(value, value)
+    if not value or set(value) - {"weight", "activation"}:
+        raise ConfigError(f'overrides: {pattern!r}: expected a format or {{"weight": …, "activation": …}}, got {value!r}')
+    return LayerFormats.of(value.get("weight", default.weight), value.get("activation", default.activation))
+
+
+def _renamed(allocation: Allocation, model: Any, layers: Mapping[str, nn.Module]) -> Allocation:
+    """`allocation` in the names of `model`, which may be the base model of the one that it was made for, or the reverse;
+    entries of a part (head, pooler) that `model` does not have are dropped then.
+
+    Transformers names a layer `vit.layers.0…` in a model with a head and `layers.0…` in the base model.
+    """
+    prefix = model.base_model_prefix + "."
+    same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    parts = {part_of(name, model) for name, _ in model.named_modules()}
+    found: dict[str, LayerFormats] = {}
+    for name, formats in allocation.items():
+        known = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in layers]
+        if known:
+            found[known[0]] = formats
+        elif same_class or part_of(name, model) in parts:
+            close = get_close_matches(name, layers, 1)
+            raise AllocationError(
+                f"the allocation names {name!r}, which is no quantizable layer of {type(model).__name__}"
+                + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+    return Allocation({name: found[name] for name in layers if name in found})

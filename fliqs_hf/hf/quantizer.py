@@ -1,0 +1,207 @@
+"""The Transformers integration: what `from_pretrained` and `save_pretrained` do with a `FLIQSConfig`.
+
+Three ways of loading:
+    packed checkpoint  packed layers take the place of plain ones before loading; the file is checked beforehand,
+                       tensor by tensor, so that nothing is ever half-loaded
+    on the fly         each fp32 weight is packed as it streams in, so memory never holds the whole fp32 model
+    searchable         the plain model is loaded, then its layers become searchable
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from fliqs_hf.allocation import Allocation
+from fliqs_hf.errors import CheckpointError, ConfigError
+from fliqs_hf.hf.checkpoint import check_packed_files, file_names
+from fliqs_hf.hf.config import METHOD, FLIQSConfig
+from fliqs_hf.nn import make_searchable, pack_model, packed_layers, restore, unpack_model
+from fliqs_hf.nn.swap import packed_like, replace
+
+
+@register_quantizer(METHOD)
+class FLIQSHfQuantizer(HfQuantizer):
+    """See the module's docstring."""
+
+    quantization_config: FLIQSConfig
+
+    def __init__(self, quantization_config: FLIQSConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.allocation = Allocation({})
+
+    @property
+    def searchable(self) -> bool:
+        return self.quantization_config.search_space is not None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        device_map = kwargs.get("device_map")
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if "disk" in devices:
+            raise ConfigError(f"device_map={device_map!r}: FLIQS layers cannot be offloaded to disk; use cpu or a GPU")
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if self.searchable:
+            return
+        self.allocation = config.resolve(model)
+        layers = dict(model.named_modules())
+        if self.pre_quantized:
+            for name, formats in self.allocation.items():
+                replace(model, name, packed_like(layers[name], formats, config.settings))
+            check_packed_files(model, kwargs.get("checkpoint_files"))
+        elif self.allocation:
+            # Weights must reach the quantizer as the checkpoint has them, not rounded to the model's dtype first.
+            names = "|".join(map(re.escape, self.allocation))
+            strict = set(model._keep_in_fp32_modules_strict or ())
+            model._keep_in_fp32_modules_strict = strict | {rf"^(?:{names})\.weight$"}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """In files the codes are `<layer>.weight`, in memory `<layer>.weight_codes`. A process without this package
+        finds a byte vector where it expects a matrix and stops, instead of running on random weights."""
+        if self.searchable or not self.pre_quantized or not self.allocation:
+            return weight_conversions
+        prefix = re.escape(model.base_model_prefix)
+        names = "|".join(re.escape(name.removeprefix(model.base_model_prefix + ".")) for name in self.allocation)
+        pattern = rf"^((?:{prefix}\.)?(?:{names}))\.weight$"
+        return [WeightRenaming(source_patterns=pattern, target_patterns=r"\1.weight_codes"), *weight_conversions]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        names = [*converter.target_patterns]
+        if not self.searchable and any(name.endswith(".weight_scale") for name in names):
+            return torch.float32
+        return super().get_new_dtype(converter, param, dtype)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        layer, _, parameter = param_name.rpartition(".")
+        return not self.pre_quantized and parameter == "weight" and layer in self.allocation
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        if self.param_needs_quantization(model, param_name):
+            return self.allocation[param_name.rpartition(".")[0]].weight.bits / 8
+        return float(param.element_size())
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return PackWeight(self)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # Files and configs use the names that the model has in memory: saving must not translate them back.
+        model._weight_conversions = []
+        config = self.quantization_config
+        if self.searchable:
+            from fliqs_hf.search.space import parse_formats
+
+            make_searchable(model, parse_formats(config.search_space), settings=config.settings)
+            return model
+        packed = packed_layers(model)
+        missing = [name for name in self.allocation if name not in packed]
+        # A part that the class of the checkpoint does not have (the pooler of a base model) is new: Transformers has
+        # initialised it and said so, and there is nothing to quantize.
+        new_parts_allowed = config.allocation is None and type(model).__name__ not in (model.config.architectures or ())
+        if missing and not new_parts_allowed:
+            raise CheckpointError(
+                f"the checkpoint has no weight for {missing[0]!r}"
+                + (f" and {len(missing) - 1} other layers" if len(missing) > 1 else "")
+                + "; give a complete checkpoint, or name new layers in modules_to_not_convert"
+            )
+        self.allocation = Allocation({name: formats for name, formats in self.allocation.items() if name in packed})
+        for name, layer in packed.items():
+            if self.pre_quantized:
+                layer.check_codes(name)
+        model.config.quantization_config = self.quantization_config = packed_config(config, self.allocation)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        restore(model) if self.searchable else unpack_model(model, dtype)
+        model.config._is_quantized = False
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        if self.searchable:
+            return None, {}
+        names = file_names(model)
+        return {names[key]: value for key, value in model.state_dict().items()}, {}
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return self.searchable
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.searchable
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class PackWeight(ConversionOps):
+    """Turns a layer into a packed one at the moment when its fp32 weight arrives from the checkpoint."""
+
+    def __init__(self, quantizer: FLIQSHfQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *, model: Any = None, missing_keys: Any = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        for key, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            name = key.rpartition(".")[0]
+            layer = model.get_submodule(name)
+            if weight.shape != layer.weight.shape:
+                raise CheckpointError(
+                    f"{key}: the checkpoint has shape {tuple(weight.shape)}, the model {tuple(layer.weight.shape)}"
+                )
+            packed = packed_like(layer, self.quantizer.allocation[name], self.quantizer.quantization_config.settings)
+            packed.pack_(weight)
+            replace(model, name, packed)
+            if missing_keys is not None:
+                missing_keys.discard(key)
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackWeight:
+        return self
+
+
+def packed_config(config: FLIQSConfig, allocation: Allocation) -> FLIQSConfig:
+    """The configuration of a packed model: every format spelled out."""
+    return FLIQSConfig(
+        allocation=allocation,
+        weight_granularity=config.weight_granularity,
+        weight_scale=config.weight_scale,
+        activation_granularity=config.activation_granularity,
+    )
+
+
+def quantize(model: Any, config: FLIQSConfig | Allocation) -> Any:
+    """Pack a Transformers model that is in memory, in place: what `from_pretrained(…, quantization_config=…)` does
+    with a checkpoint. The result saves with `save_pretrained` and loads with `from_pretrained`.
+
+    Args:
+        model: a plain or a searchable model.
+        config: an `Allocation`, or a `FLIQSConfig` with or without one.
+    Returns: `model`.
+    Raises: ConfigError: `config` asks for a searchable model. AllocationError: it names a layer that does not exist.
+    """
+    if isinstance(config, Allocation):
+        config = FLIQSConfig(allocation=config)
+    if config.search_space is not None:
+        raise ConfigError("quantize packs a model; a search_space needs a searchable one: use make_searchable")
+    if packed_layers(model):
+        raise ConfigError("the model is packed already; call model.dequantize() first")
+    allocation = config.resolve(model)
+    pack_model(model, allocation, config.settings)
+    quantizer = FLIQSHfQuantizer(packed_config(config, allocation), pre_quantized=True)
+    quantizer.allocation = allocation
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    model.is_quantized, model.quantization_method, model.config._is_quantized = True, METHOD, True
+    model._weight_conversions = []
+    return model.eval()
