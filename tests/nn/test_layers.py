@@ -1,0 +1,200 @@
+"""Searchable and packed layers: geometry, switching, sharing, gradients, copies, casts."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fliqs_hf.allocation import Allocation, LayerFormats
+from fliqs_hf.errors import AllocationError, ConfigError
+from fliqs_hf.formats import COMMON, parse
+from fliqs_hf.nn import (
+    QuantizerSettings,
+    format_switch,
+    make_searchable,
+    pack_model,
+    packed_layers,
+    quantizable_layers,
+    restore,
+    unpack_model,
+)
+from fliqs_hf.quant import quantize_activation, quantize_weight
+from fliqs_hf.quant.scale import ActivationGranularity, ScaleMethod, WeightGranularity
+
+CONVOLUTIONS = {
+    "plain": nn.Conv2d(4, 6, 3),
+    "stride": nn.Conv2d(4, 6, 4, stride=4),
+    "stride pair": nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0)),
+    "same": nn.Conv2d(4, 6, 3, padding="same"),
+    "dilation": nn.Conv2d(4, 6, 3, dilation=2, bias=False),
+    "groups": nn.Conv2d(4, 6, 3, groups=2),
+    "depthwise": nn.Conv2d(4, 4, 3, groups=4, padding=1),
+    "reflect": nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    "circular": nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="circular"),
+}
+
+
+def one(layer: nn.Module) -> nn.Sequential:
+    return nn.Sequential(copy.deepcopy(layer))
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_geometry(name: str) -> None:
+    x = torch.randn(2, 4, 12, 12)
+    model, plain = one(CONVOLUTIONS[name]), CONVOLUTIONS[name]
+    make_searchable(model, ["e2m1"])
+    conv = copy.deepcopy(plain)
+    conv.weight.data = quantize_weight(plain.weight.data, parse("e2m1"))
+    expected = conv(quantize_activation(x, parse("e2m1"), "conv2d"))
+    assert torch.equal(model(x), expected)
+    pack_model(model, Allocation.uniform(["0"], "e2m1"))
+    assert torch.equal(model(x), expected)
+    for attribute in ("stride", "padding", "dilation", "groups", "kernel_size", "in_channels", "out_channels"):
+        assert getattr(model[0], attribute) == getattr(plain, attribute)
+    unpack_model(model)
+    assert type(model[0]) is nn.Conv2d
+    assert torch.equal(model(x), conv(x))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    list(itertools.product(WeightGranularity.__args__, ScaleMethod.__args__, ActivationGranularity.__args__)),  # type: ignore[attr-defined]
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_equals_searchable_in_every_format(settings: tuple[str, str, str], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(17, 9).to(dtype), torch.randn(2, 5, 17).to(dtype)
+    searchable = one(linear)
+    switch = make_searchable(searchable, COMMON, settings=QuantizerSettings(*settings))  # type: ignore[arg-type]
+    for weight, activation in zip(COMMON, [None, *COMMON], strict=False):
+        allocation = Allocation({"0": LayerFormats(weight, activation)})
+        switch.set_allocation(allocation)
+        packed = one(linear)
+        pack_model(packed, allocation, QuantizerSettings(*settings))  # type: ignore[arg-type]
+        assert torch.equal(packed(x), searchable(x))
+
+
+def test_formats_switch_without_touching_modules_or_parameters() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    before = dict(model.named_parameters())
+    plain_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = list(model.modules())
+    switch = make_searchable(model, ["int2", "e4m3", "int8"])
+    x = torch.randn(4, 8)
+    results = []
+    for first, second in itertools.product(range(3), repeat=2):
+        index = torch.tensor([first, second])
+        switch.set(index, index.flip(0))
+        w = [quantize_weight(model[i].weight, switch.formats[j]) for i, j in ((0, first), (2, second))]
+        a = quantize_activation(x, switch.formats[second], "linear")
+        hidden = functional.linear(a, w[0], model[0].bias).relu()
+        expected = functional.linear(quantize_activation(hidden, switch.formats[first], "linear"), w[1], model[2].bias)
+        assert torch.equal(model(x), expected)
+        results.append(expected)
+    assert len({tuple(result.flatten().tolist()) for result in results}) == 9
+    assert all(after is before[name] for name, after in model.named_parameters())
+    assert list(model.modules()) == modules and list(model.state_dict()) == list(plain_state)
+    restore(model)
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert all(torch.equal(tensor, plain_state[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ConfigError, match="not searchable"):
+        format_switch(model)
+
+
+class Attention(nn.Module):
+    """Three layers that read one tensor, and one that reads another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(self.q(x) * self.k(x) + self.v(x))
+
+
+def test_layers_that_read_one_tensor_quantize_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fliqs_hf.nn.searchable as searchable
+
+    calls = []
+    original = searchable.quantize_activation
+    monkeypatch.setattr(searchable, "quantize_activation", lambda *args: calls.append(1) or original(*args))
+    torch.manual_seed(0)
+    apart = Attention()
+    together = copy.deepcopy(apart)
+    make_searchable(apart, ["int4"])
+    make_searchable(together, ["int4"], input_groups={"q": 0, "k": 0, "v": 0, "o": 1})
+    x = torch.randn(2, 6)
+    for model, expected_calls in ((apart, 4), (together, 2)):
+        calls.clear()
+        model(x).sum().backward()
+        assert len(calls) == expected_calls
+    for name, parameter in apart.named_parameters():
+        assert torch.equal(parameter.grad, together.get_parameter(name).grad)
+    # nothing is held after the last reader, and a changed tensor is quantized anew
+    assert together.q.shared_input._value is None
+    first = together(x)
+    with torch.no_grad():
+        x.mul_(1.5)
+    assert not torch.equal(together(x), first)
+    assert torch.equal(together(x), apart(x))
+
+
+def test_copies_have_their_own_switch() -> None:
+    model = one(nn.Linear(5, 5))
+    switch = make_searchable(model, ["int2", "int8"])
+    x = torch.randn(3, 5)
+    first = model(x)
+    other = copy.deepcopy(model)
+    switch.set(torch.tensor([1]), torch.tensor([1]))
+    assert torch.equal(other(x), first)
+    assert not torch.equal(model(x), first)
+
+
+def test_disabled_is_the_plain_layer() -> None:
+    plain = nn.Linear(5, 5)
+    model, x = one(plain), torch.randn(3, 5)
+    switch = make_searchable(model, ["int2"])
+    with switch.disabled():
+        assert torch.equal(model(x), plain(x))
+    assert not torch.equal(model(x), plain(x))
+
+
+def test_scales_stay_float32_through_casts_and_moves() -> None:
+    model = one(nn.Linear(5, 4))
+    pack_model(model, Allocation.uniform(["0"], "int4", None))
+    scale = model[0].weight_scale.clone()
+    weight = model[0].weight
+    model.to(torch.bfloat16)
+    assert model[0].weight.dtype is model[0].bias.dtype is torch.bfloat16
+    assert torch.equal(model[0].weight_scale, scale)
+    model.float()
+    assert torch.equal(model[0].weight, weight)
+
+
+def test_only_exact_types_are_quantized() -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": Special(2, 2), "c": nn.Conv1d(2, 2, 1), "d": nn.Conv2d(2, 2, 1)})
+    assert list(quantizable_layers(model)) == ["a", "d"]
+
+
+def test_errors_name_the_layer() -> None:
+    model = one(nn.Linear(2, 2))
+    with pytest.raises(AllocationError, match="'7'"):
+        make_searchable(model, ["int4"], names=["7"])
+    with pytest.raises(AllocationError, match="'1'"):
+        pack_model(model, Allocation.uniform(["0", "1"], "int4"))
+    assert not packed_layers(model)
+    switch = make_searchable(model, ["int4"])
+    with pytest.raises(ConfigError, match="searchable already"):
+        make_searchable(model, ["int4"])
+    with pytest.raises(AllocationError, match=r"'0'.*int5"):
+        switch.set_allocation(Allocation.uniform(["0"], "int5"))
