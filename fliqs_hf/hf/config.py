@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.errors import AllocationError, ConfigError
+from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.hf.checkpoint import part_of
 from fliqs_hf.nn import QuantizerSettings, quantizable_layers
 from fliqs_hf.nn.swap import matches
@@ -80,6 +81,8 @@ class FLIQSConfig(QuantizationConfigMixin):
             elif not isinstance(self.allocation, Allocation):
                 self.allocation = Allocation.from_dict(self.allocation)
         LayerFormats.of(self.weight_format, self.activation_format)
+        if self.search_space is not None:
+            parse_formats(self.search_space)
         for pattern, value in (self.overrides or {}).items():
             _override(pattern, value, LayerFormats.of(self.weight_format, self.activation_format))
         if isinstance(self.modules_to_not_convert, str):

@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import CheckpointError, ConfigError
+from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.hf.checkpoint import check_packed_files, file_names
 from fliqs_hf.hf.config import METHOD, FLIQSConfig
 from fliqs_hf.nn import make_searchable, pack_model, packed_layers, restore, unpack_model
@@ -95,8 +96,6 @@ class FLIQSHfQuantizer(HfQuantizer):
         model._weight_conversions = []
         config = self.quantization_config
         if self.searchable:
-            from fliqs_hf.search.space import parse_formats
-
             make_searchable(model, parse_formats(config.search_space), settings=config.settings)
             return model
         packed = packed_layers(model)

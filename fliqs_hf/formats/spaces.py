@@ -1,0 +1,40 @@
+"""Sets of formats to search over, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fliqs_hf.errors import FormatError
+from fliqs_hf.formats.spec import ALIASES, Format, parse
+
+#: The paper's spaces: S has {4, 8, 16} bits, L has {4 … 8, 16}, each in an integer and a float version, with BF16 for
+#: 16 bits in both (Dotzel et al. 2024, section 4). `mixed` is ours: both families in one space, from 2 bits up.
+SPACES: dict[str, tuple[str, ...]] = {
+    "fliqs-s-int": ("int4", "int8", "bf16"),
+    "fliqs-s-fp": ("e2m1", "e4m3", "bf16"),
+    "fliqs-l-int": ("int4", "int5", "int6", "int7", "int8", "bf16"),
+    "fliqs-l-fp": ("e2m1", "e2m2", "e2m3", "e3m2", "e3m3", "e4m2", "e4m3", "e5m2", "e3m4", "bf16"),
+    "mixed": (
+        *(f"int{bits}" for bits in range(2, 9)),
+        *("e2m0", "e2m1", "e2m2", "e2m3", "e3m2", "e3m3", "e4m3"),
+    ),
+}
+
+
+def parse_formats(space: str | Sequence[str | Format]) -> tuple[Format, ...]:
+    """The formats of a named space, or of a list of formats (also one string with commas).
+
+    Raises: FormatError: an unknown name, an empty list, or a format that is given twice.
+    """
+    if isinstance(space, str):
+        names = SPACES.get(space.strip().lower(), tuple(part for part in space.split(",") if part.strip()))
+        if len(names) == 1 and names[0].lower() not in ALIASES and not any(map(str.isdigit, names[0])):
+            raise FormatError(f"unknown search space {space!r}; named spaces: {', '.join(SPACES)}; or list formats")
+        space = names
+    formats = tuple(parse(name) for name in space)
+    if not formats:
+        raise FormatError("a search space needs at least one format")
+    twice = {fmt.name for fmt in formats if formats.count(fmt) > 1}
+    if twice:
+        raise FormatError(f"the search space has {', '.join(sorted(twice))} more than once")
+    return formats

@@ -1,0 +1,171 @@
+"""What a searchable model costs against plain fp32: time of a training step, activation memory, peak memory, files.
+
+    python recipes/bench/step.py ../shared/data/deit-tiny-imagenet --batch_size 16 --rounds 9
+
+Times are medians of interleaved rounds in one process, given as ratios to the fp32 step of the same round. Activation
+memory is what autograd saves for backward, each storage counted once, without the parameters. Peak memory is the
+growth of the resident set over one step in a fresh process per case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForImageClassification
+
+from fliqs_hf import Allocation, FLIQSConfig, make_searchable, quantize
+from fliqs_hf.cost import trace_layers
+from fliqs_hf.formats import COMMON
+from fliqs_hf.nn import format_switch, quantizable_layers
+
+UNIFORM = ("int4", "e2m1", "e4m3", "int8")
+CASES = ("fp32", *UNIFORM, "search")
+
+
+def build(path: str, case: str) -> torch.nn.Module:
+    model = AutoModelForImageClassification.from_pretrained(path).train()
+    if case == "fp32":
+        return model
+    layers = trace_layers(model)
+    formats = [case] if case != "search" else [fmt.name for fmt in COMMON if fmt.bits <= 8]
+    make_searchable(model, formats, input_groups={layer.name: layer.input_group for layer in layers})
+    return model
+
+
+def step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
+    try:
+        switch = format_switch(model)
+    except ValueError:
+        switch = None
+    if switch is not None:  # all layers alike, as layers that share an input must be; a new choice at each step
+        index = torch.randint(len(switch.formats), (1,), generator=generator).expand(len(switch.names))
+        switch.set(index, index)
+    model(images, labels=labels).loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def saved_bytes(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> int:
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(images, labels=labels).loss
+    total = sum(storage.nbytes() for storage in storages.values())
+    del loss
+    return total
+
+
+def peak(path: str, case: str, batch_size: int) -> int:
+    """Bytes by which one process grows over its steps (a fresh process, so that nothing is left from another case)."""
+    command = [sys.executable, __file__, path, "--batch_size", str(batch_size), "--peak_of", case]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(result.stdout.strip().splitlines()[-1])
+
+
+def measure_peak(path: str, case: str, images: torch.Tensor, labels: torch.Tensor) -> int:
+    model = build(path, case)
+    generator = torch.Generator().manual_seed(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        step(model, images, labels, generator)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def files(path: str) -> dict[str, float]:
+    """Size and load time of the INT4 checkpoint against the fp32 one."""
+    model = AutoModelForImageClassification.from_pretrained(path)
+    layers = quantizable_layers(model)
+    total = sum(p.numel() for p in model.parameters())
+    quantized = sum(layer.weight.numel() for layer in layers.values())
+    floor = quantized * 4 / 8 + (total - quantized) * 4
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/fp32")
+        quantize(copy.deepcopy(model), Allocation.uniform(layers, "int4", "int8")).save_pretrained(f"{folder}/int4")
+        quantize(model, FLIQSConfig(weight_format="int8")).save_pretrained(f"{folder}/int8")
+        size = {name: os.path.getsize(f"{folder}/{name}/model.safetensors") for name in ("fp32", "int4", "int8")}
+        seconds: dict[str, list[float]] = {"fp32": [], "int4": [], "int8": []}
+        for _ in range(7):
+            for name, times in seconds.items():
+                start = time.perf_counter()
+                AutoModelForImageClassification.from_pretrained(f"{folder}/{name}")
+                times.append(time.perf_counter() - start)
+    load = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "fp32_bytes": size["fp32"],
+        "int4_bytes": size["int4"],
+        "int4_bytes_over_sum_numel_bits_8": size["int4"] / floor,
+        "int4_bytes_over_all_parameters_at_4_bits": size["int4"] / (total / 2),
+        "fp32_over_int4_bytes": size["fp32"] / size["int4"],
+        "fp32_load_s": load["fp32"],
+        "int4_load_over_fp32": load["int4"] / load["fp32"],
+        "int8_load_over_fp32": load["int8"] / load["fp32"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id of an fp32 image classifier")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--peak_of", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    images, labels = torch.randn(arguments.batch_size, 3, 224, 224), torch.zeros(arguments.batch_size, dtype=torch.long)
+    if arguments.peak_of:
+        print(measure_peak(arguments.model, arguments.peak_of, images, labels))
+        return
+
+    models = {case: build(arguments.model, case) for case in CASES}
+    generator = torch.Generator().manual_seed(0)
+    times: dict[str, list[float]] = {case: [] for case in CASES}
+    for round_ in range(arguments.rounds + 1):
+        for case, model in models.items():
+            start = time.perf_counter()
+            step(model, images, labels, generator)
+            if round_:  # the first round warms up
+                times[case].append(time.perf_counter() - start)
+    saved = {case: saved_bytes(model, images, labels) for case, model in models.items()}
+    peaks = {case: peak(arguments.model, case, arguments.batch_size) for case in CASES}
+    ratio = {
+        case: statistics.median(t / base for t, base in zip(times[case], times["fp32"], strict=True)) for case in CASES
+    }
+    result = {
+        "command": " ".join(["python", "recipes/bench/step.py", *sys.argv[1:]]),
+        "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "fp32_step_s": statistics.median(times["fp32"]),
+        "step_over_fp32": ratio,
+        "saved_activations_over_fp32": {case: saved[case] / saved["fp32"] for case in CASES},
+        "peak_over_fp32": {case: peaks[case] / peaks["fp32"] for case in CASES},
+        "search_peak_over_uniform_qat": peaks["search"] / peaks["e4m3"],
+        "files": files(arguments.model),
+    }
+    print(json.dumps(result, indent=2))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
