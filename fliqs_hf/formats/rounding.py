@@ -3,7 +3,7 @@
 How every case is rounded:
     ties       to the even significand (IEEE 754-2019, roundTiesToEven). Where a format has no mantissa bits both
                neighbours can have significand 1; then the larger in magnitude, as section 4.3.1 of the standard says
-               (E2M0: 1.5 -> 2, 3 -> 4). Libraries that take the even code instead, such as gfloat, differ there (3 -> 2).
+               (E2M0: 1.5 -> 2, 3 -> 4). Libraries that take the even code instead, as gfloat does, differ (3 -> 2).
     overflow   saturates at +-max_value, infinities too
     underflow  gradual, to the nearest subnormal or zero
     zero       keeps its sign in float formats, also where a negative value rounds to it; integers have only +0
@@ -84,31 +84,35 @@ def encode(values: Tensor, fmt: Format) -> Tensor:
     return codes.to(torch.uint8 if fmt.bits <= 8 else torch.int32)
 
 
-def decode(codes: Tensor, fmt: Format) -> Tensor:
+def decode(codes: Tensor, fmt: Format, *, check: bool = True) -> Tensor:
     """Values of codes; the inverse of `encode`. The codes of NaN and infinity decode to NaN and infinity.
-
-    Checks every code, which waits for the device: a forward pass indexes `code_values` instead.
 
     Args:
         codes: any shape, uint8 or a signed integer dtype.
+        check: refuse damaged codes, which waits for the device. False suits codes that were checked before, such as
+            those of a layer at every forward pass: nothing is raised, and the integer code of -2**(bits-1) gives NaN.
     Returns: float32, in the shape of `codes`, on its device.
-    Raises: FormatError: not an integer dtype, a code outside 0...2**bits - 1, or the integer code that stands for
-        -2**(bits-1), which the symmetric formats do not have: such codes are damaged or of another format.
+    Raises: FormatError: not an integer dtype; and with `check` a code outside 0...2**bits - 1, or the integer code
+        that stands for -2**(bits-1), which the symmetric formats do not have.
     """
     if codes.dtype not in _CODE_DTYPES:
         raise FormatError(f"codes are {codes.dtype}: decode takes uint8, int16, int32 or int64")
     flat = codes.reshape(-1)
-    if flat.numel():
+    check = check and flat.numel() > 0
+    if check:
         low, high = (int(value) for value in torch.aminmax(flat))
         if low < 0 or high >= 2**fmt.bits:
             bad = low if low < 0 else high
             raise FormatError(f"{bad} is not a code of {fmt.name}: codes are 0 to {2**fmt.bits - 1}")
-        if fmt.is_integer and bool((flat == 2 ** (fmt.bits - 1)).any()):
-            raise FormatError(
-                f"code {2 ** (fmt.bits - 1)} stands for {-(2 ** (fmt.bits - 1))}, which symmetric {fmt.name} does not "
-                f"have (it ends at {-fmt.max_value:.0f}): the codes are damaged or of another format"
-            )
-    return code_values(fmt).to(codes.device).index_select(0, flat.to(torch.int32)).reshape(codes.shape)
+    table = torch.from_numpy(_code_values(fmt)).to(codes.device, non_blocking=True)
+    values = table.index_select(0, flat.to(torch.int32))
+    # The one NaN of an integer's table makes the sum NaN: one fast pass, where `isnan().any()` takes three.
+    if check and fmt.is_integer and bool(values.sum().isnan()):
+        raise FormatError(
+            f"code {2 ** (fmt.bits - 1)} stands for {-(2 ** (fmt.bits - 1))}, which symmetric {fmt.name} does not "
+            f"have (it ends at {-fmt.max_value:.0f}): the codes are damaged or of another format"
+        )
+    return values.reshape(codes.shape)
 
 
 def code_values(fmt: Format) -> Tensor:
@@ -146,7 +150,7 @@ def _split(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 
     `x` is float64 and within the format's range, or NaN.
     """
-    exponent = _exponent(x).clamp(fmt.min_exponent, _F64_BIAS)  # of a NaN it is 1024, whose step would be infinite
+    exponent = _exponent(x).clamp(min=fmt.min_exponent)
     step = _power_of_two(exponent - fmt.mantissa_bits)
     return (x / step).round(), step
 
