@@ -47,6 +47,11 @@ class IntFormat:
         return True
 
     @property
+    def has_special_codes(self) -> bool:
+        """Whether there are codes of no finite number: here -2**(bits-1)."""
+        return True
+
+    @property
     def mantissa_bits(self) -> int:
         """Fraction bits of the single binade (see the module's docstring)."""
         return self.bits - 2
@@ -117,6 +122,11 @@ class FloatFormat:
         if self.bits < 8:
             return "none"
         return "nan" if (self.exponent_bits, self.mantissa_bits) == (4, 3) else "ieee"
+
+    @property
+    def has_special_codes(self) -> bool:
+        """Whether there are codes of NaN or infinity."""
+        return self.specials != "none"
 
     @property
     def bias(self) -> int:

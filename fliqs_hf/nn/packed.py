@@ -83,10 +83,14 @@ class _Packed(nn.Module):
         """The decoded weight, `weight_shape`, in the layer's dtype. Made anew at each access."""
         return self.decoded_weight().to(self.dtype)
 
-    def decoded_weight(self) -> Tensor:
-        """code value × scale, float32."""
+    def code_values(self) -> Tensor:
+        """Values of the codes before scaling, float32 [weight_numel]."""
         fmt = self.formats.weight
-        values = decode(unpack(self.weight_codes, fmt.bits, self.weight_shape.numel()), fmt).view(self.weight_shape)
+        return decode(unpack(self.weight_codes, fmt.bits, self.weight_shape.numel()), fmt, check=False)
+
+    def decoded_weight(self) -> Tensor:
+        """code value × scale, float32, `weight_shape`."""
+        values = self.code_values().view(self.weight_shape)
         if self.weight_scale is None:
             return values
         return values.mul_(self.weight_scale.view(-1, *[1] * (len(self.weight_shape) - 1)))
@@ -99,15 +103,16 @@ class _Packed(nn.Module):
         return input, self.decoded_weight().to(input.dtype)
 
     def check_codes(self, name: str) -> None:
-        """Raises: CheckpointError: codes that the format does not have, or scales that are not positive numbers."""
-        try:
-            weight = self.decoded_weight()
-        except FormatError as error:
-            raise CheckpointError(f"{name}: {error}") from error
-        if self.weight_scale is not None and not bool((self.weight_scale > 0).all() & self.weight_scale.isfinite().all()):
+        """Raises: CheckpointError: codes of NaN or infinity, or scales that are not positive numbers."""
+        scale = self.weight_scale
+        if scale is not None and not bool((scale > 0).all() & scale.isfinite().all()):
             raise CheckpointError(f"{name}.weight_scale holds a value that is no positive number; the file is damaged")
-        if not bool(weight.isfinite().all()):
-            raise CheckpointError(f"{name}.weight holds codes of NaN or infinity; the file is damaged")
+        # A sum is the fastest pass over the values: one that is not finite makes it NaN or infinite.
+        if self.formats.weight.has_special_codes and not bool(self.code_values().sum().isfinite()):
+            raise CheckpointError(
+                f"{name}.weight holds codes that are no finite number in {self.formats.weight}; "
+                "the file is damaged, or of another format"
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         scale = self.weight_scale
