@@ -1,0 +1,238 @@
+"""Per-layer shapes of any model: run it once on one image and watch its layers.
+
+Only shapes matter, so a model on the meta device serves as well as a real one: the cost of an architecture can be
+had from its config, without weights, in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fliqs_hf.errors import AllocationError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+#: Image side where a config names none (ResNet, RegNet, PoolFormer, ...): what those models are trained at.
+DEFAULT_IMAGE_SIZE = 224
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What the cost of a layer depends on, apart from its formats.
+
+    Attributes:
+        name: as `model.named_modules()` gives it.
+        macs: multiply-accumulates per image, summed over the calls of one forward pass; products with padding count,
+            bias additions do not.
+        weight_numel: elements of the weight.
+        out_channels: outputs of a Linear, output channels of a convolution; one scale each.
+        input_group: equal for layers of one kind that read the very same tensor, such as q, k and v. They can share
+            one quantized input.
+
+    Raises: ConfigError: an unknown kind, or a count below 1.
+    """
+
+    name: str
+    kind: Literal["linear", "conv2d"]
+    macs: int
+    weight_numel: int
+    out_channels: int
+    input_group: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "conv2d"):
+            raise ConfigError(f"layer {self.name!r}: kind is 'linear' or 'conv2d', not {self.kind!r}")
+        for attribute in ("macs", "weight_numel", "out_channels"):
+            if getattr(self, attribute) < 1:
+                raise ConfigError(f"layer {self.name!r}: {attribute}={getattr(self, attribute)!r} must be at least 1")
+
+
+@dataclass
+class _Seen:
+    """Calls of one layer during the trace."""
+
+    macs: int = 0
+    inputs: list[tuple[int, int]] = field(default_factory=list)  # (identity, version) of the input of each call
+
+
+def trace_layers(
+    model: nn.Module, inputs: Tensor | Mapping[str, Any] | None = None, *, names: Iterable[str] | None = None
+) -> tuple[LayerInfo, ...]:
+    """Shapes of the layers that one forward pass calls, in the order of their first call.
+
+    Layers are `nn.Linear` and `nn.Conv2d` by exact type, subclasses of `nn.Conv2d` that keep its forward pass, and
+    searchable and packed layers. The model runs in evaluation mode without gradients, on its own device, which may be
+    `meta`; it is left as it was found. Products that belong to no layer (attention scores and their product with the
+    values) are not counted, as in FLIQS.
+
+    Args:
+        inputs: images [batch, channels, height, width], or keyword arguments of the model's `forward`, such as
+            `{"pixel_values": …, "interpolate_pos_encoding": True}`. Default: `example_image(model)`.
+        names: only these layers. By default every layer; those that are never called (the text tower of CLIP, when
+            only the image tower runs) are left out and logged.
+    Raises: AllocationError: one of `names` is no such layer, or is never called.
+        ConfigError: no layer is called at all, no example image can be derived, or the forward pass reads values on
+        the meta device.
+    """
+    layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    if names is not None:
+        names = list(names)
+        if unknown := [name for name in names if name not in layers]:
+            raise AllocationError(f"{unknown[0]!r} is not a Linear or Conv2d layer of {type(model).__name__}")
+        layers = {name: layers[name] for name in names}
+    arguments, batch = _arguments(model, inputs)
+    seen = _watch(model, layers, arguments)
+
+    missing = [name for name in layers if name not in seen]
+    if missing and names is not None:
+        raise AllocationError(
+            f"{missing[0]!r} is never called by the forward pass ({len(missing)} such layers), so it has no cost: "
+            f"leave it out of `names`, or give `inputs` that reach it"
+        )
+    if not seen:
+        raise ConfigError(f"the forward pass of {type(model).__name__} calls no Linear or Conv2d layer")
+    if missing:
+        logger.warning("%d layers are never called and have no cost: %s", len(missing), ", ".join(missing))
+
+    groups: dict[tuple[Any, ...], int] = {}
+    result = []
+    for name, record in seen.items():
+        kind, weight_numel, out_channels = _geometry(layers[name])
+        # The kind is part of the key: a Linear and a convolution quantize one tensor along different dimensions.
+        group = groups.setdefault((kind, *record.inputs), len(groups))
+        macs = -(-record.macs // batch)  # rounded up where a layer's work does not depend on the batch
+        result.append(LayerInfo(name, kind, macs, weight_numel, out_channels, group))
+    return tuple(result)
+
+
+def example_image(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> Tensor:
+    """One black image for `model`, [1, channels, height, width], on the model's device and in its dtype.
+
+    Size and channels come from `model.config` (or its `vision_config`): `image_size`, a number or (height, width),
+    and `num_channels` (3 where absent). Where the config names no size, it is 224 × 224, and this is logged.
+
+    Raises: ConfigError: the model has no config, or a size that is no positive number.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ConfigError(f"{type(model).__name__} has no config to derive an example image from; pass `inputs`")
+    configs = [config, getattr(config, "vision_config", None)]
+    size = image_size if image_size is not None else _first(configs, "image_size")
+    if size is None:
+        logger.warning(
+            "the config of %s names no image size; costs are those of %d × %d pixels unless `inputs` are given",
+            type(model).__name__,
+            DEFAULT_IMAGE_SIZE,
+            DEFAULT_IMAGE_SIZE,
+        )
+        size = DEFAULT_IMAGE_SIZE
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    channels = _first(configs, "num_channels") or 3
+    if len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in (*sides, channels)):
+        raise ConfigError(
+            f"cannot make an example image of size {size!r} with {channels!r} channels; pass `inputs` to trace_layers"
+        )
+    # Offloaded parameters rest on the meta device while their layers compute elsewhere, so a real one decides.
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    place = next((p for p in floating if p.device.type != "meta"), floating[0] if floating else torch.empty(0))
+    return torch.zeros(1, channels, *sides, device=place.device, dtype=place.dtype)
+
+
+def unlisted_bytes(model: nn.Module, layers: Iterable[LayerInfo]) -> int:
+    """Bytes of everything in the model's state that is not the weight of one of `layers`.
+
+    Biases, norms, embeddings, persistent buffers and the weights of other layers, in the dtypes they have now; a
+    tensor with two names counts once. Together with `weight_bytes` this is the size of a checkpoint less its header.
+    """
+    of_layers = {f"{layer.name}.{entry}" for layer in layers for entry in ("weight", "weight_codes", "weight_scale")}
+    tensors = {
+        id(tensor): tensor.numel() * tensor.element_size()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in of_layers and isinstance(tensor, Tensor)
+    }
+    return sum(tensors.values())
+
+
+def _watch(
+    model: nn.Module, layers: Mapping[str, nn.Module], arguments: Mapping[str, Any] | Tensor
+) -> dict[str, _Seen]:
+    """Run the model once. Returns: layer name -> its calls, in the order of first calls."""
+    seen: dict[str, _Seen] = {}
+    alive: list[Tensor] = []  # inputs are kept, so that no identity is used twice
+
+    def hook_of(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x: Tensor = args[0] if args else kwargs["input"]
+            _, weight_numel, out_channels = _geometry(module)
+            alive.append(x)
+            record = seen.setdefault(name, _Seen())
+            record.macs += output.numel() // out_channels * weight_numel
+            record.inputs.append((id(x), 0 if x.is_inference() else x._version))
+
+        return hook
+
+    training = {module: module.training for module in model.modules()}
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_hook(hook_of(name), with_kwargs=True))
+        model.eval()
+        # Tensors made in inference mode have no version, so that mode is left if the caller is in it.
+        with torch.inference_mode(False), torch.no_grad():
+            if isinstance(arguments, Tensor):
+                model(arguments)
+            else:
+                model(**arguments)
+    except RuntimeError as error:
+        if "meta tensor" not in str(error):
+            raise
+        raise ConfigError(
+            f"the forward pass of {type(model).__name__} reads values, which the meta device does not have "
+            f"({error}); trace the model on the CPU"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return seen
+
+
+def _arguments(model: nn.Module, inputs: Tensor | Mapping[str, Any] | None) -> tuple[Tensor | Mapping[str, Any], int]:
+    """What to call the model with, and its batch size."""
+    if inputs is None:
+        return {"pixel_values": example_image(model)}, 1
+    tensors = [inputs] if isinstance(inputs, Tensor) else [v for v in inputs.values() if isinstance(v, Tensor)]
+    if not tensors or tensors[0].dim() == 0 or tensors[0].shape[0] == 0:
+        raise ConfigError("`inputs` is a tensor, or keyword arguments of the model with a tensor, of batch 1 or more")
+    return inputs, tensors[0].shape[0]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    if type(module) in (nn.Linear, nn.Conv2d) or getattr(module, "is_fliqs_layer", False) is True:
+        return True
+    # A convolution that only has a constructor of its own, such as EfficientNet's depthwise one. Not so for Linear:
+    # `nn.MultiheadAttention` has such a subclass and uses its weight without calling it.
+    if not isinstance(module, nn.Conv2d):
+        return False
+    cls = type(module)
+    return cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
+
+
+def _geometry(layer: Any) -> tuple[Literal["linear", "conv2d"], int, int]:
+    """Kind, elements of the weight, outputs. From the layer's attributes: packed layers hold no plain weight."""
+    if hasattr(layer, "kernel_size"):
+        numel = layer.out_channels * (layer.in_channels // layer.groups) * prod(layer.kernel_size)
+        return "conv2d", numel, layer.out_channels
+    return "linear", layer.out_features * layer.in_features, layer.out_features
+
+
+def _first(configs: Iterable[Any], attribute: str) -> Any:
+    return next((value for config in configs if (value := getattr(config, attribute, None)) is not None), None)
