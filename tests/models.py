@@ -38,6 +38,12 @@ ARCHITECTURES: dict[str, tuple[Any, Any]] = {
         hf.MobileNetV2ForImageClassification,
         lambda: hf.MobileNetV2Config(image_size=32, depth_multiplier=0.35, num_labels=5),
     ),
+    "efficientnet": (
+        hf.EfficientNetForImageClassification,
+        lambda: hf.EfficientNetConfig(
+            image_size=32, width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=320, num_labels=5
+        ),
+    ),
 }  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from fliqs_hf.nn.searchable import (
 )
 
 _SEARCHABLE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: SearchableLinear, nn.Conv2d: SearchableConv2d}
-_PLAIN = {searchable: plain for plain, searchable in _SEARCHABLE.items()}
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -40,16 +39,35 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
 
 
+def _plain_type(module: nn.Module) -> type[nn.Module] | None:
+    """`nn.Linear` or `nn.Conv2d` for layers that compute exactly what these compute, None for everything else.
+
+    A subclass may do anything; accepted is only a convolution that merely has a constructor of its own (EfficientNet's
+    depthwise one). Not so for Linear: `nn.MultiheadAttention` has such a subclass, and uses its weight without calling it.
+    """
+    cls = type(module)
+    if cls in _SEARCHABLE:
+        return cls
+    if isinstance(module, nn.Conv2d) and not isinstance(module, SearchableConv2d):
+        if cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward:
+            return nn.Conv2d
+    return None
+
+
+def _is_searchable(module: nn.Module) -> bool:
+    return isinstance(module, (SearchableLinear, SearchableConv2d))
+
+
 def quantizable_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None = None) -> dict[str, nn.Module]:
-    """The layers that can be quantized, by name in the order of the model: `nn.Linear` and `nn.Conv2d` by exact type
-    (subclasses carry behaviour of their own) and layers that are searchable already.
+    """The layers that can be quantized, by name in the order of the model: `nn.Linear` and `nn.Conv2d` themselves
+    (subclasses with behaviour of their own are left alone) and layers that are searchable already.
 
     Args:
         modules_to_not_convert: patterns (see `matches`) of layers to leave out.
     Raises: ConfigError: a pattern that matches no layer.
     """
     layers = {
-        name: module for name, module in model.named_modules() if type(module) in _SEARCHABLE or type(module) in _PLAIN
+        name: module for name, module in model.named_modules() if _plain_type(module) or _is_searchable(module)
     }
     excluded: set[str] = set()
     for pattern in modules_to_not_convert or ():
@@ -85,7 +103,7 @@ def make_searchable(
     for name in names:
         if name not in layers:
             raise AllocationError(f"{name!r} is not a Linear or Conv2d layer of {type(model).__name__}")
-        if type(layers[name]) in _PLAIN:
+        if _is_searchable(layers[name]):
             raise ConfigError("the model is searchable already; call `restore(model)` first")
     switch = FormatSwitch(names, [parse(fmt) for fmt in formats], settings or QuantizerSettings())
     groups = {name: (input_groups or {}).get(name) for name in names}
@@ -94,15 +112,16 @@ def make_searchable(
     for row, name in enumerate(names):
         layer = layers[name]
         # Changing the class keeps parameters, hooks and every reference to the layer as they are.
-        layer.__class__ = _SEARCHABLE[type(layer)]
-        layer.switch, layer.row, layer.shared_input = switch, row, shared.get(groups[name])  # type: ignore[assignment, arg-type]
+        plain, layer.__class__ = type(layer), _SEARCHABLE[_plain_type(layer)]  # type: ignore[index]
+        attributes = {"plain": plain, "switch": switch, "row": row, "shared_input": shared.get(groups[name])}  # type: ignore[arg-type]
+        layer.__dict__.update(attributes)
     return switch
 
 
 def format_switch(model: nn.Module) -> FormatSwitch:
     """The switch of a searchable model. Raises: ConfigError: the model is not searchable."""
     for module in model.modules():
-        if type(module) in _PLAIN:
+        if _is_searchable(module):
             return module.switch  # type: ignore[return-value]
     raise ConfigError(
         f"this {type(model).__name__} is not searchable; load it with FLIQSConfig(search_space=…) or call make_searchable"
@@ -112,9 +131,10 @@ def format_switch(model: nn.Module) -> FormatSwitch:
 def restore(model: nn.Module) -> None:
     """Turn searchable layers back into plain ones, in place."""
     for module in model.modules():
-        if type(module) in _PLAIN:
-            module.__class__ = _PLAIN[type(module)]
-            del module.switch, module.row, module.shared_input
+        if _is_searchable(module):
+            module.__class__ = module.plain  # type: ignore[assignment]
+            for attribute in ("plain", "switch", "row", "shared_input"):
+                del module.__dict__[attribute]
 
 
 def packed_like(

@@ -14,7 +14,6 @@ import copy
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -85,10 +84,16 @@ def peak(path: str, case: str, batch_size: int) -> int:
 def measure_peak(path: str, case: str, images: torch.Tensor, labels: torch.Tensor) -> int:
     model = build(path, case)
     generator = torch.Generator().manual_seed(0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_peak()
     for _ in range(3):
         step(model, images, labels, generator)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return resident_peak() - before
+
+
+def resident_peak() -> int:
+    """Largest resident set of this process so far, bytes (Linux; `ru_maxrss` would inherit the parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def files(path: str) -> dict[str, float]:
