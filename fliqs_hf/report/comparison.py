@@ -1,0 +1,265 @@
+"""One pass of two models over the same images: predictions, and what each forward pass took."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import io
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from fliqs_hf.errors import CheckpointError, DataError
+from fliqs_hf.report.validation_data import Batch
+
+MODELS = ("original", "quantized")
+
+WARM_UP_BATCHES = 2
+"""The first batch warms up, the second measures memory, the others are timed."""
+
+THUMBNAIL = 96
+"""Longest side of an example image, in pixels."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image that the original gets right and the quantized model wrong. `confidences` and `predictions` are of
+    (original, quantized); `jpeg` is a thumbnail."""
+
+    index: int
+    label: int
+    predictions: tuple[int, int]
+    confidences: tuple[float, float]
+    jpeg: bytes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What both models did. The first axis of an array with two is the model: original, quantized.
+
+    Attributes:
+        labels: int64 [images].
+        predictions: int64 [2, images], the most likely class.
+        confidences: float64 [2, images], its softmax probability.
+        in_top5: bool [2, images], or None where there are no more than 5 classes.
+        classes: size of the models' output.
+        examples: by class, the first ones in the order of the data set.
+        seconds: float64 [2, timed batches], forward passes of full batches, both models in turn.
+        working_bytes: peak memory of one forward pass of a full batch beyond what was allocated before, or None where
+            it cannot be measured.
+    """
+
+    labels: NDArray[np.int64]
+    predictions: NDArray[np.int64]
+    confidences: NDArray[np.float64]
+    in_top5: NDArray[np.bool_] | None
+    classes: int
+    examples: dict[int, tuple[Example, ...]]
+    seconds: NDArray[np.float64]
+    working_bytes: tuple[int | None, int | None]
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """[2, images]"""
+        correct: NDArray[np.bool_] = self.predictions == self.labels
+        return correct
+
+
+def compare(
+    original: nn.Module,
+    quantized: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    image_processor: Callable[..., Any],
+    batch_size: int,
+    device: torch.device,
+    examples_per_class: int,
+) -> Comparison:
+    """Run both models, already on `device`, over `batches`. The order of the two changes from batch to batch.
+
+    Raises: DataError: no images, or outputs that do not match. CheckpointError: a model returns NaN or infinities.
+    """
+    models = (original, quantized)
+    labels: list[NDArray[np.int64]] = []
+    outputs: list[tuple[Outputs, Outputs]] = []
+    seconds: list[list[float]] = []
+    working: list[int | None] = [None, None]
+    examples: dict[int, list[Example]] = {}
+    with evaluation(original), evaluation(quantized), torch.inference_mode():
+        for number, batch in enumerate(batches):
+            pixels = image_processor(batch.images, return_tensors="pt")["pixel_values"].to(device)
+            full = len(batch.images) == batch_size
+            logits: list[Tensor] = [pixels, pixels]
+            elapsed = [0.0, 0.0]
+            for i in (0, 1) if number % 2 == 0 else (1, 0):
+                if number == 1 and full:
+                    with peak_memory(device) as peak:
+                        logits[i] = _logits(models[i], pixels)
+                    working[i] = peak.working_bytes
+                else:
+                    _wait(device)
+                    start = time.perf_counter()
+                    logits[i] = _logits(models[i], pixels)
+                    _wait(device)
+                    elapsed[i] = time.perf_counter() - start
+            if full and number >= WARM_UP_BATCHES:
+                seconds.append(elapsed)
+            pair = _outputs(logits, batch)
+            labels.append(batch.labels)
+            outputs.append(pair)
+            _keep_examples(examples, batch, pair, examples_per_class)
+    if not labels:
+        raise DataError("the data set has no images; a validation needs at least two")
+    return Comparison(
+        np.concatenate(labels),
+        np.stack([np.concatenate([pair[i].predictions for pair in outputs]) for i in (0, 1)]),
+        np.stack([np.concatenate([pair[i].confidences for pair in outputs]) for i in (0, 1)]),
+        None
+        if outputs[0][0].classes <= 5
+        else np.stack([np.concatenate([pair[i].in_top5 for pair in outputs]) for i in (0, 1)]),
+        outputs[0][0].classes,
+        {label: tuple(kept) for label, kept in examples.items()},
+        np.array(seconds, dtype=np.float64).reshape(-1, 2).T,
+        (working[0], working[1]),
+    )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Of one model for one batch, each [images]; as in `Comparison`."""
+
+    predictions: NDArray[np.int64]
+    confidences: NDArray[np.float64]
+    in_top5: NDArray[np.bool_]
+    classes: int
+
+
+def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), pixels.dtype)
+    output = model(pixels.to(dtype))
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _outputs(logits: list[Tensor], batch: Batch) -> tuple[Outputs, Outputs]:
+    shapes = [tuple(values.shape) for values in logits]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+        raise DataError(
+            f"the original returns logits of shape {shapes[0]}, the quantized model {shapes[1]}; both must be "
+            "[images, classes] with the same classes"
+        )
+    classes = shapes[0][1]
+    if batch.labels.max() >= classes:
+        row = batch.first + int(batch.labels.argmax())
+        raise DataError(f"image {row}: label {batch.labels.max()} is not one of the models' {classes} classes")
+    targets = torch.from_numpy(batch.labels)
+    results = []
+    for name, values in zip(MODELS, logits, strict=True):
+        values = values.double().cpu()
+        finite = values.isfinite().all(1)
+        if not finite.all():
+            row = batch.first + int((~finite).nonzero()[0])
+            raise CheckpointError(
+                f"the {name} model returns NaN or infinity for image {row}: damaged weights, or a dtype too narrow"
+            )
+        confidences, predictions = values.softmax(1).max(1)
+        top5 = values.topk(min(5, classes)).indices
+        in_top5 = (top5 == targets[:, None]).any(1)
+        results.append(Outputs(predictions.numpy(), confidences.numpy(), in_top5.numpy(), classes))
+    return results[0], results[1]
+
+
+def _keep_examples(examples: dict[int, list[Example]], batch: Batch, pair: tuple[Outputs, Outputs], most: int) -> None:
+    original, quantized = pair
+    broken = (original.predictions == batch.labels) & (quantized.predictions != batch.labels)
+    for i in np.flatnonzero(broken):
+        label = int(batch.labels[i])
+        kept = examples.setdefault(label, [])
+        if len(kept) < most:
+            predictions = (int(original.predictions[i]), int(quantized.predictions[i]))
+            confidences = (float(original.confidences[i]), float(quantized.confidences[i]))
+            kept.append(Example(batch.first + int(i), label, predictions, confidences, _thumbnail(batch.images[i])))
+
+
+def _thumbnail(image: Image.Image) -> bytes:
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards the mode that each module was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class Peak:
+    working_bytes: int | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Peak memory inside the block beyond what was in use before.
+
+    On CUDA from PyTorch's allocator. On the CPU from the kernel's high-water mark of resident memory, on Linux where
+    it can be reset; the heap is trimmed first, so that memory freed earlier does not hide what the block takes.
+    Elsewhere `working_bytes` stays None.
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.working_bytes = torch.cuda.max_memory_allocated(device) - before
+    elif device.type == "cpu" and (resident := _reset_high_water()) is not None:
+        yield peak
+        high = _status_bytes("VmHWM")
+        peak.working_bytes = None if high is None else max(0, high - resident)
+    else:
+        yield peak
+
+
+def _reset_high_water() -> int | None:
+    """Resident bytes now, with the high-water mark reset to them; None where the system does not allow it."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return None
+    resident, high = _status_bytes("VmRSS"), _status_bytes("VmHWM")
+    # A reset that was accepted but ignored leaves the old mark far above.
+    if resident is None or high is None or high - resident > 2**20:
+        return None
+    return resident
+
+
+def _status_bytes(key: str) -> int | None:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,348 @@
+"""Compare a quantized model with its original on the user's own images, and decide whether it may take its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import nn
+from transformers.utils.logging import tqdm
+
+import fliqs_hf
+from fliqs_hf.allocation import Allocation
+from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.report import statistics, validation_page
+from fliqs_hf.report.comparison import WARM_UP_BATCHES, Comparison, Example, compare
+from fliqs_hf.report.statistics import Calibration, ClassChange, Gate, Proportion
+from fliqs_hf.report.validation_data import MatchLabels, class_names, label_reader, read_batches
+from fliqs_hf.report.validation_page import points
+
+FEWEST_TIMED_BATCHES = 5
+"""Fewer timed batches than this give no latency: a median of two says nothing."""
+
+WORST_CLASSES = 8
+"""Classes shown with example images."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of a forward pass over full batches, without image decoding and processing. `low_ms` and `high_ms` are the
+    quartiles over batches; `image_ms` is the median batch divided by its images."""
+
+    batch_ms: float
+    low_ms: float
+    high_ms: float
+    image_ms: float
+    batches: int
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One of the two models.
+
+    Attributes:
+        name: Hub name or folder name where known, else the class.
+        formats: the number formats of its layers in short, or None.
+        top5: None where the task has no more than 5 classes.
+        weights_bytes: parameters and buffers in memory.
+        working_bytes: peak memory of a forward pass beyond the weights; None where it cannot be measured.
+        checkpoint_bytes: weight files as `save_pretrained` writes them; None for a model that has no such method.
+        latency: None where there were too few full batches.
+    """
+
+    name: str
+    formats: str | None
+    top1: Proportion
+    top5: Proportion | None
+    calibration: Calibration
+    weights_bytes: int
+    working_bytes: int | None
+    checkpoint_bytes: int | None
+    latency: Latency | None
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Accuracy of the original minus that of the quantized model, as a fraction, with the two-sided interval of a
+    paired bootstrap."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class WorstClass:
+    """A class that lost images, with the first images that only the original gets right."""
+
+    change: ClassChange
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Everything that `validate` found. Fractions are between 0 and 1; the rendered forms show percentages.
+
+    Attributes:
+        agreement: images to which both models give the same class, right or wrong.
+        broken, repaired: images that only the original, and only the quantized model, gets right.
+        p_value: of McNemar's exact test that both are equally accurate.
+        speedup: median over batches of (time of the original / time of the quantized model), or None.
+        gate: None where no `max_drop` was given.
+        class_changes: every class that has images, worst first.
+        class_names: by label.
+        conditions: where and how it was measured.
+    """
+
+    images: int
+    confidence: float
+    original: ModelResult
+    quantized: ModelResult
+    top1_drop: Drop
+    top5_drop: Drop | None
+    agreement: Proportion
+    broken: int
+    repaired: int
+    p_value: float
+    speedup: float | None
+    gate: Gate | None
+    class_changes: tuple[ClassChange, ...]
+    worst_classes: tuple[WorstClass, ...]
+    class_names: tuple[str, ...]
+    conditions: Mapping[str, Any]
+
+    @property
+    def exit_code(self) -> int:
+        """0 if the gate passes or none was set, 1 if it fails or the images do not decide."""
+        return 0 if self.gate is None or self.gate.verdict == "pass" else 1
+
+    @property
+    def more_images(self) -> int | None:
+        """Images beyond those used that would settle an undecided gate."""
+        return None if self.gate is None or self.gate.images is None else self.gate.images - self.images
+
+    @property
+    def verdict(self) -> str:
+        """The decision in one or two sentences."""
+        if self.gate is None:
+            return "No decision was asked for: max_drop was not set."
+        gate, level = self.gate, f"{100 * self.gate.confidence:.4g} %"
+        limit = f"{points(gate.max_drop)} points"
+        if gate.verdict == "pass":
+            return f"Pass: the drop is below {limit} with {level} confidence (at most {points(gate.upper)})."
+        if gate.verdict == "fail":
+            return f"Fail: the drop is above {limit} with {level} confidence (at least {points(gate.lower)})."
+        text = (
+            f"Undecided, so not passed: {self.images:,} images do not tell whether the drop is below {limit} "
+            f"({level} bounds {points(gate.lower)} and {points(gate.upper)})."
+        )
+        if self.more_images is None:
+            return f"{text} The observed drop is the limit itself: more images would not help."
+        return (
+            f"{text} About {self.more_images:,} more images ({gate.images:,} in all) would settle it with a chance of "
+            f"{100 * statistics.POWER:.0f} %, if the models go on differing on the same share of images as here."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON. Example images are left out, their row numbers are in."""
+        data = dataclasses.asdict(self)
+        for worst in data["worst_classes"]:
+            for example in worst["examples"]:
+                del example["jpeg"]
+        return {**data, "verdict": self.verdict, "more_images": self.more_images, "exit_code": self.exit_code}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
+
+    def to_markdown(self) -> str:
+        return validation_page.markdown(self)
+
+    def to_html(self) -> str:
+        """One self-contained page: no scripts, nothing loaded from elsewhere."""
+        return validation_page.html(self)
+
+
+def validate(
+    original: nn.Module,
+    quantized: nn.Module,
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    image_processor: Callable[..., Any],
+    batch_size: int = 32,
+    image_column: str = "image",
+    label_column: str = "label",
+    match_labels: MatchLabels = "name",
+    max_drop: float | None = None,
+    confidence: float = 0.95,
+    device: str | torch.device | None = None,
+    resamples: int = 9999,
+    seed: int = 0,
+    examples_per_class: int = 4,
+) -> ValidationResult:
+    """Compare two image classifiers on the same labelled images, in one pass over them.
+
+    Args:
+        original, quantized: models that return logits, as a tensor or as an attribute. Both move to `device`.
+        dataset: a `datasets.Dataset`, or anything that gives mappings with an image (PIL, or uint8 array) and a label.
+            The images should be a random sample of those the model will meet, and none it was trained or searched on.
+        image_processor: called as `image_processor(images, return_tensors="pt")["pixel_values"]`.
+        match_labels: "name" matches a data set's class names with the models', "index" takes its numbers as they are.
+        max_drop: the gate, in percentage points of top-1 accuracy: the result passes only if the one-sided upper bound
+            of the drop is below it.
+        confidence: of every interval (two-sided) and of the gate (one-sided).
+        device: default: where the original is.
+        resamples, seed: of the bootstrap.
+        examples_per_class: most example images kept of each class; 0 keeps images out of the report.
+    Raises: ConfigError: a setting out of range. DataError: no images, or images, labels or label sets that do not fit.
+        CheckpointError: a model returns NaN or infinities.
+    """
+    _check_settings(batch_size, max_drop, confidence, resamples, examples_per_class, match_labels)
+    names = class_names(original, quantized)
+    config = getattr(original, "config", None)
+    classes = len(names) if names else getattr(config, "num_labels", None)
+    feature = (getattr(dataset, "features", None) or {}).get(label_column)
+    mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+    batches = read_batches(
+        dataset, batch_size, image_column, label_column, label_reader(feature, names, classes, match_labels), mode
+    )
+    place = torch.device(device) if device is not None else next(original.parameters()).device
+    length = len(dataset) if isinstance(dataset, Sized) else None
+    found = compare(
+        original.to(place),
+        quantized.to(place),
+        tqdm(batches, total=length and math.ceil(length / batch_size), desc="validate", unit="batch"),
+        image_processor=image_processor,
+        batch_size=batch_size,
+        device=place,
+        examples_per_class=examples_per_class,
+    )
+    images = len(found.labels)
+    if images < 2:
+        raise DataError("the data set has one image; a validation needs at least two")
+    correct = found.correct
+    broken, repaired = statistics.broken_and_repaired(correct[0], correct[1])
+
+    def drop(right: NDArray[np.bool_]) -> Drop:
+        interval = statistics.bootstrap_drop(right[0], right[1], confidence, resamples, seed)
+        return Drop(float(right[0].mean() - right[1].mean()), *interval)
+
+    changes = statistics.class_changes(found.labels, correct[0], correct[1])
+    worst = [change for change in changes[:WORST_CLASSES] if change.lost > 0]
+    return ValidationResult(
+        images=images,
+        confidence=confidence,
+        original=_model_result(original, found, 0, confidence, batch_size),
+        quantized=_model_result(quantized, found, 1, confidence, batch_size),
+        top1_drop=drop(correct),
+        top5_drop=None if found.in_top5 is None else drop(found.in_top5),
+        agreement=statistics.proportion(int((found.predictions[0] == found.predictions[1]).sum()), images, confidence),
+        broken=broken,
+        repaired=repaired,
+        p_value=statistics.mcnemar_p_value(broken, repaired),
+        speedup=float(np.median(found.seconds[0] / found.seconds[1])) if _timed(found) else None,
+        gate=None if max_drop is None else statistics.gate(broken, repaired, images, max_drop / 100, confidence),
+        class_changes=changes,
+        worst_classes=tuple(WorstClass(change, found.examples.get(change.label, ())) for change in worst),
+        class_names=names or tuple(map(str, range(found.classes))),
+        conditions=_conditions(place, batch_size, resamples, seed),
+    )
+
+
+def _check_settings(
+    batch_size: int,
+    max_drop: float | None,
+    confidence: float,
+    resamples: int,
+    examples_per_class: int,
+    match_labels: str,
+) -> None:
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise ConfigError(f"max_drop={max_drop!r}: give percentage points between 0 and 100, such as 0.5")
+    if not 0.5 < confidence < 1:
+        raise ConfigError(f"confidence={confidence!r}: give a fraction above 0.5 and below 1, such as 0.95")
+    if match_labels not in ("name", "index"):
+        raise ConfigError(f"match_labels={match_labels!r}: choose 'name' or 'index'")
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("resamples", resamples, 100),
+        ("examples_per_class", examples_per_class, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{name}={value!r}: give {least} or more")
+
+
+def _timed(found: Comparison) -> bool:
+    return len(found.seconds[0]) >= FEWEST_TIMED_BATCHES
+
+
+def _model_result(model: nn.Module, found: Comparison, i: int, confidence: float, batch_size: int) -> ModelResult:
+    correct, images = found.correct[i], len(found.labels)
+    latency = None
+    if _timed(found):
+        low, median, high = (float(value) * 1e3 for value in np.quantile(found.seconds[i], [0.25, 0.5, 0.75]))
+        latency = Latency(median, low, high, median / batch_size, found.seconds.shape[1])
+    allocation = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "allocation", None)
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return ModelResult(
+        name=_name(model),
+        formats=allocation.summary() if isinstance(allocation, Allocation) else None,
+        top1=statistics.proportion(int(correct.sum()), images, confidence),
+        top5=None if found.in_top5 is None else statistics.proportion(int(found.in_top5[i].sum()), images, confidence),
+        calibration=statistics.calibration(found.confidences[i], correct),
+        weights_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        working_bytes=found.working_bytes[i],
+        checkpoint_bytes=_checkpoint_bytes(model),
+        latency=latency,
+    )
+
+
+def _name(model: nn.Module) -> str:
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    return Path(name).resolve().name if Path(name).is_dir() else name  # a page to pass on shows no private paths
+
+
+def _checkpoint_bytes(model: nn.Module) -> int | None:
+    """Size of the weight files that `save_pretrained` writes, measured by writing them to a temporary folder."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def _conditions(device: torch.device, batch_size: int, resamples: int, seed: int) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "batch_size": batch_size,
+        "warm_up_batches": WARM_UP_BATCHES,
+        "bootstrap": {"resamples": resamples, "seed": seed, "method": "percentile, paired by image"},
+        "system": platform.platform(),
+        "versions": {
+            "fliqs_hf": fliqs_hf.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
