@@ -1,0 +1,102 @@
+"""The policy: an independent categorical distribution over formats for each decision."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from fliqs_hf.cost import CostTable
+from fliqs_hf.search.space import SearchSpace
+
+
+def step_generator(seed: int, step: int, rank: int, purpose: str = "policy") -> torch.Generator:
+    """A generator that depends on nothing but its arguments: an interrupted run samples the same after resuming."""
+    digest = hashlib.blake2b(f"{purpose}/{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class Policy:
+    """π_d(k) = softmax(logits + tilt)[d, k].
+
+    Attributes:
+        logits: what is learned and what the final allocation is read from; float32 [D, K].
+        tilt: a price on cost that keeps the expected cost of samples at the target, not learned; float32 [D, K].
+    """
+
+    def __init__(self, space: SearchSpace, device: torch.device | str = "cpu") -> None:
+        shape = (len(space.decisions), len(space.formats))
+        self.space = space
+        self.logits = torch.zeros(shape, device=device, requires_grad=True)
+        self.tilt = torch.zeros(shape, device=device)
+
+    @property
+    def log_probabilities(self) -> Tensor:
+        """log π, [D, K], with gradient."""
+        return torch.log_softmax(self.logits + self.tilt, dim=-1)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` independent choices, int64 [count, D].
+
+        Gumbel noise is drawn on the CPU, so that every device samples the same; adding it needs no synchronisation.
+        """
+        uniform = torch.rand(count, *self.logits.shape, generator=generator, dtype=torch.float64)
+        gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
+        noisy = self.log_probabilities.detach().double() + gumbel.to(self.logits.device, non_blocking=True)
+        return noisy.argmax(-1)
+
+    def log_prob(self, choice: Tensor) -> Tensor:
+        """log π(choice), **summed** over decisions: [n] for choices [n, D]."""
+        table = self.log_probabilities.expand(choice.shape[0], -1, -1)
+        return table.gather(-1, choice.unsqueeze(-1)).squeeze(-1).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """mean_d H(π_d), nats."""
+        log_p = self.log_probabilities
+        return -(log_p.exp() * log_p).sum(-1).mean()
+
+    def expected_cost(self, table: CostTable) -> Tensor:
+        """Exact expected cost of a sample, float64, with gradient."""
+        return self.space.expected_cost(table, self.log_probabilities.exp())
+
+    def argmax(self) -> Tensor:
+        """The most probable choice of every decision, int64 [D]."""
+        return self.log_probabilities.argmax(-1)
+
+    @torch.no_grad()
+    def tilt_to(self, table: CostTable, target: float) -> float:
+        """Set `tilt` = −λ·marginal cost such that the expected cost is `target`, by bisection on λ.
+
+        Returns: expected cost / target afterwards: 1, unless every format has one cost.
+        """
+        prices = marginal_costs(self.space, table).to(self.logits.device) / target
+        low, high = -1e6, 1e6
+        for _ in range(200):
+            middle = (low + high) / 2
+            self.tilt = (-middle * prices).float()
+            if float(self.expected_cost(table)) > target:
+                low = middle
+            else:
+                high = middle
+        return float(self.expected_cost(table)) / target
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"logits": self.logits.detach().clone(), "tilt": self.tilt.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.logits.copy_(state["logits"])
+            self.tilt.copy_(state["tilt"])
+
+
+def marginal_costs(space: SearchSpace, table: CostTable) -> Tensor:
+    """What each choice of each decision costs when every other decision is uniform: float64 [D, K].
+
+    Exact up to a constant per decision where weights and inputs have one format; for products of two decisions it is
+    the mean over the other one.
+    """
+    count = (len(space.decisions), len(space.formats))
+    uniform = torch.full(count, 1 / count[1], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(space.expected_cost(table, uniform), uniform)
+    return gradient.detach()
