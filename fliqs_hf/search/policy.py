@@ -98,5 +98,6 @@ def marginal_costs(space: SearchSpace, table: CostTable) -> Tensor:
     """
     count = (len(space.decisions), len(space.formats))
     uniform = torch.full(count, 1 / count[1], dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(space.expected_cost(table, uniform), uniform)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(space.expected_cost(table, uniform), uniform)
     return gradient.detach()

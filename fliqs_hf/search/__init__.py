@@ -1,0 +1,23 @@
+"""One-shot mixed-precision search: space, policy, objective, exact derivation, sensitivity prior."""
+
+from fliqs_hf.search.config import PRESETS, SearchConfig
+from fliqs_hf.search.oneshot import FinalChoice, OneShotSearch
+from fliqs_hf.search.policy import Policy
+from fliqs_hf.search.sensitivity import Sensitivity, fisher_scores
+from fliqs_hf.search.solver import best_choice, pareto_front, reachable_range
+from fliqs_hf.search.space import Decision, SearchSpace
+
+__all__ = [
+    "PRESETS",
+    "Decision",
+    "FinalChoice",
+    "OneShotSearch",
+    "Policy",
+    "SearchConfig",
+    "SearchSpace",
+    "Sensitivity",
+    "best_choice",
+    "fisher_scores",
+    "pareto_front",
+    "reachable_range",
+]

@@ -1,0 +1,117 @@
+"""`SearchConfig`: every choice of the search with its reason, and the presets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from fliqs_hf.errors import ConfigError
+
+Prior = Literal["fisher", "none"]
+Quality = Literal["loss", "accuracy"]
+Reward = Literal["quality", "absolute", "capped"]
+Derivation = Literal["program", "argmax"]
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How formats are sampled, how the policy learns, and how the final allocation is derived.
+
+    The defaults are the `default` preset; `SearchConfig.preset("paper")` is FLIQS as published.
+
+    Raises: ConfigError: a value out of range, which it names.
+    """
+
+    #: Where the policy starts. `fisher`: logits = −κ·score, the score of each format from one backward pass over
+    #: `prior_images` (see `sensitivity`). From scratch (`none`) a policy hardly commits within 10³ steps.
+    prior: Prior = "fisher"
+    #: κ: how strongly the policy trusts the prior, per unit of loss.
+    prior_strength: float = 50.0
+    #: 512 images lost 1.7 points at 2.5 bits against 1500.
+    prior_images: int = 1536
+    #: Steps that sample formats uniformly and train weights only, as a fraction. The prior makes it unnecessary.
+    warmup_fraction: float = 0.0
+    #: Step at which the allocation is frozen, as a fraction of the run; the rest trains the weights for it. 0 takes
+    #: the allocation straight from the prior.
+    explore_fraction: float = 0.6
+    #: What a sample is rewarded for: −loss on the training batch is far less noisy than accuracy on it.
+    quality: Quality = "loss"
+    #: `quality` rewards Q alone and leaves cost to `cost_weight` and the derivation; `absolute` is the paper's
+    #: Q + β·|C/C_target − 1|; `capped` penalises only excess.
+    reward: Reward = "quality"
+    #: β of the paper's reward, negative.
+    beta: float = -0.3
+    #: Weight of (E[C]/C_target − 1)², whose gradient is exact: the paper's cost term on samples is 6 to 12 times as
+    #: noisy as the quality signal.
+    cost_weight: float = 1.0
+    #: Allocations per step and rank. From two on (over all ranks), each is compared with the mean of the others on
+    #: the same step (leave-one-out); a single one is compared with a moving average.
+    samples_per_step: int = 1
+    #: Momentum of that moving average.
+    baseline_momentum: float = 0.9
+    #: Adam on the logits.
+    policy_learning_rate: float = 0.01
+    #: β_Hmax of the entropy schedule, in units of the reward.
+    entropy_weight: float = 0.01
+    #: `program`: the most probable allocation within [1 − `band`, 1] of the target, by integer programming.
+    #: `argmax`: the most probable format of each layer, repaired by the program only where it misses the target.
+    derive: Derivation = "program"
+    #: Width of the band below the target.
+    band: float = 0.03
+
+    def __post_init__(self) -> None:
+        for name, choices in (("prior", Prior), ("quality", Quality), ("reward", Reward), ("derive", Derivation)):
+            if getattr(self, name) not in choices.__args__:  # type: ignore[attr-defined]
+                raise ConfigError(f"{name}={getattr(self, name)!r}; choose from {', '.join(choices.__args__)}")  # type: ignore[attr-defined]
+        limits: tuple[tuple[str, float, float], ...] = (
+            ("prior_strength", 0, float("inf")),
+            ("warmup_fraction", 0, 1),
+            ("explore_fraction", 0, 1),
+            ("baseline_momentum", 0, 1),
+            ("cost_weight", 0, float("inf")),
+            ("policy_learning_rate", 0, float("inf")),
+            ("entropy_weight", 0, float("inf")),
+            ("band", 0, 0.5),
+            ("samples_per_step", 1, 64),
+            ("prior_images", 1, float("inf")),
+        )
+        for name, low, high in limits:
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and low <= value <= high):
+                raise ConfigError(f"{name}={value!r} must be between {low} and {high}")
+        if self.warmup_fraction > self.explore_fraction:
+            raise ConfigError(
+                f"warmup_fraction={self.warmup_fraction} must not exceed explore_fraction={self.explore_fraction}"
+            )
+        if self.beta > 0:
+            raise ConfigError(f"beta={self.beta} must not be positive: it would reward missing the target")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> SearchConfig:
+        """The `default` or the `paper` preset, with changes. Raises: ConfigError: unknown preset or key."""
+        if name not in PRESETS:
+            raise ConfigError(f"preset={name!r} does not exist; choose from {', '.join(PRESETS)}")
+        known = [field.name for field in fields(cls)]
+        for key in changes:
+            if key not in known:
+                close = get_close_matches(key, known, 1)
+                raise ConfigError(f"unknown search setting {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        return replace(cls(**PRESETS[name]), **changes)
+
+
+#: `paper`: uniform sampling for the first quarter, TuNAS' absolute reward on accuracy with a moving baseline, cosine
+#: entropy, and the arg-max at the last step as the result (FLIQS, section 3).
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "paper": {
+        "prior": "none",
+        "warmup_fraction": 0.25,
+        "explore_fraction": 1.0,
+        "quality": "accuracy",
+        "reward": "absolute",
+        "cost_weight": 0.0,
+        "derive": "argmax",
+    },
+}

@@ -1,0 +1,255 @@
+"""The one-shot search: what happens to the policy before and after each training step.
+
+The training loop asks `begin_step` for formats and gives `end_step` the quality it measured; nothing else passes
+between them. Nothing here waits for the device during a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fliqs_hf.allocation import Allocation
+from fliqs_hf.cost import CostTable, Target
+from fliqs_hf.errors import TargetError
+from fliqs_hf.search.config import SearchConfig
+from fliqs_hf.search.objective import (
+    absolute_reward,
+    capped_reward,
+    entropy_coefficient,
+    leave_one_out_advantage,
+    moving_baseline,
+    policy_loss,
+)
+from fliqs_hf.search.policy import Policy, step_generator
+from fliqs_hf.search.solver import best_choice, reachable_range
+from fliqs_hf.search.space import SearchSpace
+
+Gather = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FinalChoice:
+    """The allocation that a search ends with.
+
+    Attributes:
+        cost_ratio: cost / target.
+        argmax_cost_ratio: the same for the policy's arg-max, which the integer program may have replaced.
+        repaired: whether the allocation differs from the arg-max.
+    """
+
+    allocation: Allocation
+    cost: float
+    cost_ratio: float
+    argmax_cost_ratio: float
+    repaired: bool
+
+
+class OneShotSearch:
+    """Policy, optimizer and phases of one search.
+
+    All ranks hold the same policy: each samples for itself from a generator of (seed, step, rank), and every rank
+    replays the samples of all others and applies the one update that the gathered qualities give.
+
+    Attributes:
+        phase: "warmup" (uniform sampling), "search" or "final" (one fixed allocation).
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        table: CostTable,
+        target: Target,
+        config: SearchConfig,
+        total_steps: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        gather: Gather | None = None,
+    ) -> None:
+        """
+        Args:
+            table: costs of the space's layers and formats, of the kind that `target` is measured by.
+            total_steps: optimizer steps of the whole run, both phases.
+            gather: [n] of every rank -> [world_size · n] on every rank, in the order of ranks.
+        Raises: TargetError: the target is outside the range of the space.
+        """
+        self.space, self.table, self.config = space, table, config
+        self.target = target
+        self.target_cost = target.resolve(table, reachable_range(space, table))
+        self.seed, self.rank, self.world_size, self.device = seed, rank, world_size, torch.device(device)
+        self.gather: Gather = gather or (lambda values: values)
+        self.search_start = round(config.warmup_fraction * total_steps)
+        self.search_end = round(config.explore_fraction * total_steps)
+        self.policy = Policy(space, device)
+        self.optimizer = torch.optim.Adam([self.policy.logits], lr=config.policy_learning_rate)
+        self.baseline = torch.zeros((), device=device)
+        self.started = torch.zeros((), device=device)
+        self.final: FinalChoice | None = None
+        self._choices = torch.empty(0, dtype=torch.long)
+        self._metrics: dict[str, Tensor] = {}
+
+    def start_from(self, scores: Tensor) -> None:
+        """Set the prior: logits = −κ·(score − least score of the decision), tilted to the target's expected cost.
+
+        Args:
+            scores: [D, K], expected increase of the loss.
+        """
+        relative = scores - scores.amin(-1, keepdim=True)
+        with torch.no_grad():
+            self.policy.logits.copy_((-self.config.prior_strength * relative).to(self.policy.logits))
+        self.policy.tilt_to(self.table, self.target_cost)
+
+    def phase(self, step: int) -> str:
+        if step >= self.search_end:
+            return "final"
+        return "search" if step >= self.search_start else "warmup"
+
+    @property
+    def samples_per_step(self) -> int:
+        """Forward passes that `begin_step` wants in the search phase."""
+        return self.config.samples_per_step
+
+    def begin_step(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """Formats for step `step`: one (weight indices [L], activation indices [L]) per forward pass of this rank."""
+        phase = self.phase(step)
+        if phase == "final":
+            if self.final is None:
+                self.finalize()
+            assert self.final is not None
+            choices = self.space.choice(self.final.allocation).to(self.device).unsqueeze(0)
+        else:
+            everyone = [self._sample(step, rank, phase) for rank in range(self.world_size)]
+            self._choices = torch.cat(everyone)
+            choices = everyone[self.rank]
+        return [self.space.indices(choice) for choice in choices]
+
+    def end_step(self, step: int, quality: Tensor) -> None:
+        """Learn from step `step`.
+
+        Args:
+            quality: [samples_per_step] of this rank, higher is better, on the device, in the order of `begin_step`.
+        """
+        phase = self.phase(step)
+        if phase == "final":
+            return
+        quality = self.gather(quality.detach().float())
+        ratio = (self.space.cost_of(self.table, self._choices) / self.target_cost).float()
+        reward = self._reward(quality, ratio)
+        if len(reward) > 1:
+            advantage = leave_one_out_advantage(reward)
+        else:
+            advantage = (reward - self.baseline) * self.started
+        self.baseline = moving_baseline(self.baseline, reward, self.config.baseline_momentum, self.started)
+        self.started = torch.ones_like(self.started)
+        entropy = self.policy.entropy()
+        if phase == "search":
+            weight = entropy_coefficient(step, self.search_start, self.search_end, self.config.entropy_weight)
+            loss = policy_loss(self.policy.log_prob(self._choices), advantage, entropy, weight)
+            if self.config.cost_weight:
+                excess = self.policy.expected_cost(self.table) / self.target_cost - 1
+                loss = loss + self.config.cost_weight * excess.square().float()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        self._metrics = {"reward": reward.mean(), "cost_ratio": ratio.mean(), "entropy": entropy.detach()}
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalars of the last step, on the device."""
+        return dict(self._metrics)
+
+    def probabilities(self) -> Tensor:
+        """[D, K]."""
+        return self.policy.log_probabilities.detach().exp()
+
+    def finalize(self) -> FinalChoice:
+        """Derive the final allocation from the policy as it stands.
+
+        The result meets the target: within 2 % where it is two-sided (below it, by the band), never above a cap.
+        """
+        if self.final is not None:
+            return self.final
+        argmax = self.policy.argmax().cpu()
+        argmax_cost = float(self.space.cost_of(self.table, argmax))
+        keep = self.config.derive == "argmax" and self.target.is_met(argmax_cost, self.target_cost)
+        choice = argmax if keep else self._program()
+        cost = float(self.space.cost_of(self.table, choice))
+        if not self.target.is_met(cost, self.target_cost):
+            raise TargetError(f"no allocation of the space meets {self.target}: the nearest is {cost / self.target_cost:.3f} of it")
+        self.final = FinalChoice(
+            allocation=self.space.allocation(choice),
+            cost=cost,
+            cost_ratio=cost / self.target_cost,
+            argmax_cost_ratio=argmax_cost / self.target_cost,
+            repaired=not torch.equal(choice, argmax),
+        )
+        return self.final
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors only, for safetensors. The final allocation is stored as its choice."""
+        state = self.policy.state_dict() | {"baseline": self.baseline, "started": self.started}
+        for key, value in self.optimizer.state.get(self.policy.logits, {}).items():
+            state[f"adam.{key}"] = value
+        if self.final is not None:
+            state["final"] = self.space.choice(self.final.allocation)
+        return {key: value.detach().clone().contiguous() for key, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.policy.load_state_dict(state)
+        self.baseline, self.started = (state[key].to(self.device) for key in ("baseline", "started"))
+        adam = {key.removeprefix("adam."): value for key, value in state.items() if key.startswith("adam.")}
+        if adam:
+            on_host = ("step",)  # as Adam keeps it
+            self.optimizer.state[self.policy.logits] = {
+                key: value.clone() if key in on_host else value.to(self.device) for key, value in adam.items()
+            }
+        if "final" in state:
+            choice = state["final"].cpu()
+            cost = float(self.space.cost_of(self.table, choice))
+            argmax = self.policy.argmax().cpu()
+            argmax_cost = float(self.space.cost_of(self.table, argmax))
+            self.final = FinalChoice(
+                self.space.allocation(choice),
+                cost,
+                cost / self.target_cost,
+                argmax_cost / self.target_cost,
+                not torch.equal(choice, argmax),
+            )
+
+    def _sample(self, step: int, rank: int, phase: str) -> Tensor:
+        generator, count = step_generator(self.seed, step, rank), self.config.samples_per_step
+        if phase == "search":
+            return self.policy.sample(count, generator)
+        shape = (count, len(self.space.decisions))
+        return torch.randint(len(self.space.formats), shape, generator=generator).to(self.device)
+
+    def _reward(self, quality: Tensor, ratio: Tensor) -> Tensor:
+        if self.config.reward == "absolute":
+            return absolute_reward(quality, ratio, self.config.beta)
+        if self.config.reward == "capped":
+            return capped_reward(quality, ratio, self.config.beta)
+        return quality
+
+    def _program(self) -> Tensor:
+        """The choice of highest probability within the band below the target.
+
+        Scores are the learned logits: the tilt, a price on cost, has no say where cost is a constraint. Where the band
+        is empty it is widened to what the target allows.
+        """
+        tolerance = Target.TOLERANCE
+        band = self.config.band if self.target.cap else min(self.config.band, tolerance)
+        bands = [(1 - band, 1.0), (0.0, 1.0) if self.target.cap else (1 - tolerance, 1 + tolerance)]
+        for low, high in bands:
+            try:
+                return best_choice(
+                    self.space, self.table, self.policy.logits, low=low * self.target_cost, high=high * self.target_cost
+                )
+            except TargetError:
+                if (low, high) == bands[-1]:
+                    raise
+        raise AssertionError("unreachable")

@@ -1,0 +1,142 @@
+"""How much each format of each layer is expected to hurt, from one backward pass per batch.
+
+The per-sample Fisher score of layer l in formats f is ½·mean_i (Σ g_i·ΔY_i)², where g_i is the gradient of image i's
+true-label loss at the layer's fp32 output and ΔY_i the change of that output when the layer's input and weight are
+quantized. It is the second-order estimate of the increase of the loss with the Fisher information for the Hessian;
+the sum over positions and channels is taken before the square, so changes that cancel within an image count as
+cancelled. Of the cheap predictors of the loss after quantization-aware training it ranked best here (docs/search.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fliqs_hf.errors import DataError
+from fliqs_hf.formats import Format
+from fliqs_hf.nn.searchable import QuantizerSettings
+from fliqs_hf.quant import quantize_activation, quantize_weight
+from fliqs_hf.search.space import SearchSpace
+
+#: (images, labels) of one batch -> logits [batch, classes]
+Forward = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Scores of one pass over calibration images.
+
+    Attributes:
+        decision_scores: expected increase of the loss for each choice of each decision, float32 [D, K]. Layers of a
+            decision add up; where weights and inputs are decided apart, each is scored with the other in fp32.
+        images: how many images were used.
+    """
+
+    decision_scores: Tensor
+    images: int
+
+
+def fisher_scores(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Tensor]],
+    forward: Forward,
+    space: SearchSpace,
+    settings: QuantizerSettings | None = None,
+) -> Sensitivity:
+    """Per-sample Fisher scores of every choice of every decision.
+
+    Args:
+        model: plain or searchable with its switch disabled; in evaluation mode on return as before.
+        batches: (inputs, labels); labels int64 [batch]. A progress bar, if any, is the caller's.
+        forward: inputs -> logits.
+    Raises: DataError: no batch. A layer that the forward pass does not reach scores 0.
+    """
+    settings = settings or QuantizerSettings()
+    layers = {layer.name: model.get_submodule(layer.name) for layer in space.layers}
+    rows = {name: row for row, name in enumerate(layers)}
+    roles: tuple[tuple[bool, bool], ...] = ((True, True),) if space.activation == "same" else ((True, False), (False, True))
+    total = torch.zeros(len(roles), len(layers), len(space.formats), dtype=torch.float64)
+    count = 0
+    training = model.training
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for inputs, labels in batches:
+            changes = torch.zeros(len(roles), len(layers), len(space.formats), len(labels), device=labels.device)
+            with _Probes(layers, rows, space.formats, roles, settings, changes):
+                with torch.enable_grad():
+                    loss = functional.cross_entropy(forward(inputs).float(), labels, reduction="sum")
+                loss.backward()
+            total += changes.double().square().sum(-1).cpu() / 2
+            count += len(labels)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        model.train(training)
+    if not count:
+        raise DataError("the sensitivity pass got no images: give it a split that is not empty")
+    scores = torch.zeros(len(space.decisions), len(space.formats), dtype=torch.float64)
+    for role, index in enumerate(
+        (space.weight_decision,) if space.activation == "same" else (space.weight_decision, space.activation_decision)
+    ):
+        scores.index_add_(0, index, total[role])
+    return Sensitivity((scores / count).float(), count)
+
+
+class _Probes:
+    """Hooks that add Σ g_i·ΔY_i of every layer and format to `changes` [roles, L, K, batch] during backward."""
+
+    def __init__(
+        self,
+        layers: dict[str, nn.Module],
+        rows: dict[str, int],
+        formats: tuple[Format, ...],
+        roles: tuple[tuple[bool, bool], ...],
+        settings: QuantizerSettings,
+        changes: Tensor,
+    ) -> None:
+        self.rows, self.formats, self.roles = rows, formats, roles
+        self.settings, self.changes = settings, changes
+        self.handles = [layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def forward_hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = inputs[0].detach()
+            if not output.requires_grad:  # the first layers: nothing before them needs a gradient
+                output.requires_grad_(True)
+            output.register_hook(lambda gradient: self._measure(name, layer, x, output.detach(), gradient))
+            return output
+
+        return forward_hook
+
+    @torch.no_grad()
+    def _measure(self, name: str, layer: Any, x: Tensor, output: Tensor, gradient: Tensor) -> None:
+        kind, batch = ("conv2d" if isinstance(layer, nn.Conv2d) else "linear"), self.changes.shape[-1]
+        settings = self.settings
+        for k, fmt in enumerate(self.formats):
+            for role, (with_weight, with_input) in enumerate(self.roles):
+                weight, value = layer.weight, x
+                if with_weight:
+                    weight = quantize_weight(weight, fmt, settings.weight_granularity, settings.weight_scale, fmt.is_integer)
+                if with_input:
+                    value = quantize_activation(x, fmt, kind, settings.activation_granularity, fmt.is_integer)
+                changed = (
+                    layer._conv_forward(value, weight, layer.bias)
+                    if kind == "conv2d"
+                    else functional.linear(value, weight, layer.bias)
+                )
+                self.changes[role, self.rows[name], k] += (gradient * (changed - output)).reshape(batch, -1).sum(-1)
