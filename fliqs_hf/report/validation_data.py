@@ -88,13 +88,13 @@ def label_reader(
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise DataError(f"image {row}: label {value!r} is not a class number; choose another label_column")
         label = int(value)
-        if translation is not None and 0 <= label < len(translation):
-            return translation[label]
-        if label < 0 or (classes is not None and label >= classes):
+        known = classes if translation is None else len(translation)
+        if label < 0 or (known is not None and label >= known):
             hint = "; -1 marks the images of a split without labels: choose another split" if label == -1 else ""
-            known = "one of the models' classes" if classes is None else f"one of the models' {classes} classes"
-            raise DataError(f"image {row}: label {label} is not {known}{hint}")
-        return label
+            owner = "the models'" if translation is None else "the data set's own"
+            count = "" if known is None else f"{known} "
+            raise DataError(f"image {row}: label {label} is not one of {owner} {count}classes{hint}")
+        return label if translation is None else translation[label]
 
     return read
 
