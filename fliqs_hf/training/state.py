@@ -1,0 +1,87 @@
+"""Training states on disk: safetensors and JSON, nothing pickled, written beside and then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fliqs_hf.errors import CheckpointError, TrainingError
+
+_NAME = "step-{:08d}"
+
+
+def save_state(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], meta: dict[str, Any]
+) -> None:
+    """Write the state after `step` steps as `folder/step-…`, then drop older ones.
+
+    Raises: TrainingError: the disk is full or not writable; the last complete state is untouched.
+    """
+    final = folder / _NAME.format(step)
+    draft = folder / f".{final.name}.tmp"
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, draft / "model.safetensors")
+        save_file(_optimizer_tensors(optimizer), draft / "optimizer.safetensors")
+        save_file({name: tensor.contiguous().cpu() for name, tensor in extra.items()}, draft / "extra.safetensors")
+        (draft / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=2))
+        os.replace(draft, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise TrainingError(f"cannot write the training state {final}: {error}; free some space and resume") from error
+    for old in states(folder):
+        if old != final:
+            shutil.rmtree(old)
+
+
+def states(folder: Path) -> list[Path]:
+    """Complete states, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "meta.json").is_file())
+
+
+def load_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]
+) -> tuple[int, dict[str, Tensor]]:
+    """Restore in place. Returns: steps done, and the extra tensors.
+
+    Raises: CheckpointError: unreadable, or written with other settings (it names the first that differs).
+    """
+    try:
+        stored = json.loads((path / "meta.json").read_text())
+        for key, value in meta.items():
+            if stored.get(key) != value:
+                raise CheckpointError(
+                    f"{path} was written with {key}={stored.get(key)!r}, this run has {value!r}; "
+                    "resume with the same settings, or start in a new output_dir"
+                )
+        device = next(model.parameters()).device
+        model.load_state_dict(load_file(path / "model.safetensors", device=str(device)))
+        _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
+        return int(stored["step"]), load_file(path / "extra.safetensors")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the training state {path} cannot be read: {error}; delete it to start again") from error
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{key}": value.detach().contiguous().cpu() for index, entry in state.items() for key, value in entry.items()}
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
