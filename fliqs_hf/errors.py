@@ -31,3 +31,7 @@ class CheckpointError(FliqsError, RuntimeError):
 
 class TrainingError(FliqsError, RuntimeError):
     """Training that cannot go on, such as a loss that is not finite."""
+
+
+class HubError(FliqsError, RuntimeError):
+    """The Hub refused a request, or could not be reached."""

@@ -30,7 +30,7 @@ def check_packed_files(model: Any, files: Sequence[str] | None) -> None:
     """
     headers: dict[str, tuple[list[int], str]] = {}
     for file in files or ():
-        headers.update(_header(file))
+        headers.update(read_header(file))
     prefix = model.base_model_prefix + "."
     ignored = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
     tied = set(model.all_tied_weights_keys)
@@ -55,7 +55,11 @@ def check_packed_files(model: Any, files: Sequence[str] | None) -> None:
         raise CheckpointError(f"the checkpoint holds {surplus[0]!r}, which {type(model).__name__} has no place for")
 
 
-def _header(file: str) -> dict[str, tuple[list[int], str]]:
+def read_header(file: str) -> dict[str, tuple[list[int], str]]:
+    """Tensor name -> (shape, type such as "U8") of a safetensors file.
+
+    Raises: CheckpointError: no safetensors file, or not a complete one.
+    """
     if not str(file).endswith(".safetensors"):
         raise CheckpointError(f"{file}: packed checkpoints are safetensors files; nothing else is read")
     try:

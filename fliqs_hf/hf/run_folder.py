@@ -1,0 +1,144 @@
+"""Reading a finished run: its checkpoint, checked to be complete, and what was recorded beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fliqs_hf.allocation import Allocation
+from fliqs_hf.cost import LayerInfo
+from fliqs_hf.errors import CheckpointError, ConfigError
+from fliqs_hf.hf.checkpoint import read_header
+from fliqs_hf.hf.config import METHOD, FLIQSConfig
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder, or only a checkpoint folder. What was not recorded is None or empty, never assumed.
+
+    Attributes:
+        checkpoint: folder with config.json, packed weights and image processor.
+        run: the folder around it; None where only a checkpoint was given.
+        model: the checkpoint's config.json.
+        quantization: its quantization_config, validated; the allocation in it is the model's.
+        weight_files: in `checkpoint`, all of them complete.
+        settings: the run's config.json. results: its results.json. validation: its validation.json.
+        layers: its layers.json.
+        figures: PNG files, by name.
+    """
+
+    checkpoint: Path
+    run: Path | None
+    model: dict[str, Any]
+    quantization: FLIQSConfig
+    weight_files: tuple[Path, ...]
+    settings: dict[str, Any]
+    results: dict[str, Any]
+    validation: dict[str, Any]
+    layers: tuple[LayerInfo, ...]
+    figures: tuple[Path, ...]
+
+    @property
+    def allocation(self) -> Allocation:
+        allocation: Allocation = self.quantization.allocation
+        return allocation
+
+    @classmethod
+    def read(cls, folder: str | Path) -> RunFolder:
+        """Read `folder`, and check that its checkpoint is packed, complete and of the allocation beside it.
+
+        Raises: CheckpointError: it is not; the message names the file and the remedy.
+        """
+        folder = Path(folder)
+        run = folder if (folder / "checkpoint").is_dir() else None
+        checkpoint = folder / "checkpoint" if run else folder
+        if not (checkpoint / "config.json").is_file():
+            raise CheckpointError(
+                f"{str(folder)!r} is neither a run folder (with checkpoint/ in it) nor a checkpoint (with config.json)"
+            )
+        model = _read_json(checkpoint / "config.json")
+        quantization = _quantization(checkpoint / "config.json", model)
+        if not any((checkpoint / name).is_file() for name in PROCESSORS):
+            raise CheckpointError(
+                f"{checkpoint} has no {PROCESSORS[0]}: nobody could prepare images for this model; "
+                "save the image processor there with `image_processor.save_pretrained`"
+            )
+        optional = {
+            name: _read_json(run / f"{name}.json") if run and (run / f"{name}.json").is_file() else {}
+            for name in ("config", "results", "validation")
+        }
+        beside = run / "allocation.json" if run else None
+        if beside and beside.is_file() and Allocation.load(beside) != quantization.allocation:
+            raise CheckpointError(
+                f"{beside} is not the allocation that the checkpoint is packed by; remove the one that is out of date"
+            )
+        return cls(
+            checkpoint=checkpoint,
+            run=run,
+            model=model,
+            quantization=quantization,
+            weight_files=_weight_files(checkpoint, quantization.allocation),
+            settings=optional["config"],
+            results=optional["results"],
+            validation=optional["validation"],
+            layers=_layers(run / "layers.json") if run and (run / "layers.json").is_file() else (),
+            figures=tuple(sorted((run / "figures").glob("*.png"))) if run else (),
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, not an object")
+    return data
+
+
+def _quantization(path: Path, model: dict[str, Any]) -> FLIQSConfig:
+    data = model.get("quantization_config")
+    if not isinstance(data, dict) or data.get("quant_method") != METHOD:
+        raise CheckpointError(f"{path}: this model is not quantized by fliqs_hf; quantize it first")
+    config: FLIQSConfig = FLIQSConfig.from_dict(data)
+    if config.allocation is None:
+        raise CheckpointError(f"{path}: this model is still being searched; pack it with `fliqs_hf.quantize` first")
+    return config
+
+
+def _layers(path: Path) -> tuple[LayerInfo, ...]:
+    try:
+        return tuple(LayerInfo(**entry) for entry in json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def _weight_files(checkpoint: Path, allocation: Allocation) -> tuple[Path, ...]:
+    """The weight files that `from_pretrained` would read, after checking that they hold every packed weight."""
+    if (checkpoint / WEIGHTS).is_file():
+        files: tuple[Path, ...] = (checkpoint / WEIGHTS,)
+        indexed: dict[str, str] = {}
+    elif (checkpoint / INDEX).is_file():
+        indexed = _read_json(checkpoint / INDEX).get("weight_map") or {}
+        files = tuple(checkpoint / name for name in sorted(set(indexed.values())))
+    else:
+        raise CheckpointError(f"{checkpoint} has no {WEIGHTS} and no {INDEX}; save the model there again")
+    if lost := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(f"{checkpoint / INDEX} points at {lost[0]}, which is missing; save the model again")
+    headers = {file.name: read_header(str(file)) for file in files}
+    if lost := [name for name, file in indexed.items() if name not in headers[file]]:
+        raise CheckpointError(f"{checkpoint / INDEX} says that {lost[0]!r} is in {indexed[lost[0]]}, but it is not")
+    types = {name: kind for header in headers.values() for name, (_, kind) in header.items()}
+    for name in allocation:
+        if types.get(f"{name}.weight") != "U8":
+            raise CheckpointError(
+                f"{checkpoint}: config.json says that {name!r} is packed in {allocation[name].weight}, but the weight "
+                f"files hold {types.get(f'{name}.weight', 'nothing')} for it; save the model again"
+            )
+    return files
