@@ -87,7 +87,7 @@ class HubServer:
         commit           a commit request is cut off, not applied
         commit-response  a commit is applied, but the connection breaks before the answer
         commit-error     a commit request is answered with status 500, not applied
-        concurrent       somebody else commits just before this commit
+        concurrent       somebody else commits a weight file just before this commit
         """
         self._faults[kind] = times
 
@@ -286,7 +286,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.take_fault("commit-error"):
             raise _Error(500, "Internal Server Error")
         if self.hub.take_fault("concurrent"):
-            repo.commit(revision, repo.commits[repo.branches[revision]], "somebody else")
+            theirs = {"model-00001-of-00001.safetensors": (b"theirs", True)}
+            repo.commit(revision, {**repo.commits[repo.branches[revision]], **theirs}, "somebody else")
         head, old = self._tree(repo, revision)
         header, files = lines[0]["value"], dict(old)
         if header.get("parentCommit", head) != head:

@@ -198,6 +198,7 @@ def test_a_fault_that_passes_is_survived(hub: HubServer, run_folder: Path, kind:
     repo = hub.repos["user/model"]
     assert not hub.take_fault(kind), "the fault has not happened"
     assert_complete(repo.files(), run_folder)
+    assert [name for name in repo.files() if name.endswith(".safetensors")] == ["model.safetensors"]
     assert repo.messages.count("ours") == 1
     assert url.endswith(repo.branches["main"])
 
