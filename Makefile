@@ -1,34 +1,40 @@
-# make demo | test | check | style | bench. VENV chooses the virtual environment, PYTHON the interpreter that makes it.
+# make demo | test | check | style | bench: each makes the virtual environment first if there is none.
+# VENV chooses the environment, PYTHON the interpreter that makes it, PYTEST_ARGS what pytest is given.
 VENV ?= .venv
 PYTHON ?= python3
+PYTEST_ARGS ?=
+BENCH_MODEL ?= ../shared/data/deit-tiny-imagenet
+
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
-DEITTINY ?= ../shared/data/deit-tiny-imagenet
+INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check style bench clean
+.DELETE_ON_ERROR:
 
-$(STAMP): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt is for Python 3.11 and newer: make PYTHON=python3.11")'
+	@echo "Installing into $(VENV): about two minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	touch $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
 
-demo: $(STAMP)
+demo: $(INSTALLED)
 	$(BIN)/python recipes/vit.py recipes/configs/digits.yaml
 
-test: $(STAMP)
+test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: $(STAMP)
+check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-style: $(STAMP)
+style: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)
-	$(BIN)/python recipes/bench/step.py $(DEITTINY) --output recipes/bench/results/step-deit-tiny.json
+bench: $(INSTALLED)
+	$(BIN)/python recipes/bench/step.py $(BENCH_MODEL) --output recipes/bench/results/step-deit-tiny.json
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

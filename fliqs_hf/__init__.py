@@ -7,7 +7,6 @@ from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.formats import parse
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.nn import make_searchable
+from fliqs_hf.version import __version__
 
-__version__ = "0.1.0.dev0"
-
-__all__ = ["Allocation", "FLIQSConfig", "LayerFormats", "make_searchable", "parse", "quantize"]
+__all__ = ["Allocation", "FLIQSConfig", "LayerFormats", "__version__", "make_searchable", "parse", "quantize"]

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.utils.logging import tqdm
 
-import fliqs_hf
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.report import statistics, validation_page
@@ -27,6 +26,7 @@ from fliqs_hf.report.comparison import WARM_UP_BATCHES, Comparison, Example, com
 from fliqs_hf.report.statistics import Calibration, ClassChange, Gate, Proportion
 from fliqs_hf.report.validation_data import MatchLabels, class_names, label_reader, read_batches
 from fliqs_hf.report.validation_page import points
+from fliqs_hf.version import __version__
 
 FEWEST_TIMED_BATCHES = 5
 """Fewer timed batches than this give no latency: a median of two says nothing."""
@@ -331,7 +331,7 @@ def _conditions(device: torch.device, batch_size: int, resamples: int, seed: int
         "bootstrap": {"resamples": resamples, "seed": seed, "method": "percentile, paired by image"},
         "system": platform.platform(),
         "versions": {
-            "fliqs_hf": fliqs_hf.__version__,
+            "fliqs_hf": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

@@ -1,0 +1,30 @@
+"""Fixtures of every test: nothing from the network, GPU tests where there is a GPU, the sample data if it is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before Transformers is imported. Tests that speak to a server of their own on the loopback interface set these back.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images and weights beside the project; the test is skipped where it is absent."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the sample data in ../shared/data")
+    return folder

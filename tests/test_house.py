@@ -1,0 +1,186 @@
+"""The rules of the house that a program can check: layers, a light import, file length, safe loading."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fliqs_hf"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted((ROOT / "recipes").rglob("*.py"))
+
+#: A module imports only from its own or a lower level. The package itself, which re-exports, is above all of them.
+LEVELS = {
+    "errors": 0, "formats": 0, "version": 0,
+    "allocation": 1, "quant": 1,
+    "nn": 2, "cost": 2,
+    "training": 3,
+    "search": 4,
+    "baselines": 5, "hf": 5,
+    "report": 6,
+    "cli": 7,
+}  # fmt: skip
+PUBLIC_LEVEL = 8
+
+MAX_LINES = 400
+
+#: What `import fliqs_hf` must leave to those who use it. Transformers itself brings accelerate, Jinja, PIL and YAML.
+HEAVY = [
+    "datasets", "evaluate", "kornia", "matplotlib", "onnx", "optimum", "optuna", "pandas", "plotly", "pyarrow",
+    "scipy", "sklearn", "statsmodels", "tensorboard", "torch._dynamo", "torchvision", "trackio", "triton",
+]  # fmt: skip
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of each import, those inside functions too; `package` resolves relative ones."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def level_of(name: str) -> int | None:
+    """Level of a dotted name, None if it is not of this package. What the package itself holds is on the highest."""
+    first, _, rest = name.partition(".")
+    if first != PACKAGE.name:
+        return None
+    return LEVELS.get(rest.partition(".")[0], PUBLIC_LEVEL)
+
+
+def upward_imports(source: str, name: str, package: str) -> list[str]:
+    own = level_of(name)
+    assert own is not None
+    return [
+        f"{name}:{line} imports {other}"
+        for line, other in imported(ast.parse(source), package)
+        if (level := level_of(other)) is not None and level > own
+    ]
+
+
+@pytest.mark.parametrize("source", [
+    "from fliqs_hf.search.space import SearchSpace",
+    "import fliqs_hf.report",
+    "from fliqs_hf import quantize",
+    "from ..hf import config",
+    "from .. import hf",
+    "def f():\n    from fliqs_hf.nn import packed",
+    "if TYPE_CHECKING:\n    from fliqs_hf.training.loop import Loop",
+])  # fmt: skip
+def test_an_upward_import_is_found(source: str) -> None:
+    assert len(upward_imports(source, "fliqs_hf.quant.fake", "fliqs_hf.quant")) == 1
+
+
+def test_imports_that_are_allowed_are_not_found() -> None:
+    source = (
+        "import torch\nfrom . import scale\nfrom .scale import absmax\nfrom ..allocation import Allocation\n"
+        "from fliqs_hf import errors\nimport fliqs_hf.formats.spec\nfrom fliqs_hf.quant import scale"
+    )
+    assert upward_imports(source, "fliqs_hf.quant.fake", "fliqs_hf.quant") == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_imports_go_down(path: Path) -> None:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = ".".join(parts[:-1])
+    name = package if parts[-1] == "__init__" else ".".join(parts)
+    assert upward_imports(path.read_text(encoding="utf-8"), name, package) == []
+
+
+def test_every_part_of_the_package_has_a_level() -> None:
+    parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES} - {"__init__"}
+    assert parts <= LEVELS.keys(), f"give {sorted(parts - LEVELS.keys())} a level in LEVELS"
+
+
+def test_import_is_light_and_registers() -> None:
+    code = (
+        "import json, sys, fliqs_hf, torch\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as known\n"
+        "print(json.dumps([list(sys.modules), torch.cuda.is_initialized(), 'fliqs' in known]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    modules, cuda, registered = json.loads(run.stdout)
+    assert sorted(set(HEAVY) & set(modules)) == []
+    assert not cuda
+    assert registered
+    assert run.stderr == ""  # no warning either
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_files_are_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines: does it do two jobs?"
+
+
+UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+
+
+def unsafe_loads(source: str) -> list[str]:
+    """Imports of unpicklers, and calls of `torch.load` that may run code from the file."""
+    tree = ast.parse(source)
+    found = [f"{line}: import {name}" for line, name in imported(tree, "") if name.partition(".")[0] in UNPICKLERS]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            safe = [k for k in node.keywords if k.arg == "weights_only" and ast.unparse(k.value) == "True"]
+            found += [] if safe else [f"{node.lineno}: torch.load without weights_only=True"]
+        elif isinstance(node, ast.Call) and any(
+            k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords
+        ):
+            found.append(f"{node.lineno}: allow_pickle")
+    return found
+
+
+def test_unsafe_loads_are_found() -> None:
+    source = (
+        "import pickle\nfrom pickle import load\ntorch.load(path)\ntorch.load(path, weights_only=False)\n"
+        "np.load(path, allow_pickle=True)\ntorch.load(path, weights_only=True)\nnp.load(path)"
+    )
+    assert [line.partition(":")[0] for line in unsafe_loads(source)] == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("path", MODULES + SCRIPTS, ids=relative)
+def test_no_file_can_run_code_by_being_loaded(path: Path) -> None:
+    assert unsafe_loads(path.read_text(encoding="utf-8")) == []
+
+
+#: Absolute paths of one person's or one machine's folders. Written in pieces, so that this file has none.
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:" + "|".join(["home", "Users", "root", "work", "tmp"]) + r")/\w")
+
+
+def test_machine_paths_are_found() -> None:
+    assert MACHINE_PATH.search("--model " + "/home" + "/someone/model")
+    assert MACHINE_PATH.search('"' + "/tmp" + '/run"')
+    for allowed in ["../shared/data/cifar10", "https://example.org/home/x", "runs/tmp/x", "/usr/bin/env"]:
+        assert not MACHINE_PATH.search(allowed)
+
+
+def test_no_file_names_a_folder_of_one_machine() -> None:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    found = []
+    for name in filter(None, listing.stdout.split("\0")):
+        path = ROOT / name
+        if not path.is_file():  # deleted, not yet committed
+            continue
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{name}:{i}: {line.strip()}" for i, line in enumerate(lines, 1) if MACHINE_PATH.search(line)]
+    assert found == []
