@@ -102,11 +102,14 @@ class CostTable:
                 f"weight_index {list(weight_index.shape)} and activation_index {list(activation_index.shape)} "
                 f"must both be [..., {len(self.layers)}], one index per layer"
             )
-        device = weight_index.device
+        table, rows = self.on(weight_index.device)
+        return table[rows, weight_index, activation_index].sum(-1) + self.fixed_cost
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`table` and the row numbers 0 … L−1 (int64) on `device`, copied there once."""
         if device not in self._on_device:
             self._on_device[device] = (self.table.to(device), torch.arange(len(self.layers), device=device))
-        table, rows = self._on_device[device]
-        return table[rows, weight_index, activation_index].sum(-1) + self.fixed_cost
+        return self._on_device[device]
 
     def of(self, allocation: Mapping[str, LayerFormats]) -> float:
         """Cost of an allocation, whose formats need not be among `formats`; layers it does not name are fp32.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fliqs_hf.errors import ConfigError
 
 Prior = Literal["fisher", "none"]
 Quality = Literal["loss", "accuracy"]
 Reward = Literal["quality", "absolute", "capped"]
+Baseline = Literal["leave_one_out", "moving"]
 Derivation = Literal["program", "argmax"]
 
 
@@ -46,9 +48,12 @@ class SearchConfig:
     #: Weight of (E[C]/C_target − 1)², whose gradient is exact: the paper's cost term on samples is 6 to 12 times as
     #: noisy as the quality signal.
     cost_weight: float = 1.0
-    #: Allocations per step and rank. From two on (over all ranks), each is compared with the mean of the others on
-    #: the same step (leave-one-out); a single one is compared with a moving average.
+    #: Allocations per step and rank, each a forward and backward pass over the same batch.
     samples_per_step: int = 1
+    #: What a reward is compared with. `leave_one_out`: the mean of the other allocations on the same batch, or, with
+    #: one per rank, of the other ranks in the same step; with a single allocation per step there are no others, and
+    #: it is `moving`: an exponential moving average over the steps, as in the paper.
+    baseline: Baseline = "leave_one_out"
     #: Momentum of that moving average.
     baseline_momentum: float = 0.9
     #: Adam on the logits.
@@ -62,31 +67,23 @@ class SearchConfig:
     band: float = 0.03
 
     def __post_init__(self) -> None:
-        for name, choices in (("prior", Prior), ("quality", Quality), ("reward", Reward), ("derive", Derivation)):
-            if getattr(self, name) not in choices.__args__:  # type: ignore[attr-defined]
-                raise ConfigError(f"{name}={getattr(self, name)!r}; choose from {', '.join(choices.__args__)}")  # type: ignore[attr-defined]
-        limits: tuple[tuple[str, float, float], ...] = (
-            ("prior_strength", 0, float("inf")),
-            ("warmup_fraction", 0, 1),
-            ("explore_fraction", 0, 1),
-            ("baseline_momentum", 0, 1),
-            ("cost_weight", 0, float("inf")),
-            ("policy_learning_rate", 0, float("inf")),
-            ("entropy_weight", 0, float("inf")),
-            ("band", 0, 0.5),
-            ("samples_per_step", 1, 64),
-            ("prior_images", 1, float("inf")),
-        )
-        for name, low, high in limits:
+        choices = {"prior": Prior, "quality": Quality, "reward": Reward, "baseline": Baseline, "derive": Derivation}
+        for name, literal in choices.items():
+            if getattr(self, name) not in get_args(literal):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} does not exist; choose from {', '.join(get_args(literal))}"
+                )
+        for name, low, high in _LIMITS:
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and low <= value <= high):
-                raise ConfigError(f"{name}={value!r} must be between {low} and {high}")
+            whole = name in ("samples_per_step", "prior_images")
+            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not (number and low <= value <= high and math.isfinite(value)):
+                limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise ConfigError(f"{name}={value!r} must be a {'whole ' if whole else ''}number {limit}")
         if self.warmup_fraction > self.explore_fraction:
             raise ConfigError(
                 f"warmup_fraction={self.warmup_fraction} must not exceed explore_fraction={self.explore_fraction}"
             )
-        if self.beta > 0:
-            raise ConfigError(f"beta={self.beta} must not be positive: it would reward missing the target")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SearchConfig:
@@ -97,9 +94,24 @@ class SearchConfig:
         for key in changes:
             if key not in known:
                 close = get_close_matches(key, known, 1)
-                raise ConfigError(f"unknown search setting {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+                hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+                raise ConfigError(f"unknown search setting {key!r}; {hint}")
         return replace(cls(**PRESETS[name]), **changes)
 
+
+_LIMITS: tuple[tuple[str, float, float], ...] = (
+    ("prior_strength", 0, math.inf),
+    ("prior_images", 1, math.inf),
+    ("warmup_fraction", 0, 1),
+    ("explore_fraction", 0, 1),
+    ("beta", -math.inf, 0),  # positive would reward missing the target
+    ("cost_weight", 0, math.inf),
+    ("samples_per_step", 1, 64),
+    ("baseline_momentum", 0, 1),
+    ("policy_learning_rate", 0, math.inf),
+    ("entropy_weight", 0, math.inf),
+    ("band", 0, 0.5),
+)
 
 #: `paper`: uniform sampling for the first quarter, TuNAS' absolute reward on accuracy with a moving baseline, cosine
 #: entropy, and the arg-max at the last step as the result (FLIQS, section 3).
@@ -112,6 +124,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "quality": "accuracy",
         "reward": "absolute",
         "cost_weight": 0.0,
+        "baseline": "moving",
         "derive": "argmax",
     },
 }

@@ -32,9 +32,14 @@ def moving_baseline(baseline: Tensor, reward: Tensor, momentum: float, started: 
 
 
 def leave_one_out_advantage(reward: Tensor) -> Tensor:
-    """Each reward less the mean of the others: an unbiased baseline of zero extra cost. [n], n ≥ 2."""
-    n = reward.shape[0]
-    return (reward - reward.mean()) * (n / (n - 1))
+    """Each reward less the mean of the others in its group: an unbiased baseline without an extra forward pass.
+
+    Args:
+        reward: [..., n], n ≥ 2, one group per row.
+    Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!".
+    """
+    n = reward.shape[-1]
+    return (reward - reward.mean(-1, keepdim=True)) * (n / (n - 1))
 
 
 def entropy_coefficient(step: int, start: int, end: int, maximum: float) -> float:

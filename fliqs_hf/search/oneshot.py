@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import CostTable, Target
-from fliqs_hf.errors import TargetError
+from fliqs_hf.errors import CheckpointError, ConfigError, TargetError
 from fliqs_hf.search.config import SearchConfig
 from fliqs_hf.search.objective import (
     absolute_reward,
@@ -77,7 +77,8 @@ class OneShotSearch:
             table: costs of the space's layers and formats, of the kind that `target` is measured by.
             total_steps: optimizer steps of the whole run, both phases.
             gather: [n] of every rank -> [world_size · n] on every rank, in the order of ranks.
-        Raises: TargetError: the target is outside the range of the space.
+        Raises: TargetError: the target is outside the range of the space, or in a gap of it. This is found out here
+            and not when the allocation is derived, hours later.
         """
         self.space, self.table, self.config = space, table, config
         self.target = target
@@ -91,15 +92,23 @@ class OneShotSearch:
         self.baseline = torch.zeros((), device=device)
         self.started = torch.zeros((), device=device)
         self.final: FinalChoice | None = None
+        self._final_formats: list[tuple[Tensor, Tensor]] = []
         self._choices = torch.empty(0, dtype=torch.long)
         self._metrics: dict[str, Tensor] = {}
+        self._program()
 
     def start_from(self, scores: Tensor) -> None:
         """Set the prior: logits = −κ·(score − least score of the decision), tilted to the target's expected cost.
 
         Args:
             scores: [D, K], expected increase of the loss.
+        Raises: ConfigError: scores that are not finite, or not of this space.
         """
+        if scores.shape != self.policy.logits.shape or not scores.isfinite().all():
+            raise ConfigError(
+                f"the prior needs finite scores {list(self.policy.logits.shape)}, not {list(scores.shape)} with "
+                f"{int((~scores.isfinite()).sum())} that are not finite"
+            )
         relative = scores - scores.amin(-1, keepdim=True)
         with torch.no_grad():
             self.policy.logits.copy_((-self.config.prior_strength * relative).to(self.policy.logits))
@@ -119,15 +128,13 @@ class OneShotSearch:
         """Formats for step `step`: one (weight indices [L], activation indices [L]) per forward pass of this rank."""
         phase = self.phase(step)
         if phase == "final":
-            if self.final is None:
-                self.finalize()
-            assert self.final is not None
-            choices = self.space.choice(self.final.allocation).to(self.device).unsqueeze(0)
-        else:
-            everyone = [self._sample(step, rank, phase) for rank in range(self.world_size)]
-            self._choices = torch.cat(everyone)
-            choices = everyone[self.rank]
-        return [self.space.indices(choice) for choice in choices]
+            if not self._final_formats:
+                choice = self.space.choice(self.finalize().allocation).to(self.device)
+                self._final_formats = [self.space.indices(choice)]
+            return self._final_formats
+        everyone = [self._sample(step, rank, phase) for rank in range(self.world_size)]
+        self._choices = torch.cat(everyone)
+        return [self.space.indices(choice) for choice in everyone[self.rank]]
 
     def end_step(self, step: int, quality: Tensor) -> None:
         """Learn from step `step`.
@@ -141,10 +148,7 @@ class OneShotSearch:
         quality = self.gather(quality.detach().float())
         ratio = (self.space.cost_of(self.table, self._choices) / self.target_cost).float()
         reward = self._reward(quality, ratio)
-        if len(reward) > 1:
-            advantage = leave_one_out_advantage(reward)
-        else:
-            advantage = (reward - self.baseline) * self.started
+        advantage = self._advantage(reward)
         self.baseline = moving_baseline(self.baseline, reward, self.config.baseline_momentum, self.started)
         self.started = torch.ones_like(self.started)
         entropy = self.policy.entropy()
@@ -178,17 +182,19 @@ class OneShotSearch:
         argmax_cost = float(self.space.cost_of(self.table, argmax))
         keep = self.config.derive == "argmax" and self.target.is_met(argmax_cost, self.target_cost)
         choice = argmax if keep else self._program()
-        cost = float(self.space.cost_of(self.table, choice))
-        if not self.target.is_met(cost, self.target_cost):
-            raise TargetError(f"no allocation of the space meets {self.target}: the nearest is {cost / self.target_cost:.3f} of it")
-        self.final = FinalChoice(
+        self.final = self._final_choice(choice)
+        return self.final
+
+    def _final_choice(self, choice: Tensor) -> FinalChoice:
+        argmax = self.policy.argmax().cpu()
+        cost, argmax_cost = (float(self.space.cost_of(self.table, one)) for one in (choice, argmax))
+        return FinalChoice(
             allocation=self.space.allocation(choice),
             cost=cost,
             cost_ratio=cost / self.target_cost,
             argmax_cost_ratio=argmax_cost / self.target_cost,
             repaired=not torch.equal(choice, argmax),
         )
-        return self.final
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only, for safetensors. The final allocation is stored as its choice."""
@@ -200,7 +206,13 @@ class OneShotSearch:
         return {key: value.detach().clone().contiguous() for key, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue bit for bit where `state_dict` was taken.
+
+        Raises: CheckpointError: a state of another search space, or with parts missing.
+        """
         self.policy.load_state_dict(state)
+        if missing := [key for key in ("baseline", "started") if key not in state]:
+            raise CheckpointError(f"the saved search lacks {missing[0]!r}; it is damaged or no search")
         self.baseline, self.started = (state[key].to(self.device) for key in ("baseline", "started"))
         adam = {key.removeprefix("adam."): value for key, value in state.items() if key.startswith("adam.")}
         if adam:
@@ -209,24 +221,20 @@ class OneShotSearch:
                 key: value.clone() if key in on_host else value.to(self.device) for key, value in adam.items()
             }
         if "final" in state:
-            choice = state["final"].cpu()
-            cost = float(self.space.cost_of(self.table, choice))
-            argmax = self.policy.argmax().cpu()
-            argmax_cost = float(self.space.cost_of(self.table, argmax))
-            self.final = FinalChoice(
-                self.space.allocation(choice),
-                cost,
-                cost / self.target_cost,
-                argmax_cost / self.target_cost,
-                not torch.equal(choice, argmax),
-            )
+            self.final = self._final_choice(state["final"].cpu())
 
     def _sample(self, step: int, rank: int, phase: str) -> Tensor:
         generator, count = step_generator(self.seed, step, rank), self.config.samples_per_step
-        if phase == "search":
-            return self.policy.sample(count, generator)
-        shape = (count, len(self.space.decisions))
-        return torch.randint(len(self.space.formats), shape, generator=generator).to(self.device)
+        return self.policy.sample(count, generator, uniform=phase == "warmup")
+
+    def _advantage(self, reward: Tensor) -> Tensor:
+        """[world_size · samples], in the order of ranks."""
+        if self.config.baseline == "leave_one_out" and len(reward) > 1:
+            # Samples of one rank share a batch, whose difficulty then cancels; ranks have batches of their own.
+            samples = self.config.samples_per_step
+            groups = reward.view(self.world_size, samples) if samples > 1 else reward
+            return leave_one_out_advantage(groups).flatten()
+        return (reward - self.baseline) * self.started
 
     def _reward(self, quality: Tensor, ratio: Tensor) -> Tensor:
         if self.config.reward == "absolute":
@@ -241,15 +249,13 @@ class OneShotSearch:
         Scores are the learned logits: the tilt, a price on cost, has no say where cost is a constraint. Where the band
         is empty it is widened to what the target allows.
         """
-        tolerance = Target.TOLERANCE
+        tolerance = Target.TOLERANCE - 1e-9  # rounding of cost / target must not exceed it
         band = self.config.band if self.target.cap else min(self.config.band, tolerance)
-        bands = [(1 - band, 1.0), (0.0, 1.0) if self.target.cap else (1 - tolerance, 1 + tolerance)]
-        for low, high in bands:
-            try:
-                return best_choice(
-                    self.space, self.table, self.policy.logits, low=low * self.target_cost, high=high * self.target_cost
-                )
-            except TargetError:
-                if (low, high) == bands[-1]:
-                    raise
-        raise AssertionError("unreachable")
+        try:
+            return self._best(1 - band, 1.0)
+        except TargetError:
+            return self._best(0.0, 1.0) if self.target.cap else self._best(1 - tolerance, 1 + tolerance)
+
+    def _best(self, low: float, high: float) -> Tensor:
+        low, high = low * self.target_cost, high * self.target_cost
+        return best_choice(self.space, self.table, self.policy.logits, low=low, high=high)

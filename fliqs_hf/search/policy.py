@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.cost import CostTable
+from fliqs_hf.errors import CheckpointError
 from fliqs_hf.search.space import SearchSpace
 
 
@@ -17,8 +18,13 @@ def step_generator(seed: int, step: int, rank: int, purpose: str = "policy") -> 
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+#: Added to the logits of formats that a decision may not take. Their probability is exactly 0, and unlike −∞ it
+#: leaves entropy and gradients finite.
+_FORBIDDEN = -1e9
+
+
 class Policy:
-    """π_d(k) = softmax(logits + tilt)[d, k].
+    """π_d(k) = softmax(logits + tilt)[d, k], over the formats that the space allows.
 
     Attributes:
         logits: what is learned and what the final allocation is read from; float32 [D, K].
@@ -30,21 +36,22 @@ class Policy:
         self.space = space
         self.logits = torch.zeros(shape, device=device, requires_grad=True)
         self.tilt = torch.zeros(shape, device=device)
+        self._mask = torch.zeros(shape).masked_fill(~space.allowed, _FORBIDDEN).to(device)
 
     @property
     def log_probabilities(self) -> Tensor:
         """log π, [D, K], with gradient."""
-        return torch.log_softmax(self.logits + self.tilt, dim=-1)
+        return torch.log_softmax(self.logits + self.tilt + self._mask, dim=-1)
 
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` independent choices, int64 [count, D].
+    def sample(self, count: int, generator: torch.Generator, *, uniform: bool = False) -> Tensor:
+        """`count` independent choices from π, or from the uniform distribution: int64 [count, D].
 
         Gumbel noise is drawn on the CPU, so that every device samples the same; adding it needs no synchronisation.
         """
-        uniform = torch.rand(count, *self.logits.shape, generator=generator, dtype=torch.float64)
-        gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
-        noisy = self.log_probabilities.detach().double() + gumbel.to(self.logits.device, non_blocking=True)
-        return noisy.argmax(-1)
+        noise = torch.rand(count, *self.logits.shape, generator=generator, dtype=torch.float64)
+        gumbel = -torch.log(-torch.log(noise.clamp(min=1e-300)))
+        log_p = self._mask if uniform else self.log_probabilities.detach()
+        return (log_p.double() + gumbel.to(self.logits.device, non_blocking=True)).argmax(-1)
 
     def log_prob(self, choice: Tensor) -> Tensor:
         """log π(choice), **summed** over decisions: [n] for choices [n, D]."""
@@ -68,7 +75,7 @@ class Policy:
     def tilt_to(self, table: CostTable, target: float) -> float:
         """Set `tilt` = −λ·marginal cost such that the expected cost is `target`, by bisection on λ.
 
-        Returns: expected cost / target afterwards: 1, unless every format has one cost.
+        Returns: expected cost / target afterwards: 1 where the target is within the range of the space.
         """
         prices = marginal_costs(self.space, table).to(self.logits.device) / target
         low, high = -1e6, 1e6
@@ -85,6 +92,14 @@ class Policy:
         return {"logits": self.logits.detach().clone(), "tilt": self.tilt.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises: CheckpointError: the state is of a policy over another space."""
+        for key in ("logits", "tilt"):
+            if key not in state or state[key].shape != self.logits.shape:
+                found = list(state[key].shape) if key in state else "missing"
+                raise CheckpointError(
+                    f"the saved policy's {key} is {found}, this search space needs {list(self.logits.shape)}; resume "
+                    f"with the model, formats and ties that the run was started with"
+                )
         with torch.no_grad():
             self.logits.copy_(state["logits"])
             self.tilt.copy_(state["tilt"])
@@ -96,8 +111,7 @@ def marginal_costs(space: SearchSpace, table: CostTable) -> Tensor:
     Exact up to a constant per decision where weights and inputs have one format; for products of two decisions it is
     the mean over the other one.
     """
-    count = (len(space.decisions), len(space.formats))
-    uniform = torch.full(count, 1 / count[1], dtype=torch.float64, requires_grad=True)
+    uniform = (space.allowed.double() / space.allowed.sum(-1, keepdim=True)).requires_grad_(True)
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(space.expected_cost(table, uniform), uniform)
     return gradient.detach()

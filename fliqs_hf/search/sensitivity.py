@@ -51,18 +51,19 @@ def fisher_scores(
     """Per-sample Fisher scores of every choice of every decision.
 
     Args:
-        model: plain or searchable with its switch disabled; in evaluation mode on return as before.
+        model: plain, or searchable with its switch disabled. It runs in evaluation mode and is left as it was.
         batches: (inputs, labels); labels int64 [batch]. A progress bar, if any, is the caller's.
         forward: inputs -> logits.
-    Raises: DataError: no batch. A layer that the forward pass does not reach scores 0.
+    Raises: DataError: no batch, a gradient that is not finite, or a layer whose input is overwritten before backward.
+        A layer that the forward pass does not reach scores 0.
     """
     settings = settings or QuantizerSettings()
     layers = {layer.name: model.get_submodule(layer.name) for layer in space.layers}
-    rows = {name: row for row, name in enumerate(layers)}
-    roles: tuple[tuple[bool, bool], ...] = ((True, True),) if space.activation == "same" else ((True, False), (False, True))
+    same = space.activation == "same"
+    roles: tuple[tuple[bool, bool], ...] = ((True, True),) if same else ((True, False), (False, True))
     total = torch.zeros(len(roles), len(layers), len(space.formats), dtype=torch.float64)
     count = 0
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         model.eval()
@@ -70,7 +71,7 @@ def fisher_scores(
             parameter.requires_grad_(False)
         for inputs, labels in batches:
             changes = torch.zeros(len(roles), len(layers), len(space.formats), len(labels), device=labels.device)
-            with _Probes(layers, rows, space.formats, roles, settings, changes):
+            with _Probes(layers, space.formats, roles, settings, changes):
                 with torch.enable_grad():
                     loss = functional.cross_entropy(forward(inputs).float(), labels, reduction="sum")
                 loss.backward()
@@ -79,32 +80,37 @@ def fisher_scores(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     if not count:
         raise DataError("the sensitivity pass got no images: give it a split that is not empty")
     scores = torch.zeros(len(space.decisions), len(space.formats), dtype=torch.float64)
-    for role, index in enumerate(
-        (space.weight_decision,) if space.activation == "same" else (space.weight_decision, space.activation_decision)
-    ):
+    decisions = (space.weight_decision,) if same else (space.weight_decision, space.activation_decision)
+    for role, index in enumerate(decisions):
         scores.index_add_(0, index, total[role])
+    if not scores.isfinite().all():
+        raise DataError("the sensitivity pass met a loss or gradient that is not finite: check images and model")
     return Sensitivity((scores / count).float(), count)
 
 
 class _Probes:
-    """Hooks that add Σ g_i·ΔY_i of every layer and format to `changes` [roles, L, K, batch] during backward."""
+    """Hooks that add Σ g_i·ΔY_i of every layer and format to `changes` [roles, L, K, batch] during backward.
+
+    Between forward and backward only the layers' inputs are held; of the formats, one changed output exists at a time.
+    """
 
     def __init__(
         self,
         layers: dict[str, nn.Module],
-        rows: dict[str, int],
         formats: tuple[Format, ...],
         roles: tuple[tuple[bool, bool], ...],
         settings: QuantizerSettings,
         changes: Tensor,
     ) -> None:
-        self.rows, self.formats, self.roles = rows, formats, roles
+        self.formats, self.roles = formats, roles
         self.settings, self.changes = settings, changes
-        self.handles = [layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
+        hooks = (self._hook(row, name) for row, name in enumerate(layers))
+        self.handles = [layer.register_forward_hook(hook) for layer, hook in zip(layers.values(), hooks, strict=True)]
 
     def __enter__(self) -> None:
         return None
@@ -113,30 +119,42 @@ class _Probes:
         for handle in self.handles:
             handle.remove()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def _hook(self, row: int, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def forward_hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = inputs[0].detach()
+            version = x._version
+
+            def measure(gradient: Tensor) -> None:
+                if x._version != version:
+                    raise DataError(f"the input of {name!r} was changed in place after the layer read it: no score")
+                self._measure(row, layer, x, gradient)
+
             if not output.requires_grad:  # the first layers: nothing before them needs a gradient
-                output.requires_grad_(True)
-            output.register_hook(lambda gradient: self._measure(name, layer, x, output.detach(), gradient))
+                output = output.requires_grad_().clone()  # what follows may work in place, which a leaf forbids
+            output.register_hook(measure)
             return output
 
         return forward_hook
 
     @torch.no_grad()
-    def _measure(self, name: str, layer: Any, x: Tensor, output: Tensor, gradient: Tensor) -> None:
+    def _measure(self, row: int, layer: Any, x: Tensor, gradient: Tensor) -> None:
         kind, batch = ("conv2d" if isinstance(layer, nn.Conv2d) else "linear"), self.changes.shape[-1]
         settings = self.settings
+
+        def compute(value: Tensor, weight: Tensor) -> Tensor:
+            if kind == "conv2d":
+                return layer._conv_forward(value, weight, None)  # type: ignore[no-any-return]
+            return functional.linear(value, weight)
+
+        output = compute(x, layer.weight)  # without bias, which cancels; kept from forward it would double the memory
         for k, fmt in enumerate(self.formats):
             for role, (with_weight, with_input) in enumerate(self.roles):
-                weight, value = layer.weight, x
-                if with_weight:
-                    weight = quantize_weight(weight, fmt, settings.weight_granularity, settings.weight_scale, fmt.is_integer)
+                value, weight = x, layer.weight
                 if with_input:
                     value = quantize_activation(x, fmt, kind, settings.activation_granularity, fmt.is_integer)
-                changed = (
-                    layer._conv_forward(value, weight, layer.bias)
-                    if kind == "conv2d"
-                    else functional.linear(value, weight, layer.bias)
-                )
-                self.changes[role, self.rows[name], k] += (gradient * (changed - output)).reshape(batch, -1).sum(-1)
+                if with_weight:
+                    granularity, method = settings.weight_granularity, settings.weight_scale
+                    weight = quantize_weight(weight, fmt, granularity, method, fmt.is_integer)
+                change = compute(value, weight).sub_(output).mul_(gradient)
+                # The images are the slowest dimension of every output, also where windows or tokens join them.
+                self.changes[role, row, k] += change.reshape(batch, -1).sum(-1)

@@ -5,120 +5,182 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array, vstack
+from scipy.sparse import coo_array, csr_array, vstack
 from torch import Tensor
 
 from fliqs_hf.cost import CostTable
 from fliqs_hf.errors import TargetError
 from fliqs_hf.search.space import SearchSpace
 
+Array = npt.NDArray[np.float64]
+
+#: Branch-and-bound nodes after which the solver gives up. A limit on nodes, unlike one on time, stops all processes
+#: of a distributed run at the same point.
+NODE_LIMIT = 100_000
+#: Choices that the solver's tolerances let through although they break a bound, before giving up.
+_CUT_LIMIT = 100
+#: Range of the scores as HiGHS sees them. Its absolute gap and tolerances are 1e-6 or less, so choices whose total
+#: scores differ by more than about 1e-10 of the range are told apart.
+_SCORE_RANGE = 1e4
+
 
 def reachable_range(space: SearchSpace, table: CostTable) -> tuple[float, float]:
-    """Cheapest and dearest cost over the space. Costs grow with bits, so both ends take one format throughout where
-    decisions are tied; otherwise each end is the exact optimum of the integer program without a constraint."""
-    zero = torch.zeros(len(space.decisions), len(space.formats))
+    """Cost of the cheapest and of the dearest allocation of the space, exactly."""
     problem = _Problem(space, table)
-    return tuple(float(space.cost_of(table, problem.solve(zero, sign * problem.costs))) for sign in (1, -1))  # type: ignore[return-value]
+    cheapest, dearest = (problem.extreme(sign) for sign in (-1.0, 1.0))
+    return float(space.cost_of(table, cheapest)), float(space.cost_of(table, dearest))
 
 
-def best_choice(
-    space: SearchSpace, table: CostTable, scores: Tensor, *, low: float, high: float, seconds: float = 60.0
-) -> Tensor:
+def best_choice(space: SearchSpace, table: CostTable, scores: Tensor, *, low: float, high: float) -> Tensor:
     """The choice of highest total score whose cost is within [low, high].
 
+    The bounds hold exactly: costs are recomputed, and a choice that only the solver's tolerance admits is cut off.
+    The score is optimal to about 1e-10 of the range of `scores`.
+
     Args:
-        scores: [D, K], such as log-probabilities or −sensitivities; the total is summed over decisions.
-        low, high: in the unit of `table`.
-    Returns: int64 [D], exactly optimal (HiGHS' relative gap is set to 0).
-    Raises: TargetError: no choice has a cost in that range; it names the nearest costs that are reachable.
+        scores: [D, K], finite, such as log-probabilities or −sensitivities; the total is summed over decisions.
+        low, high: in the unit of `table`; `low` may be −inf.
+    Returns: int64 [D], on the CPU.
+    Raises: TargetError: no choice has a cost in that range (it names the range of the space), or the solver gave up.
     """
-    problem = _Problem(space, table)
-    # HiGHS may exceed a bound by its feasibility tolerance, 1e-6 of the limit; a cap must hold exactly.
-    for margin in (0.0, 2e-6):
-        choice = problem.solve(scores, None, low * (1 + margin), high * (1 - margin), seconds)
-        if choice is None or low <= float(space.cost_of(table, choice)) <= high:
-            break
-    if choice is None:
-        cheapest, dearest = reachable_range(space, table)
-        raise TargetError(
-            f"no allocation costs between {low:.6g} and {high:.6g}; the space reaches from {cheapest:.6g} to "
-            f"{dearest:.6g}" + (", with gaps: widen the range, tie fewer layers or add formats" if cheapest <= high else "")
-        )
-    return choice
+    return _Problem(space, table).solve(scores, low, high)
 
 
 def pareto_front(
-    space: SearchSpace, table: CostTable, scores: Tensor, targets: Sequence[float], tolerance: float = 0.03
+    space: SearchSpace, table: CostTable, scores: Tensor, targets: Sequence[float], band: float = 0.03
 ) -> list[Tensor]:
-    """`best_choice` for several targets, each within [1 − tolerance, 1] of its target."""
-    return [best_choice(space, table, scores, low=(1 - tolerance) * t, high=t) for t in targets]
+    """`best_choice` for several targets, each within [1 − band, 1] of its target."""
+    problem = _Problem(space, table)
+    return [problem.solve(scores, (1 - band) * target, target) for target in targets]
 
 
 class _Problem:
     """Variables: x[d, k] ∈ {0, 1}, one per decision and format; and where a layer's weight and input are decided
     apart, z[p, w, a] ≥ 0 per pair p of decisions with Σ_a z[p, w, a] = x[weight, w] and Σ_w z[p, w, a] = x[input, a],
-    which makes z the product of the two exactly."""
+    which makes z the product of the two exactly: the bilinear cost becomes linear."""
 
     def __init__(self, space: SearchSpace, table: CostTable) -> None:
+        self.space, self.table = space, table
         self.decisions, self.formats = len(space.decisions), len(space.formats)
-        self.fixed = table.fixed_cost
         costs = table.table.numpy()
-        pairs: dict[tuple[int, int], np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = {}
+        pairs: dict[tuple[int, int], Array] = {}
         own = np.zeros((self.decisions, self.formats))
-        for row, (w, a) in enumerate(zip(space.weight_decision.tolist(), space.activation_decision.tolist(), strict=True)):
+        decisions = zip(space.weight_decision.tolist(), space.activation_decision.tolist(), strict=True)
+        for layer, (w, a) in enumerate(decisions):
             if w == a:
-                own[w] += costs[row].diagonal()
+                own[w] += costs[layer].diagonal()
             elif table.kind == "weight_bytes":  # does not depend on the input's format
-                own[w] += costs[row][:, 0]
+                own[w] += costs[layer][:, 0]
             else:
-                pairs[w, a] = pairs.get((w, a), 0.0) + costs[row]
+                pairs[w, a] = pairs.get((w, a), 0.0) + costs[layer]
         self.pairs = list(pairs)
-        self.costs = np.concatenate([own.ravel(), *(matrix.ravel() for matrix in pairs.values())])
+        self.costs: Array = np.concatenate([own.ravel(), *(matrix.ravel() for matrix in pairs.values())])
+        self.structure, self.right = self._structure()
+        self.allowed: npt.NDArray[np.bool_] = space.allowed.numpy()
+        self.alike = self._alike(own, pairs)
 
-    def solve(
-        self,
-        scores: Tensor,
-        price: np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None,
-        low: float = -np.inf,
-        high: float = np.inf,
-        seconds: float = 60.0,
-    ) -> Tensor | None:
-        """Maximise scores − price subject to low ≤ cost ≤ high; None where that is infeasible."""
-        d, k = self.decisions, self.formats
-        binary, total = d * k, len(self.costs)
-        gain = np.zeros(total)
-        gain[:binary] = scores.detach().double().cpu().numpy().ravel()
-        if price is not None:
-            gain -= price / max(np.abs(price).max(), 1e-300)
-        one = coo_array((np.ones(binary), (np.repeat(np.arange(d), k), np.arange(binary))), shape=(d, total))
-        blocks, right = [one], [np.ones(d)]
-        if self.pairs:
-            blocks.append(self._products(total))
-            right.append(np.zeros(2 * k * len(self.pairs)))
-        rows = vstack(blocks).tocsr()
-        equal = np.concatenate(right)
-        constraints = [LinearConstraint(rows, equal, equal)]
-        if np.isfinite(low) or np.isfinite(high):
-            unit = high if np.isfinite(high) else low
-            bounds = (low - self.fixed) / unit, (high - self.fixed) / unit
-            constraints.append(LinearConstraint((self.costs / unit)[None], *bounds))
-        integrality = np.zeros(total)
+    def extreme(self, sign: float) -> Tensor:
+        """The dearest choice for sign +1, the cheapest for −1."""
+        choice = self._milp(sign * self.costs / np.abs(self.costs).max(), [], self.allowed)
+        assert choice is not None, "every decision has a format"
+        return choice
+
+    def solve(self, scores: Tensor, low: float, high: float) -> Tensor:
+        values = self._scaled(scores)
+        gain = np.zeros(len(self.costs))
+        gain[: self.decisions * self.formats] = values.ravel()
+        unit = max(abs(high - self.table.fixed_cost), 1.0)
+        bounds = [(limit - self.table.fixed_cost) / unit for limit in (low, high)]
+        constraints = [LinearConstraint((self.costs / unit)[None], *bounds)]
+        for _ in range(_CUT_LIMIT):
+            choice = self._milp(gain, constraints, self._undominated(values))
+            if choice is None:
+                break
+            if low <= float(self.space.cost_of(self.table, choice)) <= high:
+                return choice
+            constraints.append(self._other_than(choice))
+        cheapest, dearest = reachable_range(self.space, self.table)
+        reason = (
+            "the space has a gap there: widen the range, tie fewer layers or add formats"
+            if cheapest <= high and low <= dearest
+            else "choose a target within that"
+        )
+        raise TargetError(
+            f"no allocation costs between {low:.6g} and {high:.6g}; the space reaches from {cheapest:.6g} to "
+            f"{dearest:.6g}; {reason}"
+        )
+
+    def _milp(self, gain: Array, constraints: list[LinearConstraint], allowed: npt.NDArray[np.bool_]) -> Tensor | None:
+        """The choice of highest Σ gain·(x, z) among the `allowed`; None where the constraints leave none."""
+        binary = self.decisions * self.formats
+        upper = np.ones(len(self.costs))
+        upper[:binary] = allowed.ravel()
+        integrality = np.zeros(len(self.costs))
         integrality[:binary] = 1
         result = milp(
             -gain,
-            constraints=constraints,
-            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(self.structure, self.right, self.right), *constraints],
+            bounds=Bounds(0, upper),
             integrality=integrality,
-            options={"time_limit": seconds, "mip_rel_gap": 0.0},
+            options={"mip_rel_gap": 0.0, "node_limit": NODE_LIMIT},
         )
-        if result.x is None:
+        infeasible = 2
+        if result.status == infeasible:
             return None
-        return torch.from_numpy(result.x[:binary].reshape(d, k).argmax(1))
+        if not result.success:
+            raise TargetError(
+                f"the integer program over {self.decisions} decisions was not solved to the end ({result.message}); "
+                f"tie layers or use fewer formats"
+            )
+        return torch.from_numpy(result.x[:binary].reshape(self.decisions, self.formats).argmax(1))
+
+    @staticmethod
+    def _alike(own: Array, pairs: dict[tuple[int, int], Array]) -> Array:
+        """Number of the first format that costs the same as this one whatever else is chosen, [D, K]."""
+        costs = [[row[:, None]] for row in own]
+        for (weight, activation), matrix in pairs.items():
+            costs[weight].append(matrix)
+            costs[activation].append(matrix.T)
+        every = (np.concatenate(parts, axis=1) for parts in costs)
+        return np.stack([(matrix[:, None] == matrix[None]).all(-1).argmax(1) for matrix in every])
+
+    def _undominated(self, values: Array) -> npt.NDArray[np.bool_]:
+        """Of allowed formats of one cost, only that of the highest score: int4 or e2m1, never both. Exact, and it
+        makes the products of two decisions a third as many."""
+        kept = np.zeros_like(self.allowed)
+        for d, alike in enumerate(self.alike):
+            scores = np.where(self.allowed[d], values[d], -np.inf)
+            for first in np.unique(alike[self.allowed[d]]):
+                kept[d, np.where(alike == first, scores, -np.inf).argmax()] = True
+        return kept
+
+    def _scaled(self, scores: Tensor) -> Array:
+        """Scores with 0 for the best of each decision, in a range that suits the solver."""
+        values: Array = scores.detach().double().cpu().numpy()
+        if not np.isfinite(values).all():
+            raise ValueError("scores must be finite; exclude formats through the search space")
+        values = values - values.max(1, keepdims=True)
+        return values * (_SCORE_RANGE / max(float(-values.min()), 1e-300))
+
+    def _other_than(self, choice: Tensor) -> LinearConstraint:
+        """Not exactly this choice: Σ x[d, choice[d]] ≤ D − 1."""
+        row = np.zeros(len(self.costs))
+        row[np.arange(self.decisions) * self.formats + choice.numpy()] = 1
+        return LinearConstraint(row[None], -np.inf, self.decisions - 1)
+
+    def _structure(self) -> tuple[csr_array, Array]:
+        """Rows Σ_k x[d, k] = 1, then Σ_a z[p, w, a] − x[weight, w] = 0 and Σ_w z[p, w, a] − x[input, a] = 0."""
+        d, k = self.decisions, self.formats
+        binary, total = d * k, len(self.costs)
+        blocks = [coo_array((np.ones(binary), (np.repeat(np.arange(d), k), np.arange(binary))), shape=(d, total))]
+        if self.pairs:
+            blocks.append(self._products(total))
+        return vstack(blocks).tocsr(), np.concatenate([np.ones(d), np.zeros(2 * k * len(self.pairs))])
 
     def _products(self, total: int) -> coo_array:
-        """Rows Σ_a z[p, w, a] − x[weight, w] = 0 and Σ_w z[p, w, a] − x[input, a] = 0."""
         k, binary = self.formats, self.decisions * self.formats
         values, rows, columns = [], [], []
         for p, (weight, activation) in enumerate(self.pairs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ class SearchSpace:
         formats: the choices; [K].
         decisions: [D].
         weight_decision, activation_decision: which decision each layer's weight and input follow; int64 [L].
+        allowed: which formats each decision may take; bool [D, K].
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class SearchSpace:
         formats: str | Sequence[str | Format],
         activation: ActivationMode = "same",
         tie: Iterable[str] = (),
+        exclude: Mapping[str, Sequence[str | Format]] | None = None,
     ) -> None:
         """
         Args:
@@ -52,8 +54,12 @@ class SearchSpace:
             activation: "same" gives a layer's weight and input one format; "separate" decides them apart.
             tie: what shares a decision: "qkv" (layers that read the same tensor), "block" (up to the first number in
                 the name), "model", or patterns (see `nn.swap.matches`), each tying the layers that it matches.
-                The inputs of layers that read one tensor always share theirs: it is quantized once.
-        Raises: ConfigError: an unknown mode, no layers, or a pattern that matches none. FormatError: bad formats.
+                The inputs of layers that read one tensor always share theirs: it is quantized once. With "same" this
+                ties their weights too.
+            exclude: pattern -> formats that matching layers must not have, weight or input, such as
+                `{"*patch_embeddings*": ["int2"]}`; a decision takes what none of its layers excludes.
+        Raises: ConfigError: an unknown mode, no layers, a pattern that matches none, or a decision that is left
+            without a format. FormatError: bad formats.
         """
         if activation not in ("same", "separate"):
             raise ConfigError(f"activation={activation!r} does not exist; choose 'same' or 'separate'")
@@ -63,21 +69,23 @@ class SearchSpace:
         self.formats = parse_formats(formats)
         self.activation = activation
         inputs = [("input", layer.input_group) for layer in self.layers]
-        ties = [keys for word in tie for keys in [self._tie(word)]]
+        ties = [self._tie(word) for word in tie]
+        activation_of = _components([inputs, *ties])
         if activation == "same":
-            weight = inputs_ = _components([inputs, *ties])
+            weight_of, offset = activation_of, 0
         else:
-            weight = _components([list(range(len(self.layers))), *ties])
-            inputs_ = _components([inputs, *ties])
-        offset = 0 if activation == "same" else max(weight) + 1
-        self.weight_decision = torch.tensor(weight)
-        self.activation_decision = torch.tensor([index + offset for index in inputs_])
-        self.decisions = tuple(self._decision(index) for index in range(max(inputs_) + offset + 1))
+            weight_of = _components([list(range(len(self.layers))), *ties])
+            offset = max(weight_of) + 1
+        self.weight_decision = torch.tensor(weight_of)
+        self.activation_decision = torch.tensor(activation_of) + offset
+        self.decisions = tuple(self._decision(index) for index in range(max(activation_of) + offset + 1))
+        self.allowed = self._allowed(exclude or {})
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def indices(self, choice: Tensor) -> tuple[Tensor, Tensor]:
         """Choices [..., D] -> indices into `formats` of each layer's weight and input, [..., L] each."""
-        device = choice.device
-        return choice[..., self.weight_decision.to(device)], choice[..., self.activation_decision.to(device)]
+        weight, activation = self._decisions_on(choice.device)
+        return choice[..., weight], choice[..., activation]
 
     def allocation(self, choice: Tensor) -> Allocation:
         """The allocation of one choice per decision, [D]. Synchronises with the host."""
@@ -91,18 +99,19 @@ class SearchSpace:
 
     def choice(self, allocation: Allocation) -> Tensor:
         """Inverse of `allocation`, int64 [D]. Raises: ConfigError: an allocation outside the space."""
-        choice = torch.full((len(self.decisions),), -1)
-        for row, layer in enumerate(self.layers):
+        choice: list[int | None] = [None] * len(self.decisions)
+        decisions = zip(self.weight_decision.tolist(), self.activation_decision.tolist(), strict=True)
+        for layer, (weight, activation) in zip(self.layers, decisions, strict=True):
             formats = allocation.get(layer.name)
             for decision, fmt in (
-                (self.weight_decision[row], formats and formats.weight),
-                (self.activation_decision[row], formats and formats.activation),
+                (weight, formats and formats.weight),
+                (activation, formats and formats.activation),
             ):
-                index = self.formats.index(fmt) if fmt in self.formats else -1
-                if index < 0 or int(choice[decision]) not in (-1, index):
-                    raise ConfigError(f"{layer.name}: {formats} is not in the search space")
+                index = self.formats.index(fmt) if fmt in self.formats else None
+                if index is None or choice[decision] not in (None, index) or not self.allowed[decision, index]:
+                    raise ConfigError(f"{layer.name}: {formats or 'fp32'} is not in the search space")
                 choice[decision] = index
-        return choice
+        return torch.tensor(choice)
 
     def cost_of(self, table: CostTable, choice: Tensor) -> Tensor:
         """Cost of choices [..., D]: float64 [...], on their device."""
@@ -113,28 +122,52 @@ class SearchSpace:
 
         Exact and differentiable. Layers whose two decisions are one cost Σ_k p_k T[k, k], others Σ_wa p_w p_a T[w, a].
         """
-        costs = table.table.to(probabilities.device)
+        costs, _ = table.on(probabilities.device)
         p = probabilities.double()
-        weight, activation = p[self.weight_decision.to(p.device)], p[self.activation_decision.to(p.device)]
-        tied = (self.weight_decision == self.activation_decision).to(p.device)
+        weight_decision, activation_decision = self._decisions_on(p.device)
+        weight, activation = p[weight_decision], p[activation_decision]
+        tied = weight_decision == activation_decision
         diagonal = (weight * costs.diagonal(dim1=1, dim2=2)).sum(1)
         pairs = torch.einsum("lw,la,lwa->l", weight, activation, costs)
         return torch.where(tied, diagonal, pairs).sum() + table.fixed_cost
 
     def to_dict(self) -> dict[str, Any]:
-        """For `search_space.json`."""
+        """For `search_space.json`. Every decision lists all formats, so that probabilities and scores line up."""
         names = [fmt.name for fmt in self.formats]
-        return {
-            "formats": names,
-            "activation": self.activation,
-            "decisions": [
-                {"name": d.name, "kind": d.kind, "layers": list(d.layers), "choices": names} for d in self.decisions
-            ],
-        }
+        decisions: list[dict[str, Any]] = []
+        for decision, allowed in zip(self.decisions, self.allowed.tolist(), strict=True):
+            entry = {"name": decision.name, "kind": decision.kind, "layers": list(decision.layers), "choices": names}
+            if not all(allowed):
+                entry["excluded"] = [name for name, ok in zip(names, allowed, strict=True) if not ok]
+            decisions.append(entry)
+        return {"formats": names, "activation": self.activation, "decisions": decisions}
+
+    def _decisions_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`weight_decision` and `activation_decision` on `device`, copied there once."""
+        if device not in self._on_device:
+            self._on_device[device] = (self.weight_decision.to(device), self.activation_decision.to(device))
+        return self._on_device[device]
+
+    def _allowed(self, exclude: Mapping[str, Sequence[str | Format]]) -> Tensor:
+        allowed = torch.ones(len(self.decisions), len(self.formats), dtype=torch.bool)
+        for pattern, formats in exclude.items():
+            rows = [row for row, layer in enumerate(self.layers) if matches(layer.name, pattern)]
+            if not rows:
+                raise ConfigError(f"exclude: {pattern!r} matches none of the {len(self.layers)} layers")
+            for fmt in parse_formats([formats] if isinstance(formats, str) else formats):
+                if fmt not in self.formats:
+                    raise ConfigError(f"exclude: {pattern!r} has {fmt}, which is not in the search space anyway")
+                for decision in (self.weight_decision[rows], self.activation_decision[rows]):
+                    allowed[decision, self.formats.index(fmt)] = False
+        for name, some in zip((decision.name for decision in self.decisions), allowed.any(-1).tolist(), strict=True):
+            if not some:
+                raise ConfigError(f"exclude leaves {name!r} without a format; exclude fewer, or tie less")
+        return allowed
 
     def _decision(self, index: int) -> Decision:
-        weights = [l.name for l, d in zip(self.layers, self.weight_decision.tolist(), strict=True) if d == index]  # noqa: E741
-        inputs = [l.name for l, d in zip(self.layers, self.activation_decision.tolist(), strict=True) if d == index]  # noqa: E741
+        rows = list(zip(self.layers, self.weight_decision.tolist(), self.activation_decision.tolist(), strict=True))
+        weights = [layer.name for layer, decision, _ in rows if decision == index]
+        inputs = [layer.name for layer, _, decision in rows if decision == index]
         if self.activation == "same":
             return Decision(_common_name(weights), "both", tuple(weights))
         kind: Literal["weight", "activation"] = "weight" if weights else "activation"
@@ -144,7 +177,7 @@ class SearchSpace:
         """One key per layer; layers with equal keys are tied."""
         names = [layer.name for layer in self.layers]
         if word == "model":
-            return ["model"] * len(names)
+            return [None] * len(names)
         if word == "qkv":
             return [("input", layer.input_group) for layer in self.layers]
         if word == "block":
@@ -152,7 +185,7 @@ class SearchSpace:
             return [match[1] if match else name for match, name in zip(blocks, names, strict=True)]
         if not any(matches(name, word) for name in names):
             raise ConfigError(f"tie: {word!r} matches none of the {len(names)} layers, such as {names[0]!r}")
-        return ["tied" if matches(name, word) else name for name in names]
+        return [None if matches(name, word) else name for name in names]
 
 
 def _components(keys: Sequence[Sequence[Any]]) -> list[int]:
