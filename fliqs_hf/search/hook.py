@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fliqs_hf.allocation import Allocation
 from fliqs_hf.nn import FormatSwitch
 from fliqs_hf.search.oneshot import OneShotSearch
 
@@ -52,3 +53,23 @@ class SearchHook:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.search.load_state_dict(state)
+
+
+class FixedFormats:
+    """Quantization-aware training in one allocation. Implements `training.StepHook`."""
+
+    def __init__(self, switch: FormatSwitch, allocation: Allocation) -> None:
+        switch.set_allocation(allocation)
+
+    def begin_step(self, step: int) -> list[Callable[[], None]]:
+        return [lambda: None]
+
+    def end_step(self, step: int, quality: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def log(self, step: int) -> None: ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...

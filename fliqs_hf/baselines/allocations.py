@@ -1,0 +1,34 @@
+"""Allocations that need no data: uniform, by hand, and random at a given cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fliqs_hf.allocation import Allocation, LayerFormats
+from fliqs_hf.cost import CostTable, LayerInfo
+from fliqs_hf.formats import Format
+from fliqs_hf.search import SearchSpace, best_choice
+
+
+def uniform(layers: Sequence[LayerInfo], fmt: str | Format) -> Allocation:
+    """Every layer's weight and input in one format."""
+    return Allocation.uniform([layer.name for layer in layers], fmt)
+
+
+def manual(layers: Sequence[LayerInfo], inner: str | Format = "int4", outer: str | Format = "int8") -> Allocation:
+    """First and last layer in `outer`, the rest in `inner`: mixed precision as people do it by hand."""
+    ends = {layers[0].name, layers[-1].name}
+    return Allocation(
+        {layer.name: LayerFormats.of(*([outer if layer.name in ends else inner] * 2)) for layer in layers}
+    )
+
+
+def random_allocation(space: SearchSpace, table: CostTable, target: float, seed: int, band: float = 0.03) -> Allocation:
+    """A random allocation within [1 − band, 1] of the target: the best one for random scores.
+
+    Raises: TargetError: the target is out of reach.
+    """
+    scores = torch.rand(len(space.decisions), len(space.formats), generator=torch.Generator().manual_seed(seed))
+    return space.allocation(best_choice(space, table, scores, low=(1 - band) * target, high=target))
