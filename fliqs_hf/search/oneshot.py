@@ -214,14 +214,15 @@ class OneShotSearch:
         if missing := [key for key in ("baseline", "started") if key not in state]:
             raise CheckpointError(f"the saved search lacks {missing[0]!r}; it is damaged or no search")
         self.baseline, self.started = (state[key].to(self.device) for key in ("baseline", "started"))
+        self.optimizer.state.clear()
         adam = {key.removeprefix("adam."): value for key, value in state.items() if key.startswith("adam.")}
         if adam:
             on_host = ("step",)  # as Adam keeps it
             self.optimizer.state[self.policy.logits] = {
-                key: value.clone() if key in on_host else value.to(self.device) for key, value in adam.items()
+                key: value.to("cpu" if key in on_host else self.device, copy=True) for key, value in adam.items()
             }
-        if "final" in state:
-            self.final = self._final_choice(state["final"].cpu())
+        self.final = self._final_choice(state["final"].cpu()) if "final" in state else None
+        self._final_formats = []
 
     def _sample(self, step: int, rank: int, phase: str) -> Tensor:
         generator, count = step_generator(self.seed, step, rank), self.config.samples_per_step

@@ -1,0 +1,140 @@
+"""The integer program against enumeration of every allocation."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from fliqs_hf.cost import CostTable, LayerInfo
+from fliqs_hf.errors import TargetError
+from fliqs_hf.search import SearchSpace, best_choice, pareto_front, reachable_range
+from tests.search.networks import BLOCKS, LONE
+
+FORMATS = ("int2", "e2m0", "e2m1", "int4", "int8")
+
+
+def enumerate_all(space: SearchSpace, table: CostTable, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every choice [n, D], its cost and its total score, float64."""
+    allowed = [row.nonzero().flatten().tolist() for row in space.allowed]
+    choices = torch.tensor(list(itertools.product(*allowed)))
+    costs = torch.tensor([table.of(space.allocation(choice)) for choice in choices], dtype=torch.float64)
+    return choices, costs, scores.double()[torch.arange(len(space.decisions)), choices].sum(-1)
+
+
+SPACES = {
+    "same": lambda: SearchSpace(LONE, FORMATS),
+    "tied": lambda: SearchSpace(BLOCKS, FORMATS),
+    "excluded": lambda: SearchSpace(LONE, FORMATS, exclude={"layer3": ["int2", "e2m1"], "layer0": ["int8"]}),
+    "separate": lambda: SearchSpace(LONE[:3], FORMATS, "separate"),
+    "shared inputs": lambda: SearchSpace(BLOCKS[:4], FORMATS, "separate"),
+    "separate, tied": lambda: SearchSpace(BLOCKS, FORMATS, "separate", ["block"]),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("kind", ["bops", "weight_bytes"])
+def test_no_allocation_is_better(name: str, kind: str) -> None:
+    """Score and bounds, for scores of the size of log-probabilities, of post-training losses (a few huge ones, the
+    rest tiny), and of nothing but ties."""
+    space = SPACES[name]()
+    table = CostTable(space.layers, space.formats, kind, fixed_cost=17)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(space.decisions), len(FORMATS))
+    choices, costs, _ = enumerate_all(space, table, torch.zeros(shape))
+    for scores in (
+        torch.randn(shape, generator=generator),
+        -torch.rand(shape, generator=generator).double().pow(12) * 50,
+        torch.randint(3, shape, generator=generator).double(),
+    ):
+        total = scores.double()[torch.arange(shape[0]), choices].sum(-1)
+        for quantile in (0.0, 0.02, 0.3, 0.7, 1.0):
+            high = costs.quantile(quantile).item()
+            for low in (-torch.inf, 0.9 * high):
+                inside = (costs >= low) & (costs <= high)
+                if not inside.any():
+                    with pytest.raises(TargetError):
+                        best_choice(space, table, scores, low=low, high=high)
+                    continue
+                found = best_choice(space, table, scores, low=low, high=high)
+                cost = table.of(space.allocation(found))
+                assert low <= cost <= high
+                best = total[inside].max().item()
+                reached = scores.double()[torch.arange(shape[0]), found].sum().item()
+                # the solver's gap, 1e-10 of the range of scores (50 at most), per decision
+                assert reached == pytest.approx(best, abs=1e-7)
+                assert bool(space.allowed[torch.arange(shape[0]), found].all())
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_the_reachable_range_is_that_of_all_allocations(name: str) -> None:
+    space = SPACES[name]()
+    for kind in ("bops", "weight_bytes"):
+        table = CostTable(space.layers, space.formats, kind, fixed_cost=17)  # type: ignore[arg-type]
+        _, costs, _ = enumerate_all(space, table, torch.zeros(len(space.decisions), len(FORMATS)))
+        assert reachable_range(space, table) == (costs.min().item(), costs.max().item())
+
+
+def test_a_cap_one_operation_below_an_allocation_excludes_it() -> None:
+    """The solver's own tolerance is 1e-6 of the cap: here 20,000 operations. Bounds must hold to the last one."""
+    layers = [LayerInfo(f"layer{i}", "linear", 10**9 + 1, 1, 1, i) for i in range(3)]
+    space = SearchSpace(layers, "int2,int4")
+    table = CostTable(layers, space.formats)
+    scores = torch.tensor([[0.0, 1.0]] * 3)
+    two_of_three = (10**9 + 1) * (4 + 16 + 16)
+    assert best_choice(space, table, scores, low=0, high=two_of_three).sum() == 2
+    assert best_choice(space, table, scores, low=0, high=two_of_three - 1).sum() == 1
+    assert best_choice(space, table, -scores, low=two_of_three, high=1e12).sum() == 2
+    assert best_choice(space, table, -scores, low=two_of_three + 1, high=1e12).sum() == 3
+    with pytest.raises(TargetError, match="the space has a gap there"):
+        best_choice(space, table, scores, low=two_of_three - 1000, high=two_of_three - 1)
+
+
+def test_many_choices_within_the_tolerance_of_a_cap() -> None:
+    """Twelve equal layers: 924 ways to spend half the range, all one operation over the cap."""
+    layers = [LayerInfo(f"layer{i}", "linear", 10**9 + 1, 1, 1, i) for i in range(12)]
+    space = SearchSpace(layers, "int2,int4")
+    table = CostTable(layers, space.formats)
+    high = (10**9 + 1) * (6 * 4 + 6 * 16) - 1
+    assert best_choice(space, table, torch.tensor([[0.0, 1.0]] * 12), low=0, high=high).sum() == 5
+
+
+def test_a_decision_for_the_whole_model_is_possible() -> None:
+    space = SearchSpace(LONE, FORMATS, tie=["model"])
+    table = CostTable(LONE, space.formats)
+    scores = torch.tensor([[0.0, 1.0, 3.0, 2.0, 9.0]])
+    choice = best_choice(space, table, scores, low=0, high=table.uniform("int4"))
+    assert choice.tolist() == [2]
+
+
+def test_an_unreachable_range_names_what_is_reachable() -> None:
+    space = SearchSpace(LONE, "int2,int4")
+    table = CostTable(LONE, space.formats)
+    scores = torch.zeros(5, 2)
+    with pytest.raises(
+        TargetError, match="between 1 and 2; the space reaches from 4800 to 19200; choose a target within"
+    ):
+        best_choice(space, table, scores, low=1, high=2)
+    with pytest.raises(TargetError, match="reaches from 4800 to 19200"):
+        best_choice(space, table, scores, low=19201, high=1e9)
+
+
+def test_scores_that_are_not_finite_are_refused() -> None:
+    space = SearchSpace(LONE, "int2,int4")
+    scores = torch.zeros(5, 2)
+    scores[0, 0] = -torch.inf
+    with pytest.raises(ValueError, match="finite"):
+        best_choice(space, CostTable(LONE, space.formats), scores, low=0, high=1e9)
+
+
+def test_a_pareto_front_is_the_best_choice_of_each_target() -> None:
+    space = SearchSpace(LONE, FORMATS)
+    table = CostTable(LONE, space.formats)
+    scores = torch.randn(5, 5, generator=torch.Generator().manual_seed(3))
+    targets = [table.uniform_bits(bits) for bits in (2.5, 3, 4, 5)]
+    front = pareto_front(space, table, scores, targets, band=0.2)
+    for target, choice in zip(targets, front, strict=True):
+        assert torch.equal(choice, best_choice(space, table, scores, low=0.8 * target, high=target))
+        assert 0.8 * target <= space.cost_of(table, choice).item() <= target
