@@ -24,7 +24,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
+from transformers import AutoModelForImageClassification, HfArgumentParser
 from transformers.utils import logging as hf_logging
 
 from fliqs_hf import quantize
@@ -37,6 +37,7 @@ from fliqs_hf.search.run import RunFolder, cost_summary, layer_table
 from fliqs_hf.training import ImageData, Interrupted, TrainConfig, evaluate, load_splits, train
 from fliqs_hf.training.augment import BatchAugment
 from fliqs_hf.training.data import train_loader
+from fliqs_hf.training.models import load_classifier
 from fliqs_hf.training.state import states
 
 
@@ -48,7 +49,6 @@ class ModelArguments:
     model_type: str | None = field(default=None, metadata={"help": "train this architecture from scratch, e.g. vit"})
     config_overrides: dict | str | None = field(default=None, metadata={"help": "its settings, e.g. hidden_size: 64"})
     image_size: int | None = field(default=None, metadata={"help": "side in pixels; default: the checkpoint's"})
-    modules_to_not_convert: list[str] | None = field(default=None, metadata={"help": "layers to leave in fp32: patterns"})
 
 
 @dataclass
@@ -108,6 +108,7 @@ class SearchArguments:
         metadata={"help": "formats, or one of fliqs-s-int fliqs-s-fp fliqs-l-int fliqs-l-fp mixed"},
     )
     activation: str = field(default="same", metadata={"help": "same or separate formats for weights and activations"})
+    modules_to_not_convert: list[str] | None = field(default=None, metadata={"help": "layers to leave in fp32: patterns"})
     tie: list[str] | None = field(default=None, metadata={"help": "share decisions: qkv, block, model or patterns"})
     target_bits: list[float] | None = field(default=None, metadata={"help": "BOPs of the uniform model of so many bits"})
     target_bops: list[float] | None = None
@@ -139,33 +140,6 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
             if f.name in ("config_overrides", "search_overrides") and isinstance(getattr(instance, f.name), str):
                 setattr(instance, f.name, yaml.safe_load(getattr(instance, f.name)))
     return arguments
-
-
-def load_model(model_args: ModelArguments, num_labels: int, names: list[str]) -> tuple[Any, Any]:
-    """The fp32 model with a head for this data set, and its image processor."""
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    if model_args.model_name_or_path:
-        path = model_args.model_name_or_path
-        config = AutoConfig.from_pretrained(path)
-        if config.num_labels != num_labels:
-            config.num_labels = num_labels
-            config.id2label, config.label2id = labels["id2label"], labels["label2id"]
-        model = AutoModelForImageClassification.from_pretrained(path, config=config, ignore_mismatched_sizes=True)
-        processor = AutoImageProcessor.from_pretrained(path)
-    elif model_args.model_type:
-        overrides = {"image_size": model_args.image_size} if model_args.image_size else {}
-        config = AutoConfig.for_model(model_args.model_type, **(model_args.config_overrides or {}), **overrides, **labels)
-        model = AutoModelForImageClassification.from_config(config)
-        from transformers import ViTImageProcessor
-
-        processor = ViTImageProcessor(size={"height": config.image_size, "width": config.image_size})
-    else:
-        raise ConfigError("no model: give model_name_or_path (a checkpoint) or model_type (training from scratch)")
-    if model_args.image_size and model_args.model_name_or_path:
-        side = model_args.image_size
-        processor.size = {"height": side, "width": side}
-        processor.crop_size, processor.do_center_crop = {"height": side, "width": side}, False
-    return model, processor
 
 
 def targets_of(search_args: SearchArguments) -> list[Target]:
@@ -209,14 +183,12 @@ def main(argv: list[str] | None = None) -> None:
         )
     feature = train_split.features.get(data_args.label_column_name)
     names = getattr(feature, "names", None) or sorted({str(label) for label in train_split[data_args.label_column_name]})
-    model, processor = load_model(model_args, len(names), names)
+    model, processor = load_classifier(names, **asdict(model_args))
     columns = {"image_column": data_args.image_column_name, "label_column": data_args.label_column_name}
     caching = {"cache": data_args.cache_images}
     train_data = ImageData(train_split, processor, len(names), max_samples=data_args.max_train_samples, **columns, **caching)
     eval_data = ImageData(eval_split, processor, len(names), max_samples=data_args.max_eval_samples, **columns, **caching)
     sample = train_data[0][0]
-    if tuple(sample.shape[1:]) != _configured_size(model):
-        model = _interpolating(model)
     if training_args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     augment = None
@@ -270,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.print(f"fp32 accuracy: {fp32.top1:.2%} of {fp32.n} images")
 
     # What is searched, and what it costs
-    candidates = quantizable_layers(model, model_args.modules_to_not_convert)
+    candidates = quantizable_layers(model, search_args.modules_to_not_convert)
     layers = trace_layers(model, sample[None].to(accelerator.device), names=None)
     layers = tuple(layer for layer in layers if layer.name in candidates)
     space = SearchSpace(layers, search_args.search_space[0] if len(search_args.search_space) == 1 else search_args.search_space,
@@ -380,17 +352,6 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(run.state, ignore_errors=True)
         accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def _configured_size(model: Any) -> tuple[int, ...] | None:
-    config = getattr(model.config, "vision_config", None) or model.config
-    size = getattr(config, "image_size", None)
-    return tuple(size) if isinstance(size, (list, tuple)) else (size, size) if size else None
-
-
-def _interpolating(model: Any) -> Any:
-    """A model of the same weights for another image size: position embeddings are interpolated once and for all."""
-    raise ConfigError(f"{type(model).__name__} is configured for images of another size; set image_size accordingly")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""The fp32 model that everything starts from: a checkpoint with a head for this data set, or an untrained one."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fliqs_hf.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def load_classifier(
+    names: Sequence[str],
+    *,
+    model_name_or_path: str | None = None,
+    model_type: str | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+) -> tuple[Any, Any]:
+    """An image classifier over the classes `names`, and its image processor.
+
+    Args:
+        model_name_or_path: a checkpoint. Its head is kept if it has as many classes, else a new one is made.
+        model_type: an architecture to train from scratch instead, such as "vit", with `config_overrides`.
+        image_size: side in pixels, where it differs from the checkpoint's: the processor resizes to it and absolute
+            position embeddings are interpolated once (bicubic), as is usual in fine-tuning.
+    Raises: ConfigError: neither or both are given, or the architecture cannot take images of another size.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+
+    if (model_name_or_path is None) == (model_type is None):
+        raise ConfigError("give either model_name_or_path (a checkpoint) or model_type (training from scratch)")
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    if model_type is not None:
+        size = {"image_size": image_size} if image_size else {}
+        config = AutoConfig.for_model(model_type, **(config_overrides or {}), **size, **labels)
+        side = getattr(config, "image_size", None) or 224
+        processor = ViTImageProcessor(size={"height": side, "width": side})
+        return AutoModelForImageClassification.from_config(config), processor
+    processor = AutoImageProcessor.from_pretrained(model_name_or_path)
+    config = AutoConfig.from_pretrained(model_name_or_path)
+    if config_overrides:
+        raise ConfigError("config_overrides goes with model_type; a checkpoint has its own configuration")
+    if config.num_labels != len(names):
+        config.num_labels = len(names)
+        config.id2label, config.label2id = labels["id2label"], labels["label2id"]
+    model = AutoModelForImageClassification.from_pretrained(
+        model_name_or_path, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
+    )
+    if image_size and getattr(config, "image_size", None) not in (None, image_size):
+        model = _resized(model, image_size)
+    if image_size:
+        processor.size, processor.do_center_crop = {"height": image_size, "width": image_size}, False
+    return model, processor
+
+
+def _resized(model: Any, image_size: int) -> Any:
+    """The same weights in a model for square images of another size."""
+    config = type(model.config).from_dict(model.config.to_dict() | {"image_size": image_size})
+    resized = type(model)(config)
+    target, state = resized.state_dict(), model.state_dict()
+    for name, tensor in state.items():
+        if name not in target or tensor.shape == target[name].shape:
+            continue
+        if not name.endswith("position_embeddings"):
+            raise ConfigError(
+                f"{type(model).__name__} cannot take images of {image_size} pixels: {name} depends on the image size"
+            )
+        state[name] = interpolate_positions(tensor, target[name].shape[1])
+        logger.info("%s: interpolated from %d to %d positions", name, tensor.shape[1], target[name].shape[1])
+    resized.load_state_dict(state)
+    return resized
+
+
+def interpolate_positions(embeddings: Tensor, positions: int) -> Tensor:
+    """Absolute position embeddings [1, n, channels] of a square grid with 0 to 2 leading tokens, for `positions` of them.
+
+    Raises: ConfigError: the numbers of positions are no squares plus the same number of leading tokens.
+    """
+    for leading in (1, 2, 0):
+        old, new = math.isqrt(embeddings.shape[1] - leading), math.isqrt(positions - leading)
+        if old * old + leading == embeddings.shape[1] and new * new + leading == positions:
+            tokens, grid = embeddings[:, :leading], embeddings[:, leading:]
+            grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+            grid = functional.interpolate(grid, (new, new), mode="bicubic", align_corners=False, antialias=new < old)
+            return torch.cat([tokens, grid.permute(0, 2, 3, 1).reshape(1, new * new, -1)], dim=1)
+    raise ConfigError(f"position embeddings of {embeddings.shape[1]} positions cannot be interpolated to {positions}")

@@ -1,0 +1,58 @@
+"""A search in one of several processes; writes what this rank has seen."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from fliqs_hf.cost import CostTable, Target, trace_layers
+from fliqs_hf.nn import make_searchable
+from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace
+from fliqs_hf.search.hook import SearchHook
+from fliqs_hf.training import TrainConfig, train
+from tests.models import tiny
+from tests.training.test_loop import Blobs
+
+
+class Recording(SearchHook):
+    """Keeps this rank's samples, and dies where it is told to."""
+
+    samples: list[torch.Tensor]
+    die_at: int = -1
+
+    def begin_step(self, step: int):  # type: ignore[no-untyped-def]
+        if step == self.die_at:
+            os._exit(9)
+        formats = self.search.begin_step(step)
+        self.samples = [*getattr(self, "samples", []), formats[0][0].clone()]
+        return [lambda pair=pair: self.switch.set(*pair) for pair in formats]
+
+
+def main(folder: Path, die_at: int, resume: bool) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    model, data = tiny("vit"), Blobs(80)
+    layers = trace_layers(model)
+    space = SearchSpace(layers, ["int3", "int4", "e2m1", "int8"])
+    search = OneShotSearch(
+        space, CostTable(layers, space.formats), Target.of(target_bits=4.5), SearchConfig(prior="none"), 20,
+        seed=1, rank=accelerator.process_index, world_size=2, gather=accelerator.gather,
+    )  # fmt: skip
+    hook = Recording(search, make_searchable(model, space.formats))
+    hook.die_at = die_at
+    config = TrainConfig(max_steps=20, batch_size=8, learning_rate=1e-3, save_steps=4, logging_steps=2)
+    train(model, data, config, accelerator, hook=hook, state_folder=folder / "state", resume=resume)
+    choice = space.choice(search.finalize().allocation)
+    tensors = {"logits": search.policy.logits.detach(), "choice": choice, "samples": torch.stack(hook.samples)}
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_file(tensors | weights, folder / f"rank-{accelerator.process_index}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), "--resume" in sys.argv)

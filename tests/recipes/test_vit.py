@@ -1,0 +1,177 @@
+"""The recipe, end to end on a few digits: run folder, interruption, errors."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForImageClassification
+
+import fliqs_hf
+from fliqs_hf.cost import LayerInfo, bops
+from fliqs_hf.errors import ConfigError, FliqsError, TargetError
+from recipes.vit import main
+from tests.models import images
+
+ROOT = Path(__file__).parents[2]
+SETTINGS: dict[str, Any] = {
+    "dataset_name": "digits",
+    "cache_images": True,
+    "use_cpu": True,
+    "model_type": "vit",
+    "image_size": 8,
+    "config_overrides": {
+        "patch_size": 4,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    },
+    "finetune_steps": 20,
+    "max_steps": 30,
+    "per_device_train_batch_size": 16,
+    "max_train_samples": 128,
+    "max_eval_samples": 64,
+    "save_steps": 5,
+    "logging_steps": 5,
+    "search_overrides": {"prior_images": 64},
+    "target_bits": [4.0],
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    file = folder / "settings.yaml"
+    file.write_text(yaml.safe_dump(SETTINGS | {"output_dir": str(folder / "run")} | changes))
+    return file
+
+
+def result_bytes(run: Path) -> list[bytes]:
+    return [(run / name).read_bytes() for name in ("checkpoint/model.safetensors", "allocation.json", "policy.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    main([str(write(folder))])
+    return folder / "run"
+
+
+def test_the_run_folder_tells_everything(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    layers = [LayerInfo(**layer) for layer in json.loads((finished / "layers.json").read_text())]
+    allocation = fliqs_hf.Allocation.load(finished / "allocation.json")
+    assert results["cost"]["bops"] == bops(layers, allocation)
+    ratio = bops(layers, allocation) / (sum(layer.macs for layer in layers) * 16)
+    assert 0.97 <= ratio <= 1 and results["cost"]["target_ratio"] == pytest.approx(ratio)
+    assert results["accuracy"]["fp32"]["n"] == results["accuracy"]["searched"]["n"] == 64
+    assert results["checkpoint_bytes"] == (finished / "checkpoint" / "model.safetensors").stat().st_size
+    config = json.loads((finished / "config.json").read_text())
+    assert config["seed"] == 0 and "torch" in config["versions"] and config["search"]["prior_images"] == 64
+    steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in steps] == [5, 10, 15, 20, 25, 30]
+    assert [entry["phase"] for entry in steps] == ["search"] * 3 + ["final"] * 3  # frozen after 60 %: 18 steps
+    space = json.loads((finished / "search_space.json").read_text())
+    for line in (finished / "policy.jsonl").read_text().splitlines():
+        probabilities = json.loads(line)["probabilities"]
+        assert list(probabilities) == [decision["name"] for decision in space["decisions"]]
+        assert all(abs(sum(p) - 1) < 1e-3 for p in probabilities.values())  # written with five digits
+    scores = json.loads((finished / "sensitivity.json").read_text())
+    assert scores["images"] == 64 and list(scores["scores"]) == [decision["name"] for decision in space["decisions"]]
+    assert not (finished / "state").exists()
+
+
+def test_the_checkpoint_is_the_result(finished: Path) -> None:
+    model = AutoModelForImageClassification.from_pretrained(finished / "checkpoint")
+    allocation = fliqs_hf.Allocation.load(finished / "allocation.json")
+    assert model.config.quantization_config.allocation == allocation
+    assert model.config.id2label == {i: str(i) for i in range(10)}
+    with torch.no_grad():
+        assert model(images(2)[..., :8, :8]).logits.shape == (2, 10)
+
+
+def command(file: Path, *more: str) -> list[str]:
+    return [sys.executable, str(ROOT / "recipes" / "vit.py"), str(file), *more]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
+def test_an_interrupted_search_resumes_to_the_same_bits(stop: signal.Signals, tmp_path: Path) -> None:
+    """Long enough that the signal always arrives in mid-run: after the first state, before the last step."""
+    file = write(tmp_path, max_steps=300, finetune_steps=5)
+    process = subprocess.Popen(command(file), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    state = tmp_path / "run" / "state"
+    deadline = time.monotonic() + 120
+    while not list(state.glob("step-*/meta.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(stop)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == (130 if stop == signal.SIGINT else -stop), output
+    assert list(state.glob("step-*/meta.json")) and not (tmp_path / "run" / "results.json").exists()
+    main([str(file), "--resume"])
+    resumed = result_bytes(tmp_path / "run")
+    main([str(file), "--output_dir", str(tmp_path / "whole")])
+    assert resumed == result_bytes(tmp_path / "whole")
+
+
+def test_several_targets_give_a_front(tmp_path: Path) -> None:
+    main([str(write(tmp_path)), "--target_bits", "3", "5", "--max_steps", "10"])
+    costs = [json.loads((tmp_path / "run" / f"bits-{b}" / "results.json").read_text())["cost"] for b in (3, 5)]
+    assert costs[0]["bops"] < costs[1]["bops"]
+    assert all(0.97 <= cost["target_ratio"] <= 1 for cost in costs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"preset": "paper"},
+        {"activation": "separate"},
+        {"search_overrides": {"prior_images": 64, "samples_per_step": 2, "explore_fraction": 0.5}},
+        {"search_overrides": {"prior_images": 64, "explore_fraction": 0.0}},
+        {"search_space": ["int4", "int8"], "target_bits": None, "target_size_mb": [0.03]},
+        {"search_space": ["fliqs-l-fp"], "tie": ["block"], "target_bits": [6.0]},
+        {"augment": ["flip", "mixup"], "label_smoothing_factor": 0.1, "distill": 0.5},
+        {"gradient_accumulation_steps": 2, "mixed_precision": "bf16", "modules_to_not_convert": ["classifier"]},
+    ],
+    ids=str,
+)
+def test_variants_meet_their_target(tmp_path: Path, changes: dict[str, Any]) -> None:
+    main([str(write(tmp_path, finetune_steps=0, max_steps=8, **changes))])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    ratio = results["cost"]["target_ratio"]
+    if "target_size_mb" in changes:
+        assert results["cost"]["bytes"] <= 30_000 and ratio <= 1
+    else:
+        assert abs(ratio - 1) <= 0.02 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"learning_rat": 1}, ConfigError, "did you mean 'learning_rate'"),
+        ({"target_bits": [1.0]}, TargetError, "below the cheapest"),
+        ({"target_bits": [9.0]}, TargetError, "above the dearest"),
+        ({"preset": "best"}, ConfigError, "'best'"),
+        ({"search_overrides": {"kappa": 3}}, ConfigError, "kappa"),
+        ({"target_bops": [1e6]}, ConfigError, "one kind of target"),
+        ({"augment": ["blur"]}, ConfigError, "blur"),
+        ({"dataset_name": None}, FliqsError, "no data"),
+        ({"modules_to_not_convert": ["nothing"]}, ConfigError, "nothing"),
+    ],
+)
+def test_bad_settings_fail_before_any_training(tmp_path: Path, changes: dict[str, Any], error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=named):
+        main([str(write(tmp_path, **{"finetune_steps": 0, **changes}))])
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_help_teaches() -> None:
+    run = subprocess.run(command(Path("--help")), cwd=ROOT, capture_output=True, text=True, check=True)
+    for word in ("accelerate launch recipes/vit.py", "--target_bits", "--search_space", "--resume"):
+        assert word in run.stdout

@@ -1,0 +1,142 @@
+"""Data: what is refused, and an order of images that depends on the seed and the position alone."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessor
+
+from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.training import ImageData, load_splits
+from fliqs_hf.training.data import StepBatches
+from fliqs_hf.training.models import interpolate_positions, load_classifier
+
+PROCESSOR = ViTImageProcessor(size={"height": 8, "width": 8})
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), value, dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def split_of(labels: list[int], broken: int | None = None) -> datasets.Dataset:
+    images = [{"bytes": b"not an image" if i == broken else png(i), "path": f"photo-{i}.png"} for i in range(len(labels))]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def test_digits_are_real_and_split_once() -> None:
+    train, test = load_splits("digits")
+    assert (len(train), len(test)) == (1347, 450)
+    assert train.features["label"].names == list("0123456789")
+    from sklearn.datasets import load_digits
+
+    originals = {digit.tobytes() for digit in (load_digits().images * (255 / 16)).round().astype(np.uint8)}
+    mine = [np.asarray(image).tobytes() for split in (train, test) for image in split["image"]]
+    assert len(mine) == 1797 and set(mine) == originals
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_outside_the_head_is_named(label: int) -> None:
+    with pytest.raises(DataError, match=rf"image 1 has the label {label}.*3 classes"):
+        ImageData(split_of([0, label, 2]), PROCESSOR, 3)
+
+
+def test_an_unreadable_image_is_named() -> None:
+    data = ImageData(split_of([0, 1, 2], broken=1), PROCESSOR, 3)
+    assert data[0][0].shape == (3, 8, 8) and data[0][0].dtype is torch.float32
+    with pytest.raises(DataError, match=r"image 1 \(photo-1\.png\)"):
+        data[1]
+
+
+def test_an_empty_split_a_missing_column_and_no_data() -> None:
+    with pytest.raises(DataError, match="empty"):
+        ImageData(split_of([]), PROCESSOR, 3)
+    with pytest.raises(DataError, match="'img' does not exist.*image, label"):
+        ImageData(split_of([0]), PROCESSOR, 3, image_column="img")
+    with pytest.raises(DataError, match="no data"):
+        load_splits()
+    with pytest.raises(DataError, match="no-such-folder"):
+        load_splits("./no-such-folder")
+
+
+def test_an_image_folder_is_split(tmp_path: Path) -> None:
+    for index in range(20):
+        folder = tmp_path / "train" / ("cat" if index % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}.png").write_bytes(png(index))
+    train, held_out = load_splits(train_dir=str(tmp_path / "train"), train_val_split=0.25, seed=1)
+    assert train.features["label"].names == ["cat", "dog"]
+    assert (len(train), len(held_out)) == (15, 5)
+
+
+def test_cached_images_are_the_same() -> None:
+    plain, cached = (ImageData(split_of([0, 1]), PROCESSOR, 3, cache=cache) for cache in (False, True))
+    for _ in range(2):
+        assert all(torch.equal(plain[i][0], cached[i][0]) for i in range(2))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_epoch_shows_every_image_once_over_all_ranks(world_size: int) -> None:
+    per_epoch = StepBatches(60, 4, 7, 0, 1, 0, world_size).per_epoch
+    seen = [
+        index
+        for rank in range(world_size)
+        for batch in StepBatches(60, 4, 7, 0, per_epoch, rank, world_size)
+        for index in batch
+    ]
+    assert len(seen) == len(set(seen)) == per_epoch * 4 * world_size
+
+
+def test_batches_after_an_interruption_are_those_that_were_to_come() -> None:
+    whole = list(StepBatches(50, 8, 3, 0, 40))
+    assert list(StepBatches(50, 8, 3, 23, 40)) == whole[23:]
+    assert list(StepBatches(50, 8, 4, 0, 40)) != whole
+    assert whole[:6] != whole[6:12]  # another order in the second epoch
+
+
+@pytest.mark.parametrize("leading", [0, 1, 2])
+def test_interpolated_positions(leading: int) -> None:
+    """Leading tokens are kept, the same size is the identity, and rows stay rows: an embedding that depends on the
+    row alone depends on the row alone afterwards, in the same order."""
+    tokens = torch.randn(1, leading, 2)
+    row, column = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    embeddings = torch.cat([tokens, torch.stack([row, 2 * column], dim=-1).reshape(1, 64, 2)], dim=1)
+    assert torch.equal(interpolate_positions(embeddings, 64 + leading), embeddings)
+    for side in (4, 16):
+        result = interpolate_positions(embeddings, side * side + leading)
+        assert torch.equal(result[:, :leading], tokens)
+        grid = result[0, leading:].reshape(side, side, 2)
+        assert torch.allclose(grid[..., 0], grid[:, :1, 0].expand(side, side), atol=1e-5)  # float32 sums
+        assert torch.allclose(grid[..., 1], 2 * grid[..., 0].T, atol=1e-5)
+        assert (grid[1:, 0, 0] > grid[:-1, 0, 0]).all()
+    with pytest.raises(ConfigError, match=f"{64 + leading}"):
+        interpolate_positions(embeddings, 70)
+
+
+def test_load_classifier_needs_one_source() -> None:
+    for arguments in ({}, {"model_type": "vit", "model_name_or_path": "x"}):
+        with pytest.raises(ConfigError, match="either"):
+            load_classifier(["a"], **arguments)
+
+
+def test_a_checkpoint_for_another_size_and_other_classes(tmp_path: Path) -> None:
+    from tests.models import tiny
+
+    original = tiny("vit")
+    original.save_pretrained(tmp_path)
+    PROCESSOR.save_pretrained(tmp_path)
+    model, processor = load_classifier(["a", "b", "c"], model_name_or_path=str(tmp_path), image_size=16)
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert model(processor(Image.new("RGB", (30, 40)), return_tensors="pt")["pixel_values"]).logits.shape == (1, 3)
+    for name, tensor in original.vit.state_dict().items():
+        if not name.endswith("position_embeddings"):
+            assert torch.equal(model.vit.state_dict()[name], tensor)
+    assert model.vit.embeddings.position_embeddings.shape == (1, 5, 32)

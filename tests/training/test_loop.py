@@ -1,0 +1,167 @@
+"""The loop: schedule, weight decay, states on disk, and what happens when something goes wrong."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+
+import fliqs_hf.training.state as state_module
+from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
+from fliqs_hf.training import TrainConfig, evaluate, train
+from fliqs_hf.training.loop import decay_groups
+from fliqs_hf.training.state import states
+from tests.models import tiny
+
+
+class Blobs(torch.utils.data.Dataset[Any]):
+    """Images whose label is the brightest of five stripes: learnable, no files."""
+
+    def __init__(self, count: int, poison: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(count)
+        self.labels = torch.randint(5, (count,), generator=generator).tolist()
+        self.images = torch.randn(count, 3, 32, 32, generator=generator) * 0.3
+        for image, label in zip(self.images, self.labels, strict=True):
+            image[:, label * 6 : label * 6 + 6] += 1
+        if poison is not None:
+            self.images[poison] = math.nan
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(**({"max_steps": 12, "batch_size": 8, "learning_rate": 1e-3, "save_steps": 4, "logging_steps": 2} | changes))
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_learns_and_evaluation_does_not_depend_on_the_batch(accelerator: Accelerator) -> None:
+    model, data = tiny("vit"), Blobs(200)
+    before = evaluate(model, data, accelerator)
+    train(model, data, config(max_steps=150, batch_size=16), accelerator)
+    after = evaluate(model, data, accelerator, batch_size=7)
+    assert after.top1 > before.top1 + 0.3  # chance is 0.2, a working loop passes 0.9
+    again = evaluate(model, data, accelerator, batch_size=200)
+    assert (again.correct, again.correct5, again.n) == (after.correct, after.correct5, 200)
+    assert again.correct5 == 200 and math.isclose(again.loss, after.loss, rel_tol=1e-5)  # float32 sums in another order
+
+
+def test_the_learning_rate_is_warmed_up_and_ends_near_zero() -> None:
+    c = config(max_steps=100, warmup_ratio=0.1, learning_rate=1.0)
+    assert [c.learning_rate_at(step) for step in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
+    assert math.isclose(c.learning_rate_at(55), 0.5) and c.learning_rate_at(99) < 1e-3
+
+
+def test_weight_decay_spares_vectors_and_embeddings() -> None:
+    model = tiny("vit")
+    decayed, rest = decay_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)].rpartition(".")[2] for p in decayed["params"]} == {"weight"}
+    assert not any("norm" in names[id(p)] for p in decayed["params"])
+    assert {"vit.embeddings.position_embeddings", "vit.embeddings.cls_token"} <= {names[id(p)] for p in rest["params"]}
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int) -> Any:
+    def on_log(entry: dict[str, Any]) -> None:
+        if entry["step"] == step:
+            raise Stop
+
+    return on_log
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing": 0.1}], ids=str)
+def test_a_run_that_dies_resumes_to_the_same_bits(accelerator: Accelerator, tmp_path: Path, changes: dict[str, Any]) -> None:
+    data = Blobs(50)
+    whole = weights(train(tiny("vit"), data, config(**changes), accelerator))
+    with pytest.raises(Stop):
+        train(tiny("vit"), data, config(**changes), accelerator, state_folder=tmp_path, on_log=stop_at(10))
+    assert [path.name for path in states(tmp_path)] == ["step-00000008"]
+    resumed = train(tiny("vit", seed=5), data, config(**changes), accelerator, state_folder=tmp_path, resume=True)
+    assert same(weights(resumed), whole)
+
+
+def test_two_micro_batches_are_one_batch(accelerator: Accelerator) -> None:
+    data = Blobs(64)
+    one = train(tiny("vit"), data, config(max_steps=4, batch_size=16), accelerator)
+    two = train(tiny("vit"), data, config(max_steps=4, batch_size=8, gradient_accumulation_steps=2), accelerator)
+    for name, tensor in one.state_dict().items():
+        # the same mean gradient up to the order of float32 sums, which Adam's division can amplify to the step size
+        assert torch.allclose(tensor, two.state_dict()[name], atol=2e-3), name
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(accelerator: Accelerator, tmp_path: Path) -> None:
+    healthy = Blobs(64)
+    with pytest.raises(Stop):
+        train(tiny("vit"), healthy, config(), accelerator, state_folder=tmp_path, on_log=stop_at(6))
+    saved = (states(tmp_path)[-1] / "model.safetensors").read_bytes()
+    poisoned = Blobs(64)
+    poisoned.images[:] = math.nan
+    with pytest.raises(TrainingError, match=r"not finite.*learning_rate=0\.001.*step-00000004"):
+        train(tiny("vit"), poisoned, config(), accelerator, state_folder=tmp_path, resume=True)
+    assert (states(tmp_path)[-1] / "model.safetensors").read_bytes() == saved
+    assert all(tensor.isfinite().all() for tensor in load_file(states(tmp_path)[-1] / "model.safetensors").values())
+
+
+def test_a_full_disk_keeps_the_last_state(accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, calls = Blobs(50), []
+    original = state_module.save_file
+
+    def save_file(tensors: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) > 4:  # three files make a state: the second state fails in its second file
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    monkeypatch.setattr(state_module, "save_file", save_file)
+    with pytest.raises(TrainingError, match=r"step-00000008: .*No space left"):
+        train(tiny("vit"), data, config(), accelerator, state_folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    monkeypatch.undo()
+    resumed = train(tiny("vit", seed=5), data, config(), accelerator, state_folder=tmp_path, resume=True)
+    assert same(weights(resumed), weights(train(tiny("vit"), data, config(), accelerator)))
+
+
+def test_a_state_of_other_settings_or_a_damaged_one_is_refused(accelerator: Accelerator, tmp_path: Path) -> None:
+    data = Blobs(50)
+    with pytest.raises(Stop):
+        train(tiny("vit"), data, config(), accelerator, state_folder=tmp_path, on_log=stop_at(6))
+    with pytest.raises(CheckpointError, match="config="):
+        train(tiny("vit"), data, config(learning_rate=1e-4), accelerator, state_folder=tmp_path, resume=True)
+    file = states(tmp_path)[-1] / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train(tiny("vit"), data, config(), accelerator, state_folder=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"max_steps": 0}, "max_steps=0"), ({"label_smoothing": 2}, "label_smoothing=2"), ({"learning_rate": 0}, "learning_rate=0")]
+)
+def test_bad_settings_are_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        config(**changes)
