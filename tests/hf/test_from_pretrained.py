@@ -61,6 +61,8 @@ def test_search_pack_save_load_are_bit_identical(architecture: str, tmp_path: Pa
     dequantized = load_like(plain, tmp_path / "dequantized")
     for name, layer in packed.items():
         assert torch.equal(dequantized.get_submodule(name).weight, layer.decoded_weight())
+    # Tensors of a mapped file may lie unaligned in memory, and then a convolution may sum in another order.
+    dequantized.load_state_dict({name: tensor.clone() for name, tensor in dequantized.state_dict().items()}, assign=True)
     assert torch.equal(logits(dequantized), logits(again))
 
 
