@@ -1,4 +1,4 @@
-"""`Allocation`: which format each layer's weights and activations have. The one value that travels through everything."""
+"""`Allocation`: which format each layer's weights and inputs have. The one value that travels through everything."""
 
 from __future__ import annotations
 

@@ -11,30 +11,29 @@ A YAML file as the first argument sets any of the arguments below; the command l
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import AutoModelForImageClassification, HfArgumentParser
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification
 from transformers.utils import logging as hf_logging
 
 from fliqs_hf import quantize
-from fliqs_hf.cost import CostTable, Target, trace_layers, unlisted_bytes
+from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers, unlisted_bytes
 from fliqs_hf.errors import ConfigError, FliqsError
 from fliqs_hf.nn import make_searchable, quantizable_layers, restore
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace, fisher_scores
+from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace, Sensitivity, fisher_scores
 from fliqs_hf.search.hook import SearchHook
-from fliqs_hf.search.run import RunFolder, cost_summary, layer_table
-from fliqs_hf.training import ImageData, Interrupted, TrainConfig, evaluate, load_splits, train
+from fliqs_hf.search.run import RunFolder, cost_summary, layer_table, write_front
+from fliqs_hf.training import Accuracy, ImageData, Interrupted, TrainConfig, evaluate, load_splits, train
+from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, parse
 from fliqs_hf.training.augment import BatchAugment
 from fliqs_hf.training.data import train_loader
 from fliqs_hf.training.models import load_classifier
@@ -42,107 +41,69 @@ from fliqs_hf.training.state import states
 
 
 @dataclass
-class ModelArguments:
-    """Which model."""
+class Job:
+    """What every part of the run needs."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "fp32 checkpoint: a Hub id or a folder"})
-    model_type: str | None = field(default=None, metadata={"help": "train this architecture from scratch, e.g. vit"})
-    config_overrides: dict | str | None = field(default=None, metadata={"help": "its settings, e.g. hidden_size: 64"})
-    image_size: int | None = field(default=None, metadata={"help": "side in pixels; default: the checkpoint's"})
+    args: TrainingArguments
+    accelerator: Accelerator
+    search: SearchConfig
+    settings: dict[str, Any]  # every argument, for config.json
+    model: Any
+    processor: Any
+    train_data: ImageData
+    eval_data: ImageData
+    augment: BatchAugment | None
 
+    def train_config(self, steps: int, learning_rate: float) -> TrainConfig:
+        return TrainConfig(
+            max_steps=steps,
+            batch_size=self.args.per_device_train_batch_size,
+            learning_rate=learning_rate,
+            weight_decay=self.args.weight_decay,
+            warmup_ratio=self.args.warmup_ratio,
+            max_grad_norm=self.args.max_grad_norm,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+            label_smoothing=self.args.label_smoothing_factor,
+            distill_weight=self.args.distill,
+            quality=self.search.quality,
+            seed=self.args.seed,
+            logging_steps=self.args.logging_steps,
+            save_steps=self.args.save_steps,
+            workers=self.args.dataloader_num_workers,
+        )
 
-@dataclass
-class DataArguments:
-    """Which images."""
-
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, local folder, or 'digits' (no network)"})
-    dataset_config_name: str | None = None
-    train_dir: str | None = field(default=None, metadata={"help": "image folder, one sub-folder per class"})
-    validation_dir: str | None = None
-    validation_split: str | None = None
-    train_val_split: float = field(default=0.15, metadata={"help": "share held out where there is no validation split"})
-    image_column_name: str = "image"
-    label_column_name: str = "label"
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    cache_images: bool = field(default=False, metadata={"help": "keep processed images in memory (small data sets)"})
-    augment: list[str] | None = field(default=None, metadata={"help": "flip crop randaugment mixup cutmix"})
-
-
-@dataclass
-class TrainingArguments:
-    """How weights are trained. The same settings serve fp32 fine-tuning and the search."""
-
-    output_dir: str = "runs/vit"
-    max_steps: int = field(default=1000, metadata={"help": "steps of each search, both phases"})
-    finetune_steps: int = field(default=0, metadata={"help": "fp32 steps beforehand, for a new data set or model"})
-    learning_rate: float = 1e-4
-    finetune_learning_rate: float | None = field(default=None, metadata={"help": "default: learning_rate"})
-    weight_decay: float = 0.05
-    warmup_ratio: float = 0.05
-    max_grad_norm: float = 1.0
-    per_device_train_batch_size: int = 32
-    per_device_eval_batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16; default: accelerate's"})
-    label_smoothing_factor: float = 0.0
-    distill: float = field(default=0.0, metadata={"help": "share of the loss that imitates the fp32 model, 0 to 1"})
-    dataloader_num_workers: int = 0
-    logging_steps: int = 10
-    save_steps: int = 100
-    report_to: str | None = field(default=None, metadata={"help": "trackio, tensorboard, wandb: comma-separated"})
-    seed: int = 0
-    use_cpu: bool = False
-    resume: bool = field(default=False, metadata={"help": "go on after an interruption, to the same result"})
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
+    def evaluate(self, model: Any, name: str) -> Accuracy:
+        size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
+        return evaluate(model, self.eval_data, self.accelerator, batch_size=size, workers=workers, name=name)
 
 
-@dataclass
-class SearchArguments:
-    """What is searched, and for what target."""
+def main(argv: list[str] | None = None) -> None:
+    model_args, data_args, training_args, search_args = parse(sys.argv[1:] if argv is None else argv, __doc__)
+    targets = targets_of(search_args)
+    job = load(model_args, data_args, training_args, search_args)
+    folder = RunFolder(training_args.output_dir)
+    layers, space, table = searched(job, search_args, targets)
 
-    search_space: list[str] = field(
-        default_factory=lambda: ["mixed"],
-        metadata={"help": "formats, or one of fliqs-s-int fliqs-s-fp fliqs-l-int fliqs-l-fp mixed"},
-    )
-    activation: str = field(default="same", metadata={"help": "same or separate formats for weights and activations"})
-    modules_to_not_convert: list[str] | None = field(default=None, metadata={"help": "layers to leave in fp32: patterns"})
-    tie: list[str] | None = field(default=None, metadata={"help": "share decisions: qkv, block, model or patterns"})
-    target_bits: list[float] | None = field(default=None, metadata={"help": "BOPs of the uniform model of so many bits"})
-    target_bops: list[float] | None = None
-    target_size_mb: list[float] | None = field(default=None, metadata={"help": "size of the checkpoint, 10^6 bytes"})
-    target_ratio: list[float] | None = field(default=None, metadata={"help": "BOPs over those of fp32"})
-    cap: bool = field(default=False, metadata={"help": "the target is a limit, never exceeded"})
-    preset: str = field(default="default", metadata={"help": "default, or paper for FLIQS as published"})
-    search_overrides: dict | str | None = field(default=None, metadata={"help": "settings of SearchConfig that differ"})
+    finetune(job, folder)
+    fp32 = job.evaluate(job.model, "fp32 evaluation")
+    job.accelerator.print(f"fp32 accuracy: {fp32.top1:.2%} of {fp32.n} images")
 
-
-Arguments = (ModelArguments, DataArguments, TrainingArguments, SearchArguments)
-
-
-def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, SearchArguments]:
-    """Arguments from an optional YAML file and the command line. Raises: ConfigError: an unknown key."""
-    parser = HfArgumentParser(Arguments, description=__doc__, prog="recipes/vit.py")
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        settings = yaml.safe_load(Path(argv[0]).read_text()) or {}
-        known = [f.name for cls in Arguments for f in fields(cls)]
-        for key in settings:
-            if key not in known:
-                close = get_close_matches(key, known, 1)
-                raise ConfigError(f"{argv[0]}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-        parser.set_defaults(**settings)
-        argv = argv[1:]
-    arguments = parser.parse_args_into_dataclasses(argv)
-    for instance in arguments:
-        for f in fields(instance):
-            if f.name in ("config_overrides", "search_overrides") and isinstance(getattr(instance, f.name), str):
-                setattr(instance, f.name, yaml.safe_load(getattr(instance, f.name)))
-    return arguments
+    sensitivity = measure_sensitivity(job, space) if job.search.prior == "fisher" else None
+    original = {name: tensor.detach().clone() for name, tensor in job.model.state_dict().items()}
+    results = []
+    for target in targets:
+        run = folder if len(targets) == 1 else RunFolder(folder.path / f"{target.kind}-{target.value:g}")
+        job.model.load_state_dict(original)
+        results.append(search_for(job, run, target, layers, space, table, sensitivity, fp32))
+        if training_args.push_to_hub and job.accelerator.is_main_process:
+            push(training_args, run, target if len(targets) > 1 else None)
+    if len(targets) > 1 and job.accelerator.is_main_process:
+        print(f"\n{write_front(folder, results, fp32)}")
+    job.accelerator.end_training()
 
 
 def targets_of(search_args: SearchArguments) -> list[Target]:
+    """The targets, in the order given; 4 bits if there is none. A size is always a cap."""
     kinds = ("target_bits", "target_bops", "target_size_mb", "target_ratio")
     given = [(kind, values) for kind in kinds if (values := getattr(search_args, kind))]
     if len(given) > 1:
@@ -151,26 +112,22 @@ def targets_of(search_args: SearchArguments) -> list[Target]:
     return [Target.of(**{kind: value}, cap=search_args.cap or kind == "target_size_mb") for value in values]
 
 
-def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, training_args, search_args = parse(sys.argv[1:] if argv is None else argv)
-    targets = targets_of(search_args)
-    search_config = SearchConfig.preset(search_args.preset, **(search_args.search_overrides or {}))
-    folder = RunFolder(training_args.output_dir)
+def load(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, search_args: SearchArguments
+) -> Job:
+    """Accelerator, data, model and image processor."""
+    search = SearchConfig.preset(search_args.preset, **(search_args.search_overrides or {}))
+    trackers = args.report_to.split(",") if args.report_to else None
     accelerator = Accelerator(
-        cpu=training_args.use_cpu,
-        mixed_precision=training_args.mixed_precision,
-        log_with=training_args.report_to.split(",") if training_args.report_to else None,
-        project_dir=str(folder.path),
+        cpu=args.use_cpu, mixed_precision=args.mixed_precision, log_with=trackers, project_dir=args.output_dir
     )
+    hf_logging.disable_progress_bar()
     if not accelerator.is_main_process:
         hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    set_seed(training_args.seed)
-    settings = {key: value for args in (model_args, data_args, training_args, search_args) for key, value in asdict(args).items()}
-    if training_args.report_to:
+    set_seed(args.seed)
+    settings = {k: v for part in (model_args, data_args, args, search_args) for k, v in asdict(part).items()}
+    if trackers:
         accelerator.init_trackers("fliqs", {key: str(value) for key, value in settings.items()})
-
-    # Data and model
     with accelerator.main_process_first():
         train_split, eval_split = load_splits(
             data_args.dataset_name,
@@ -179,179 +136,179 @@ def main(argv: list[str] | None = None) -> None:
             validation_dir=data_args.validation_dir,
             validation_split=data_args.validation_split,
             train_val_split=data_args.train_val_split,
-            seed=training_args.seed,
+            seed=args.seed,
         )
-    feature = train_split.features.get(data_args.label_column_name)
-    names = getattr(feature, "names", None) or sorted({str(label) for label in train_split[data_args.label_column_name]})
+    label = data_args.label_column_name
+    names = getattr(train_split.features.get(label), "names", None) or sorted(map(str, set(train_split[label])))
     model, processor = load_classifier(names, **asdict(model_args))
-    columns = {"image_column": data_args.image_column_name, "label_column": data_args.label_column_name}
-    caching = {"cache": data_args.cache_images}
-    train_data = ImageData(train_split, processor, len(names), max_samples=data_args.max_train_samples, **columns, **caching)
-    eval_data = ImageData(eval_split, processor, len(names), max_samples=data_args.max_eval_samples, **columns, **caching)
-    sample = train_data[0][0]
-    if training_args.gradient_checkpointing:
+    if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    columns = {"image_column": data_args.image_column_name, "label_column": label, "cache": data_args.cache_images}
+    limits = (data_args.max_train_samples, data_args.max_eval_samples)
+    data = [
+        ImageData(split, processor, len(names), max_samples=limit, **columns)
+        for split, limit in zip((train_split, eval_split), limits, strict=True)
+    ]
     augment = None
     if data_args.augment:
         mean, std = (getattr(processor, key, None) or [0.5] * 3 for key in ("image_mean", "image_std"))
         augment = BatchAugment(data_args.augment, len(names), mean, std)
+    return Job(args, accelerator, search, settings, model.to(accelerator.device), processor, *data, augment)
 
-    # fp32
-    def settings_of(steps: int, learning_rate: float, seed: int) -> TrainConfig:
-        return TrainConfig(
-            max_steps=steps,
-            batch_size=training_args.per_device_train_batch_size,
-            learning_rate=learning_rate,
-            weight_decay=training_args.weight_decay,
-            warmup_ratio=training_args.warmup_ratio,
-            max_grad_norm=training_args.max_grad_norm,
-            gradient_accumulation_steps=training_args.gradient_accumulation_steps,
-            label_smoothing=training_args.label_smoothing_factor,
-            distill_weight=training_args.distill,
-            quality=search_config.quality,
-            seed=seed,
-            logging_steps=training_args.logging_steps,
-            save_steps=training_args.save_steps,
-            workers=training_args.dataloader_num_workers,
-        )
 
-    model.to(accelerator.device)
-    fp32_folder = folder.path / "fp32"
-    if training_args.finetune_steps and not (training_args.resume and (fp32_folder / "config.json").exists()):
-        rate = training_args.finetune_learning_rate or training_args.learning_rate
-        finetuning = settings_of(training_args.finetune_steps, rate, training_args.seed)
-        state = folder.path / "fp32-state"
-        if not training_args.resume:
-            shutil.rmtree(state, ignore_errors=True)
-        model = train(
-            model, train_data, finetuning, accelerator, augment=augment, state_folder=state,
-            resume=training_args.resume, name="fp32 training",
-        )  # fmt: skip
-        if accelerator.is_main_process:
-            model.save_pretrained(f"{fp32_folder}.tmp")
-            processor.save_pretrained(f"{fp32_folder}.tmp")
-            shutil.rmtree(fp32_folder, ignore_errors=True)
-            os.replace(f"{fp32_folder}.tmp", fp32_folder)
-            shutil.rmtree(state, ignore_errors=True)
-        accelerator.wait_for_everyone()
-    elif training_args.finetune_steps:
-        restored = AutoModelForImageClassification.from_pretrained(fp32_folder)
-        model.load_state_dict(restored.state_dict())
-    evaluation = {"batch_size": training_args.per_device_eval_batch_size, "workers": training_args.dataloader_num_workers}
-    fp32 = evaluate(model, eval_data, accelerator, **evaluation, name="fp32 evaluation")
-    accelerator.print(f"fp32 accuracy: {fp32.top1:.2%} of {fp32.n} images")
-
-    # What is searched, and what it costs
-    candidates = quantizable_layers(model, search_args.modules_to_not_convert)
-    layers = trace_layers(model, sample[None].to(accelerator.device), names=None)
-    layers = tuple(layer for layer in layers if layer.name in candidates)
-    space = SearchSpace(layers, search_args.search_space[0] if len(search_args.search_space) == 1 else search_args.search_space,
-                        search_args.activation, search_args.tie or ())  # fmt: skip
-    original = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    other_bytes = unlisted_bytes(model, layers)
-    table = CostTable(layers, space.formats, targets[0].cost_kind, fixed_cost=other_bytes if targets[0].kind == "size_mb" else 0)
+def searched(
+    job: Job, search_args: SearchArguments, targets: list[Target]
+) -> tuple[tuple[LayerInfo, ...], SearchSpace, CostTable]:
+    """The layers, the space and its costs. A target that is out of reach fails here, before any training."""
+    wanted = quantizable_layers(job.model, search_args.modules_to_not_convert)
+    traced = trace_layers(job.model, job.train_data[0][0][None].to(job.accelerator.device))
+    layers = tuple(layer for layer in traced if layer.name in wanted)
+    formats = search_args.search_space
+    space = SearchSpace(
+        layers, formats[0] if len(formats) == 1 else formats, search_args.activation, search_args.tie or ()
+    )
+    fixed = unlisted_bytes(job.model, layers) if targets[0].kind == "size_mb" else 0
+    table = CostTable(layers, space.formats, targets[0].cost_kind, fixed_cost=fixed)
     for target in targets:
-        OneShotSearch(space, table, target, search_config, training_args.max_steps)  # a target out of reach fails now
+        OneShotSearch(space, table, target, job.search, job.args.max_steps)
+    return layers, space, table
 
-    # Sensitivity prior: one pass, shared by all targets
-    scores, prior_seconds = None, 0.0
-    if search_config.prior == "fisher":
-        start = time.perf_counter()
-        count = -(-search_config.prior_images // training_args.per_device_train_batch_size)
-        loader = train_loader(train_data, training_args.per_device_train_batch_size, training_args.seed, 0, count, 0, 1, 0)
-        from tqdm.auto import tqdm
 
-        bar = tqdm(loader, desc="sensitivity", disable=not accelerator.is_local_main_process)
-        batches = ((images.to(accelerator.device), labels.to(accelerator.device)) for images, labels in bar)
-        sensitivity = fisher_scores(model, batches, lambda images: model(images).logits, space)
-        scores, prior_seconds = sensitivity.decision_scores, time.perf_counter() - start
+def finetune(job: Job, folder: RunFolder) -> None:
+    """Train in fp32, if the arguments say so, and keep the result in `fp32/`, which `--resume` starts from."""
+    kept, state = folder.path / "fp32", folder.path / "fp32-state"
+    if not job.args.finetune_steps:
+        return
+    if job.args.resume and (kept / "config.json").exists():
+        job.model.load_state_dict(AutoModelForImageClassification.from_pretrained(kept).state_dict())
+        return
+    if not job.args.resume:
+        shutil.rmtree(state, ignore_errors=True)
+    config = job.train_config(job.args.finetune_steps, job.args.finetune_learning_rate or job.args.learning_rate)
+    job.model = train(
+        job.model, job.train_data, config, job.accelerator, augment=job.augment, state_folder=state,
+        resume=job.args.resume, name="fp32 training",
+    )  # fmt: skip
+    if job.accelerator.is_main_process:
+        draft = f"{kept}.tmp"
+        job.model.save_pretrained(draft)
+        job.processor.save_pretrained(draft)
+        shutil.rmtree(kept, ignore_errors=True)
+        os.replace(draft, kept)
+        shutil.rmtree(state, ignore_errors=True)
+    job.accelerator.wait_for_everyone()
 
-    results = []
-    for target in targets:
-        run = folder if len(targets) == 1 else RunFolder(folder.path / f"{target.kind}-{target.value:g}")
-        model.load_state_dict(original)
-        teacher = None
-        if training_args.distill:
-            import copy
 
-            teacher = copy.deepcopy(model)
-        if accelerator.is_main_process:
-            run.write_config({**settings, "search": asdict(search_config), f"target_{target.kind}": target.value})
-            run.write_layers(layers)
-            run.write("search_space.json", space.to_dict())
-            if scores is not None:
-                by_name = {d.name: [round(v, 8) for v in row] for d, row in zip(space.decisions, scores.tolist(), strict=True)}
-                run.write("sensitivity.json", {"method": "fisher", "images": sensitivity.images, "seconds": prior_seconds, "scores": by_name})
-        search = OneShotSearch(
-            space, table, target, search_config, training_args.max_steps, seed=training_args.seed,
-            rank=accelerator.process_index, world_size=accelerator.num_processes, device=accelerator.device,
-            gather=accelerator.gather if accelerator.num_processes > 1 else None,
-        )  # fmt: skip
-        if scores is not None:
-            search.start_from(scores)
-        groups = {layer.name: layer.input_group for layer in layers}
-        switch = make_searchable(model, space.formats, names=[layer.name for layer in layers], input_groups=groups)
-        if not training_args.resume:
-            shutil.rmtree(run.state, ignore_errors=True)
-        saved = states(run.state) if training_args.resume else []
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            run.forget_after(int(saved[-1].name.removeprefix("step-")) if saved else 0)
+def measure_sensitivity(job: Job, space: SearchSpace) -> Sensitivity:
+    """One backward pass per batch over `prior_images` training images; every rank measures the same."""
+    batch = job.args.per_device_train_batch_size
+    loader = train_loader(
+        job.train_data, batch, job.args.seed, 0, -(-job.search.prior_images // batch), 0, 1, 0
+    )  # fmt: skip
+    bar = tqdm(loader, desc="sensitivity", disable=not job.accelerator.is_local_main_process)
+    device = job.accelerator.device
+    batches = ((images.to(device), labels.to(device)) for images, labels in bar)
+    return fisher_scores(job.model, batches, lambda images: job.model(images).logits, space)
 
-        def on_log(entry: dict[str, Any], run: RunFolder = run, search: OneShotSearch = search) -> None:
-            run.append({**entry, "phase": search.phase(entry["step"] - 1)})
-            if training_args.report_to:
-                accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
 
-        start = time.perf_counter()
-        model = train(
-            model, train_data, settings_of(training_args.max_steps, training_args.learning_rate, training_args.seed),
-            accelerator, hook=SearchHook(search, switch, run.policy if accelerator.is_main_process else None), augment=augment,
-            teacher=teacher, state_folder=run.state, resume=training_args.resume, on_log=on_log,
-            name=f"search for {target.kind} {target.value:g}",
-        )  # fmt: skip
-        seconds = time.perf_counter() - start
-        final = search.finalize()
-        restore(model)
-
-        # Pack, save, and evaluate what was saved
-        import copy
-
-        packed = quantize(copy.deepcopy(model), final.allocation)
-        if accelerator.is_main_process:
-            packed.save_pretrained(run.checkpoint)
-            processor.save_pretrained(run.checkpoint)
-            final.allocation.save(run.path / "allocation.json")
-        accelerator.wait_for_everyone()
-        loaded = AutoModelForImageClassification.from_pretrained(run.checkpoint).to(accelerator.device)
-        searched = evaluate(loaded, eval_data, accelerator, **evaluation, name="searched evaluation")
-        if accelerator.is_main_process:
-            size = sum(file.stat().st_size for file in run.checkpoint.glob("*.safetensors"))
-            fp32_size = sum(t.numel() * t.element_size() for t in original.values())
-            cost = cost_summary(layers, final.allocation, other_bytes)
-            result = {
-                "target": {target.kind: target.value, "cost": search.target_cost},
-                "cost": {**cost, "target_ratio": final.cost_ratio},
-                "accuracy": {"fp32": fp32.to_dict(), "searched": searched.to_dict()},
-                "checkpoint_bytes": size,
-                "seconds": seconds,
-                "sensitivity_seconds": prior_seconds,
-                "repaired": final.repaired,
-                "argmax_cost_ratio": final.argmax_cost_ratio,
-            }
-            run.write("results.json", result)
-            results.append((run, target, final, result))
-            print(f"\n{layer_table(layers, final.allocation)}\n")
-            if final.repaired:
-                print(f"The policy's arg-max costs {final.argmax_cost_ratio:.3f} of the target; the integer program over its "
-                      f"log-probabilities chose this allocation instead, at {final.cost_ratio:.3f}.")  # fmt: skip
-            print(f"bit operations  {cost['fp32_bops'] / 1e9:9.3f} G fp32  -> {cost['bops'] / 1e9:9.3f} G  ({final.cost_ratio:.1%} of the target)")
-            print(f"checkpoint      {fp32_size / 1e6:9.3f} MB fp32 -> {size / 1e6:9.3f} MB on disk")
-            print(f"accuracy        {fp32.top1:9.2%} fp32    -> {searched.top1:9.2%} searched  ({searched.n} images)")
-            print(f"run folder      {run.path}")
+def search_for(
+    job: Job,
+    run: RunFolder,
+    target: Target,
+    layers: tuple[LayerInfo, ...],
+    space: SearchSpace,
+    table: CostTable,
+    sensitivity: Sensitivity | None,
+    fp32: Accuracy,
+) -> dict[str, Any]:
+    """One search: policy and weights together, then the final allocation, packed, saved, loaded and evaluated."""
+    accelerator, args = job.accelerator, job.args
+    search = OneShotSearch(
+        space, table, target, job.search, args.max_steps, seed=args.seed, rank=accelerator.process_index,
+        world_size=accelerator.num_processes, device=accelerator.device,
+        gather=accelerator.gather if accelerator.num_processes > 1 else None,
+    )  # fmt: skip
+    if sensitivity is not None:
+        search.start_from(sensitivity.decision_scores)
+    if not args.resume:
         shutil.rmtree(run.state, ignore_errors=True)
-        accelerator.wait_for_everyone()
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        saved = states(run.state)
+        run.begin(job.settings, job.search, layers, space, sensitivity)
+        run.forget_after(int(saved[-1].name.removeprefix("step-")) if saved else 0)
+
+    teacher = copy.deepcopy(job.model) if args.distill else None
+    fp32_bytes = sum(tensor.numel() * tensor.element_size() for tensor in job.model.state_dict().values())
+    other_bytes = unlisted_bytes(job.model, layers)
+    groups = {layer.name: layer.input_group for layer in layers}
+    switch = make_searchable(job.model, space.formats, names=[layer.name for layer in layers], input_groups=groups)
+
+    def on_log(entry: dict[str, Any]) -> None:
+        run.append({**entry, "phase": search.phase(entry["step"] - 1)})
+        if args.report_to:
+            accelerator.log({key: value for key, value in entry.items() if key != "step"}, step=entry["step"])
+
+    start = time.perf_counter()
+    job.model = train(
+        job.model, job.train_data, job.train_config(args.max_steps, args.learning_rate), accelerator,
+        hook=SearchHook(search, switch, run.policy), augment=job.augment, teacher=teacher, state_folder=run.state,
+        resume=args.resume, on_log=on_log, name=f"search for {target.kind} {target.value:g}",
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    final = search.finalize()
+    restore(job.model)
+
+    if accelerator.is_main_process:
+        quantize(copy.deepcopy(job.model), final.allocation).save_pretrained(run.checkpoint)
+        job.processor.save_pretrained(run.checkpoint)
+        final.allocation.save(run.path / "allocation.json")
+    accelerator.wait_for_everyone()
+    packed = AutoModelForImageClassification.from_pretrained(run.checkpoint).to(accelerator.device)
+    accuracy = job.evaluate(packed, "searched evaluation")
+    result = {
+        "target": {target.kind: target.value, "cost": search.target_cost, "cap": target.cap},
+        "cost": {**cost_summary(layers, final.allocation, other_bytes), "target_ratio": final.cost_ratio},
+        "accuracy": {"fp32": fp32.to_dict(), "searched": accuracy.to_dict()},
+        "checkpoint_bytes": sum(file.stat().st_size for file in run.checkpoint.glob("*.safetensors")),
+        "fp32_bytes": fp32_bytes,
+        "seconds": seconds,
+        "repaired": final.repaired,
+        "argmax_cost_ratio": final.argmax_cost_ratio,
+    }
+    if accelerator.is_main_process:
+        run.write("results.json", result)
+        shutil.rmtree(run.state, ignore_errors=True)
+        print(f"\n{layer_table(layers, final.allocation)}\n\n{summary(result)}\nrun folder      {run.path}")
+    accelerator.wait_for_everyone()
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Cost, size and accuracy, before and after."""
+    cost, fp32, searched_ = result["cost"], result["accuracy"]["fp32"], result["accuracy"]["searched"]
+    lines = [
+        f"bit operations  {cost['fp32_bops'] / 1e9:9.3f} G fp32  -> {cost['bops'] / 1e9:9.3f} G  "
+        f"({cost['target_ratio']:.1%} of the target)",
+        f"checkpoint      {result['fp32_bytes'] / 1e6:9.3f} MB fp32 -> "
+        f"{result['checkpoint_bytes'] / 1e6:9.3f} MB on disk",
+        f"accuracy        {fp32['top1']:9.2%} fp32    -> {searched_['top1']:9.2%} searched  ({searched_['n']} images)",
+    ]
+    if result["repaired"]:
+        lines.insert(
+            0,
+            f"The policy's arg-max costs {result['argmax_cost_ratio']:.3f} of the target; the integer program over "
+            "its log-probabilities chose this allocation instead.\n",
+        )
+    return "\n".join(lines)
+
+
+def push(args: TrainingArguments, run: RunFolder, target: Target | None) -> None:
+    """Publish the run: packed weights, card, allocation, history."""
+    from fliqs_hf.hf.hub import push as push_run
+
+    name = args.hub_model_id or run.path.resolve().name
+    print(f"published at {push_run(run.path, f'{name}-{target.kind}-{target.value:g}' if target else name)}")
 
 
 if __name__ == "__main__":

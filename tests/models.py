@@ -20,7 +20,9 @@ ARCHITECTURES: dict[str, tuple[Any, Any]] = {
     "dinov2": (hf.Dinov2ForImageClassification, lambda: hf.Dinov2Config(**_VIT, **_IMAGE)),
     "swin": (
         hf.SwinForImageClassification,
-        lambda: hf.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4, num_labels=5),
+        lambda: hf.SwinConfig(
+            image_size=32, patch_size=4, embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4, num_labels=5
+        ),
     ),
     "siglip": (
         hf.SiglipForImageClassification,
@@ -32,7 +34,9 @@ ARCHITECTURES: dict[str, tuple[Any, Any]] = {
     ),
     "resnet": (
         hf.ResNetForImageClassification,
-        lambda: hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5),
+        lambda: hf.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5
+        ),
     ),
     "mobilenet_v2": (
         hf.MobileNetV2ForImageClassification,

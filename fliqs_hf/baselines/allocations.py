@@ -25,7 +25,9 @@ def manual(layers: Sequence[LayerInfo], inner: str | Format = "int4", outer: str
     )
 
 
-def random_allocation(space: SearchSpace, table: CostTable, target: float, seed: int, band: float = 0.03) -> Allocation:
+def random_allocation(
+    space: SearchSpace, table: CostTable, target: float, seed: int, band: float = 0.03
+) -> Allocation:
     """A random allocation within [1 − band, 1] of the target: the best one for random scores.
 
     Raises: TargetError: the target is out of reach.

@@ -75,7 +75,9 @@ class FLIQSConfig(QuantizationConfigMixin):
         if self.allocation is not None:
             for name, default in (("weight_format", "int8"), ("activation_format", "int8"), ("overrides", None)):
                 if getattr(self, name) != default:
-                    raise ConfigError(f"{name}={getattr(self, name)!r} contradicts allocation, which says every format")
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} contradicts allocation, which says every format"
+                    )
             if isinstance(self.allocation, (str, Path)):
                 self.allocation = Allocation.load(self.allocation)
             elif not isinstance(self.allocation, Allocation):
@@ -140,13 +142,15 @@ def _override(pattern: str, value: Any, default: LayerFormats) -> LayerFormats:
     if not isinstance(value, Mapping):
         return LayerFormats.of(value, value)
     if not value or set(value) - {"weight", "activation"}:
-        raise ConfigError(f'overrides: {pattern!r}: expected a format or {{"weight": …, "activation": …}}, got {value!r}')
+        raise ConfigError(
+            f'overrides: {pattern!r}: expected a format or {{"weight": …, "activation": …}}, got {value!r}'
+        )
     return LayerFormats.of(value.get("weight", default.weight), value.get("activation", default.activation))
 
 
 def _renamed(allocation: Allocation, model: Any, layers: Mapping[str, nn.Module]) -> Allocation:
-    """`allocation` in the names of `model`, which may be the base model of the one that it was made for, or the reverse;
-    entries of a part (head, pooler) that `model` does not have are dropped then.
+    """`allocation` in the names of `model`, which may be the base model of the one that it was made for, or the
+    reverse; entries of a part (head, pooler) that `model` does not have are dropped then.
 
     Transformers names a layer `vit.layers.0…` in a model with a head and `layers.0…` in the base model.
     """

@@ -169,7 +169,7 @@ def _ask(api: HfApi, repo_id: str, function: Any, *args: Any, attempts: int = AT
     while True:
         try:
             return function(*args, **kwargs)
-        except OfflineModeIsEnabled as error:  # noqa: PERF203 - a request takes longer
+        except OfflineModeIsEnabled as error:  # a request takes longer
             raise HubError("offline mode is on; unset HF_HUB_OFFLINE to publish a model") from error
         except HubError:
             raise

@@ -92,17 +92,20 @@ class FLIQSHfQuantizer(HfQuantizer):
         return PackWeight(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _align(model)
         # Files and configs use the names that the model has in memory: saving must not translate them back.
         model._weight_conversions = []
         config = self.quantization_config
         if self.searchable:
-            make_searchable(model, parse_formats(config.search_space), settings=config.settings)
+            make_searchable(model, parse_formats(config.search_space or ()), settings=config.settings)
             return model
         packed = packed_layers(model)
         missing = [name for name in self.allocation if name not in packed]
         # A part that the class of the checkpoint does not have (the pooler of a base model) is new: Transformers has
         # initialised it and said so, and there is nothing to quantize.
-        new_parts_allowed = config.allocation is None and type(model).__name__ not in (model.config.architectures or ())
+        new_parts_allowed = config.allocation is None and type(model).__name__ not in (
+            model.config.architectures or ()
+        )
         if missing and not new_parts_allowed:
             raise CheckpointError(
                 f"the checkpoint has no weight for {missing[0]!r}"
@@ -143,13 +146,22 @@ class FLIQSHfQuantizer(HfQuantizer):
         return True
 
 
+def _align(model: nn.Module) -> None:
+    """Copy tensors that lie unaligned in a mapped file: kernels may sum them in another order, which changes bits."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
 class PackWeight(ConversionOps):
     """Turns a layer into a packed one at the moment when its fp32 weight arrives from the checkpoint."""
 
     def __init__(self, quantizer: FLIQSHfQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], *, model: Any = None, missing_keys: Any = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def convert(
+        self, input_dict: dict[str, Any], *, model: Any = None, missing_keys: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         for key, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             name = key.rpartition(".")[0]

@@ -52,7 +52,9 @@ class _Packed(nn.Module):
         self.settings = settings
         self.dtype = dtype or torch.get_default_dtype()
         scales = self.weight_shape[0] if settings.weight_granularity == "per_channel" else 1
-        codes = torch.zeros(packed_bytes(self.weight_shape.numel(), formats.weight.bits), dtype=torch.uint8, device=device)
+        codes = torch.zeros(
+            packed_bytes(self.weight_shape.numel(), formats.weight.bits), dtype=torch.uint8, device=device
+        )
         self.register_buffer("weight_codes", codes)
         self.register_buffer(
             "weight_scale",
@@ -151,9 +153,9 @@ class PackedConv2d(_Packed):
 
     def __init__(self, geometry: nn.Conv2d, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
-            setattr(self, name, getattr(geometry, name))
-        self.padding_mode = geometry.padding_mode
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        self.geometry: dict[str, Any] = {name: getattr(geometry, name) for name in (*names, "padding_mode")}
+        self.__dict__.update(self.geometry)
         self._reversed_padding_repeated_twice = geometry._reversed_padding_repeated_twice
 
     def forward(self, input: Tensor) -> Tensor:

@@ -115,7 +115,9 @@ class FormatSwitch:
         """The chosen format of one layer's weight or activation, as tensors on `device`."""
         if device not in self._data:
             active = torch.empty(len(self.names), 2, self._table.shape[1], device=device)
-            views = [[FormatData(*active[i, j].unbind()) for j in (WEIGHT, ACTIVATION)] for i in range(len(self.names))]
+            views = [
+                [FormatData(*active[i, j].unbind()) for j in (WEIGHT, ACTIVATION)] for i in range(len(self.names))
+            ]
             self._data[device] = (self._table.to(device), active, views)
             self._refresh(device)
         return self._data[device][2][row][role]

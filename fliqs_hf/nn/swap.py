@@ -43,15 +43,14 @@ def _plain_type(module: nn.Module) -> type[nn.Module] | None:
     """`nn.Linear` or `nn.Conv2d` for layers that compute exactly what these compute, None for everything else.
 
     A subclass may do anything; accepted is only a convolution that merely has a constructor of its own (EfficientNet's
-    depthwise one). Not so for Linear: `nn.MultiheadAttention` has such a subclass, and uses its weight without calling it.
+    depthwise one). Not so for Linear: `nn.MultiheadAttention` has such a subclass and uses its weight without calling
+    it.
     """
     cls = type(module)
     if cls in _SEARCHABLE:
         return cls
-    if isinstance(module, nn.Conv2d) and not isinstance(module, SearchableConv2d):
-        if cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward:
-            return nn.Conv2d
-    return None
+    plain_forward = getattr(cls, "_conv_forward", None) is nn.Conv2d._conv_forward and cls.forward is nn.Conv2d.forward
+    return nn.Conv2d if plain_forward else None
 
 
 def _is_searchable(module: nn.Module) -> bool:
@@ -66,9 +65,7 @@ def quantizable_layers(model: nn.Module, modules_to_not_convert: Sequence[str] |
         modules_to_not_convert: patterns (see `matches`) of layers to leave out.
     Raises: ConfigError: a pattern that matches no layer.
     """
-    layers = {
-        name: module for name, module in model.named_modules() if _plain_type(module) or _is_searchable(module)
-    }
+    layers = {name: module for name, module in model.named_modules() if _plain_type(module) or _is_searchable(module)}
     excluded: set[str] = set()
     for pattern in modules_to_not_convert or ():
         hits = {name for name in layers if matches(name, pattern)}
@@ -124,7 +121,8 @@ def format_switch(model: nn.Module) -> FormatSwitch:
         if _is_searchable(module):
             return module.switch  # type: ignore[return-value]
     raise ConfigError(
-        f"this {type(model).__name__} is not searchable; load it with FLIQSConfig(search_space=…) or call make_searchable"
+        f"this {type(model).__name__} is not searchable; load it with FLIQSConfig(search_space=…) "
+        "or call make_searchable"
     )
 
 
@@ -161,7 +159,9 @@ def pack_model(model: nn.Module, allocation: Allocation, settings: QuantizerSett
     layers = quantizable_layers(model)
     for name in allocation:
         if name not in layers:
-            raise AllocationError(f"the allocation names {name!r}, which is no Linear or Conv2d of {type(model).__name__}")
+            raise AllocationError(
+                f"the allocation names {name!r}, which is no Linear or Conv2d of {type(model).__name__}"
+            )
     for name, formats in allocation.items():
         packed = packed_like(layers[name], formats, settings or QuantizerSettings())
         packed.pack_(layers[name].weight)  # type: ignore[arg-type]
@@ -179,12 +179,10 @@ def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         weight = packed.decoded_weight().to(dtype or packed.dtype)
         plain: nn.Module
         if isinstance(packed, PackedConv2d):
-            plain = nn.Conv2d(
-                packed.in_channels, packed.out_channels, packed.kernel_size, packed.stride, packed.padding,
-                packed.dilation, packed.groups, packed.bias is not None, packed.padding_mode, device="meta",
-            )  # fmt: skip
+            plain = nn.Conv2d(**packed.geometry, bias=packed.bias is not None, device="meta")
         else:
-            plain = nn.Linear(*reversed(packed.weight_shape), bias=packed.bias is not None, device="meta")
+            out_features, in_features = packed.weight_shape
+            plain = nn.Linear(in_features, out_features, bias=packed.bias is not None, device="meta")
         plain.weight = nn.Parameter(weight)
         if packed.bias is not None:
             plain.bias = nn.Parameter(packed.bias.detach().to(weight.dtype))

@@ -28,10 +28,10 @@ class FormatData(NamedTuple):
     """
 
     min_normal: Tensor | float  # 2**min_exponent: below it the grid is uniform
-    magic: Tensor | float  # K = 1.5 * 2**(23 - mantissa_bits): adding and subtracting K*p rounds to p * 2**-mantissa_bits
-    max_value: Tensor
+    magic: Tensor | float  # K = 1.5 * 2**(23 - mantissa_bits): adding and subtracting K*p rounds to p * 2**-m
+    max_value: Tensor | float
     min_scale: Tensor | float  # bounds on the scale: both 1 for a format that is used unscaled (BF16)
-    max_scale: Tensor
+    max_scale: Tensor | float
 
 
 def format_row(fmt: Format) -> list[float]:
@@ -46,7 +46,8 @@ def format_table(formats: Sequence[Format]) -> Tensor:
 
 
 def format_data(fmt: Format) -> FormatData:
-    return FormatData(*format_row(fmt))
+    min_normal, magic, max_value, min_scale, max_scale = format_row(fmt)
+    return FormatData(min_normal, magic, max_value, min_scale, max_scale)
 
 
 def absmax(x: Tensor, dims: Sequence[int] | None) -> Tensor:
@@ -71,7 +72,7 @@ def absmax_scale(x: Tensor, fmt: FormatData, dims: Sequence[int] | None) -> Tens
 
 
 def _bounded(scale: Tensor, fmt: FormatData) -> Tensor:
-    return torch.clamp(scale, fmt.min_scale, fmt.max_scale)  # type: ignore[arg-type, call-overload, no-any-return]
+    return torch.clamp(scale, fmt.min_scale, fmt.max_scale)  # type: ignore[arg-type]
 
 
 def mse_scale(x: Tensor, fmt: FormatData, dims: Sequence[int] | None, candidates: int = 40) -> Tensor:

@@ -44,7 +44,10 @@ class SearchHook:
             return
         probabilities = self.search.probabilities().cpu().tolist()
         decisions = self.search.space.decisions
-        entry = {"step": step, "probabilities": {d.name: [round(v, 5) for v in p] for d, p in zip(decisions, probabilities, strict=True)}}
+        entry = {
+            "step": step,
+            "probabilities": {d.name: [round(v, 5) for v in p] for d, p in zip(decisions, probabilities, strict=True)},
+        }
         with self.history.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 

@@ -13,6 +13,10 @@ from typing import Any
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, bops, weight_bytes
+from fliqs_hf.search.config import SearchConfig
+from fliqs_hf.search.sensitivity import Sensitivity
+from fliqs_hf.search.space import SearchSpace
+from fliqs_hf.training import Accuracy
 
 PACKAGES = ("fliqs-hf", "torch", "transformers", "accelerate", "datasets", "safetensors", "scipy")
 
@@ -45,11 +49,26 @@ class RunFolder:
     def read(self, name: str) -> Any:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
-    def write_config(self, settings: dict[str, Any]) -> None:
-        self.write("config.json", {**settings, "command": " ".join([Path(sys.executable).name, *sys.argv]), "versions": versions()})
-
-    def write_layers(self, layers: Sequence[LayerInfo]) -> None:
+    def begin(
+        self,
+        settings: dict[str, Any],
+        config: SearchConfig,
+        layers: Sequence[LayerInfo],
+        space: SearchSpace,
+        sensitivity: Sensitivity | None,
+    ) -> None:
+        """Record what is known before the search."""
+        command = " ".join([Path(sys.executable).name, *sys.argv])
+        self.write("config.json", {**settings, "search": asdict(config), "command": command, "versions": versions()})
         self.write("layers.json", [asdict(layer) for layer in layers])
+        self.write("search_space.json", space.to_dict())
+        if sensitivity is not None:
+            rows = zip(space.decisions, sensitivity.decision_scores.tolist(), strict=True)
+            scores = {decision.name: [float(f"{value:.6g}") for value in row] for decision, row in rows}
+            self.write(
+                "sensitivity.json",
+                {"method": "fisher", "images": sensitivity.images, "seconds": sensitivity.seconds, "scores": scores},
+            )
 
     def append(self, entry: dict[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -84,10 +103,53 @@ def layer_table(layers: Sequence[LayerInfo], allocation: Allocation) -> str:
             continue
         activation = formats.activation
         bits = f"{formats.weight.bits} × {activation.bits if activation else 32}"
-        rows.append((layer.name, f"{layer.macs:,}", formats.weight.name, activation.name if activation else "fp32", bits))
+        rows.append(
+            (layer.name, f"{layer.macs:,}", formats.weight.name, activation.name if activation else "fp32", bits)
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    right = (False, True, False, False, True)
     lines = [
-        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]:<{widths[3]}}  {row[4]:>{widths[4]}}"
+        "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True))
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def write_front(folder: RunFolder, results: Sequence[dict[str, Any]], fp32: Accuracy) -> str:
+    """`front.csv` and `front.png` of several targets. Returns: the table as text."""
+    import csv
+
+    rows = [
+        {
+            "target": " ".join(
+                f"{key} {value:g}" for key, value in result["target"].items() if key not in ("cost", "cap")
+            ),
+            "gbops": round(result["cost"]["bops"] / 1e9, 4),
+            "megabytes": round(result["checkpoint_bytes"] / 1e6, 4),
+            "top1": round(result["accuracy"]["searched"]["top1"], 5),
+        }
+        for result in results
+    ]
+    with (folder.path / "front.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        pass
+    else:
+        figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+        points = sorted((row["gbops"], 100 * row["top1"]) for row in rows)
+        axes.plot(*zip(*points, strict=True), "o-", label="searched")
+        axes.axhline(100 * fp32.top1, color="0.5", linestyle="--", label="fp32")
+        axes.set(xlabel="bit operations per image, G", ylabel="top-1, %")
+        axes.legend()
+        figure.savefig(folder.path / "front.png", dpi=150)
+        pyplot.close(figure)
+    lines = [f"{'target':<16}{'GBOPs':>10}{'MB':>10}{'top-1':>10}"]
+    lines += [f"{r['target']:<16}{r['gbops']:>10.3f}{r['megabytes']:>10.3f}{r['top1']:>10.2%}" for r in rows]
+    return "\n".join(lines)

@@ -43,7 +43,13 @@ class BatchAugment:
             mean_, std_ = torch.tensor(mean), torch.tensor(std)
             steps += [K.Denormalize(mean_, std_), K.auto.RandAugment(n=2, m=9), K.Normalize(mean_, std_)]
         self.images = K.AugmentationSequential(*steps, data_keys=["input"]) if steps else None
-        self.mix = K.RandomMixUpV2(p=1.0) if "mixup" in names else K.RandomCutMixV2(p=1.0) if "cutmix" in names else None
+        self.mix = (
+            K.RandomMixUpV2(p=1.0, data_keys=["input", "class"])
+            if "mixup" in names
+            else K.RandomCutMixV2(p=1.0, data_keys=["input", "class"])
+            if "cutmix" in names
+            else None
+        )
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.images is not None:

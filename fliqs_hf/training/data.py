@@ -33,7 +33,8 @@ def load_splits(
         dataset_name: a Hub id, a local folder (parquet files or an image folder), or "digits": the 8 × 8 images that
             scikit-learn ships (1797, ten classes), which needs no network.
         train_dir, validation_dir: image folders, one sub-folder per class.
-        validation_split: default: "validation" or "test" if there is one, else `train_val_split` of the training split.
+        validation_split: default: "validation" or "test" where there is one, else `train_val_split` of the training
+            split.
     Raises: DataError: nothing to load, a split that does not exist or is empty.
     """
     import datasets
@@ -118,7 +119,9 @@ class ImageData(Dataset[tuple[Tensor, int]]):
         self.labels: list[int] = list(split[label_column])
         for index, label in enumerate(self.labels):
             if not (isinstance(label, int) and 0 <= label < num_labels):
-                raise DataError(f"image {index} has the label {label!r}, but the model's head has {num_labels} classes")
+                raise DataError(
+                    f"image {index} has the label {label!r}, but the model's head has {num_labels} classes"
+                )
         self.split, self.processor, self.image_column = split, processor, image_column
         self._cache: dict[int, Tensor] | None = {} if cache else None
 

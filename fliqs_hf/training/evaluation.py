@@ -36,7 +36,13 @@ class Accuracy:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: ImageData, accelerator: Any, *, batch_size: int = 64, workers: int = 0, name: str = "evaluation"
+    model: nn.Module,
+    data: ImageData,
+    accelerator: Any,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    name: str = "evaluation",
 ) -> Accuracy:
     """Evaluate in evaluation mode; every rank takes its share of the images and all get the same result."""
     training = model.training

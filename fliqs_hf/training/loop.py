@@ -92,8 +92,15 @@ class TrainConfig:
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices and kernels only: not for biases, norms, position embeddings and class tokens."""
-    embeddings = ("position_embedding", "cls_token", "distillation_token", "mask_token", "relative_position_bias_table")
-    decayed, rest = [], []
+    embeddings = (
+        "position_embedding",
+        "cls_token",
+        "distillation_token",
+        "mask_token",
+        "relative_position_bias_table",
+    )
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (rest if parameter.dim() < 2 or any(word in name for word in embeddings) else decayed).append(parameter)
@@ -163,7 +170,11 @@ def train(
                     raise TrainingError(
                         f"the loss was not finite within the {window.length} steps before step {step}: lower "
                         f"learning_rate={config.learning_rate}, or check the data"
-                        + (f"; the last good state is {states(state_folder)[-1]}" if state_folder and states(state_folder) else "")
+                        + (
+                            f"; the last good state is {states(state_folder)[-1]}"
+                            if state_folder and states(state_folder)
+                            else ""
+                        )
                     )
                 if values and due and accelerator.is_main_process:
                     bar.set_postfix(loss=f"{values['loss']:.3f}")
@@ -177,7 +188,7 @@ def train(
                 save_state(state_folder, step, unwrapped, optimizer, hook.state_dict() if hook else {}, meta)
             if stop:
                 raise Interrupted(f"stopped after step {step}; add --resume to go on")
-    return accelerator.unwrap_model(wrapped)  # type: ignore[no-any-return]
+    return accelerator.unwrap_model(wrapped)
 
 
 def _step(
@@ -275,7 +286,12 @@ def _signal_flag() -> Iterator[threading.Event]:
 
 
 def _resume(
-    folder: Path | None, model: nn.Module, optimizer: Any, meta: dict[str, Any], hook: StepHook | None, accelerator: Any
+    folder: Path | None,
+    model: nn.Module,
+    optimizer: Any,
+    meta: dict[str, Any],
+    hook: StepHook | None,
+    accelerator: Any,
 ) -> int:
     saved = states(folder) if folder is not None else []
     if not saved:
@@ -289,4 +305,6 @@ def _resume(
 def _check_distribution(accelerator: Any) -> None:
     kind = str(accelerator.distributed_type)
     if any(name in kind for name in ("FSDP", "DEEPSPEED", "MEGATRON")):
-        raise ConfigError(f"{kind} shards the model, which this loop cannot checkpoint yet; use DDP (MULTI_GPU, MULTI_CPU)")
+        raise ConfigError(
+            f"{kind} shards the model, which this loop cannot checkpoint yet; use DDP (MULTI_GPU, MULTI_CPU)"
+        )

@@ -80,7 +80,7 @@ def _resized(model: Any, image_size: int) -> Any:
 
 
 def interpolate_positions(embeddings: Tensor, positions: int) -> Tensor:
-    """Absolute position embeddings [1, n, channels] of a square grid with 0 to 2 leading tokens, for `positions` of them.
+    """Absolute position embeddings [1, n, channels] of a square grid with 0 to 2 leading tokens, for `positions`.
 
     Raises: ConfigError: the numbers of positions are no squares plus the same number of leading tokens.
     """

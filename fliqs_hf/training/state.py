@@ -19,7 +19,12 @@ _NAME = "step-{:08d}"
 
 
 def save_state(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], meta: dict[str, Any]
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Tensor],
+    meta: dict[str, Any],
 ) -> None:
     """Write the state after `step` steps as `folder/step-…`, then drop older ones.
 
@@ -71,12 +76,18 @@ def load_state(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"the training state {path} cannot be read: {error}; delete it to start again") from error
+        raise CheckpointError(
+            f"the training state {path} cannot be read: {error}; delete it to start again"
+        ) from error
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value.detach().contiguous().cpu() for index, entry in state.items() for key, value in entry.items()}
+    return {
+        f"{index}.{key}": value.detach().contiguous().cpu()
+        for index, entry in state.items()
+        for key, value in entry.items()
+    }
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

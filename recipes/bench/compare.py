@@ -88,7 +88,9 @@ class Comparison:
         return self.scores[key]
 
     def program(self, scores: torch.Tensor, target: float, band: float = 0.03) -> Allocation:
-        return self.space.allocation(best_choice(self.space, self.table, -scores, low=(1 - band) * target, high=target))
+        return self.space.allocation(
+            best_choice(self.space, self.table, -scores, low=(1 - band) * target, high=target)
+        )
 
     def settings(self, seed: int, quality: str = "loss") -> TrainConfig:
         a = self.arguments
@@ -122,7 +124,10 @@ class Comparison:
                 scores, spent_before = self.sensitivity("fisher", seed)
                 search.start_from(scores)
         self.model.load_state_dict(self.original)
-        formats = {*self.space.formats, *(f for pair in (allocation or {}).values() for f in (pair.weight, pair.activation) if f)}
+        formats = {
+            *self.space.formats,
+            *(f for pair in (allocation or {}).values() for f in (pair.weight, pair.activation) if f),
+        }
         order = list(self.space.formats) if search else sorted(formats, key=lambda f: f.name)
         groups = {layer.name: layer.input_group for layer in self.layers} if search or allocation else {}
         switch = make_searchable(self.model, order, names=[layer.name for layer in self.layers], input_groups=groups)
@@ -130,7 +135,14 @@ class Comparison:
         steps = 0 if method.startswith("ptq-") else self.arguments.max_steps
         if steps:
             quality = search.config.quality if search else "loss"
-            train(self.model, self.train, self.settings(seed, quality), self.accelerator, hook=hook, name=f"{method} {bits:g} #{seed}")
+            train(
+                self.model,
+                self.train,
+                self.settings(seed, quality),
+                self.accelerator,
+                hook=hook,
+                name=f"{method} {bits:g} #{seed}",
+            )
         if search:
             allocation = search.finalize().allocation
         assert allocation is not None
@@ -149,9 +161,13 @@ class Comparison:
         changes: dict[str, Any] = {}
         preset = "paper" if method == "paper" else "default"
         for part in method.split("-")[1:]:
-            changes.update({"samples_per_step": int(part[1:])} if part.startswith("x") else {"explore_fraction": float(part)})
+            changes.update(
+                {"samples_per_step": int(part[1:])} if part.startswith("x") else {"explore_fraction": float(part)}
+            )
         config = SearchConfig.preset(preset, **changes)
-        return OneShotSearch(self.space, self.table, target, config, self.arguments.max_steps, seed=seed, device=self.accelerator.device)
+        return OneShotSearch(
+            self.space, self.table, target, config, self.arguments.max_steps, seed=seed, device=self.accelerator.device
+        )
 
 
 def main() -> None:
@@ -174,7 +190,10 @@ def main() -> None:
     hf_logging.disable_progress_bar()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     lines = arguments.output.read_text().splitlines() if arguments.output.exists() else []
-    done = {(r["method"], r["target_bits"], r["seed"]) for r in csv.DictReader(line for line in lines if not line.startswith("#"))}
+    done = {
+        (r["method"], r["target_bits"], r["seed"])
+        for r in csv.DictReader(line for line in lines if not line.startswith("#"))
+    }
     comparison = Comparison(arguments)
     with arguments.output.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -187,7 +206,9 @@ def main() -> None:
             for seed in arguments.seeds:
                 for method in arguments.methods:
                     whole = bits == int(bits) and int(bits) in FLOATS
-                    if (method, f"{bits:g}", str(seed)) in done or (not whole and ("uniform" in method or method == "manual")):
+                    if (method, f"{bits:g}", str(seed)) in done or (
+                        not whole and ("uniform" in method or method == "manual")
+                    ):
                         continue
                     writer.writerow(row := comparison.run(method, bits, seed))
                     file.flush()

@@ -137,7 +137,10 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    images, labels = torch.randn(arguments.batch_size, 3, 224, 224), torch.zeros(arguments.batch_size, dtype=torch.long)
+    images, labels = (
+        torch.randn(arguments.batch_size, 3, 224, 224),
+        torch.zeros(arguments.batch_size, dtype=torch.long),
+    )
     if arguments.peak_of:
         print(measure_peak(arguments.model, arguments.peak_of, images, labels))
         return

@@ -169,7 +169,7 @@ def test_names_choose_the_layers() -> None:
     everything = by_name(trace_layers(model))
     chosen = [name for name in everything if "layers.1" in name]
     assert [layer.name for layer in trace_layers(model, names=reversed(chosen))] == chosen
-    with pytest.raises(AllocationError, match="'vit.nothing' is not a Linear or Conv2d"):
+    with pytest.raises(AllocationError, match=r"'vit.nothing' is not a Linear or Conv2d"):
         trace_layers(model, names=["vit.nothing"])
 
 
@@ -244,7 +244,7 @@ def test_example_image_from_the_config(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_errors_say_what_to_do() -> None:
-    with pytest.raises(ConfigError, match="Net has no config.*pass `inputs`"):
+    with pytest.raises(ConfigError, match=r"Net has no config.*pass `inputs`"):
         trace_layers(Net())
     with pytest.raises(ConfigError, match="calls no Linear or Conv2d"):
         trace_layers(nn.ReLU(), torch.zeros(1, 2))
@@ -257,7 +257,7 @@ def test_errors_say_what_to_do() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * x.sum().item()
 
-    with pytest.raises(ConfigError, match="meta device.*trace the model on the CPU"):
+    with pytest.raises(ConfigError, match=r"meta device.*trace the model on the CPU"):
         trace_layers(nn.Sequential(Reads(2, 2, device="meta")), torch.zeros(1, 2, device="meta"))
     with pytest.raises(ConfigError, match="kind is 'linear' or 'conv2d', not 'conv3d'"):
         LayerInfo("a", "conv3d", 1, 1, 1, 0)  # type: ignore[arg-type]

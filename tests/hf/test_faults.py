@@ -105,7 +105,9 @@ def test_pickled_weights_are_not_read(packed: Path) -> None:
             r"vit\.layers\.7\.x",
             id="layer that does not exist",
         ),
-        pytest.param(lambda c: c["allocation"][LAYER].update(weight="int5"), CheckpointError, LAYER, id="other format"),
+        pytest.param(
+            lambda c: c["allocation"][LAYER].update(weight="int5"), CheckpointError, LAYER, id="other format"
+        ),
         pytest.param(lambda c: c["allocation"].pop(LAYER), CheckpointError, LAYER, id="layer left out"),
     ],
 )

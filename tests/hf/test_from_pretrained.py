@@ -62,7 +62,9 @@ def test_search_pack_save_load_are_bit_identical(architecture: str, tmp_path: Pa
     for name, layer in packed.items():
         assert torch.equal(dequantized.get_submodule(name).weight, layer.decoded_weight())
     # Tensors of a mapped file may lie unaligned in memory, and then a convolution may sum in another order.
-    dequantized.load_state_dict({name: tensor.clone() for name, tensor in dequantized.state_dict().items()}, assign=True)
+    dequantized.load_state_dict(
+        {name: tensor.clone() for name, tensor in dequantized.state_dict().items()}, assign=True
+    )
     assert torch.equal(logits(dequantized), logits(again))
 
 
@@ -197,7 +199,10 @@ def test_a_process_without_the_package_gets_an_error(vit: Path, tmp_path: Path) 
     script = "import sys; from transformers import AutoModel{0}; AutoModel{0}.from_pretrained(sys.argv[1])"
     for head in ("", "ForImageClassification"):
         result = subprocess.run(
-            [sys.executable, "-c", script.format(head), tmp_path / "packed"], capture_output=True, text=True, check=False
+            [sys.executable, "-c", script.format(head), tmp_path / "packed"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert result.returncode != 0
         assert "mismatch" in result.stderr.lower()

@@ -13,12 +13,19 @@ from fliqs_hf.quant import FormatData, fake_quantize, format_table, quantize_act
 from fliqs_hf.quant.fake import _CHUNK
 from fliqs_hf.quant.scale import MIN_SCALE, format_data, weight_scale
 
-FORMATS: list[Format] = [*COMMON, IntFormat(12), IntFormat(16), FloatFormat(5, 10), FloatFormat(4, 7), FloatFormat(2, 13)]
+FORMATS: list[Format] = [
+    *COMMON,
+    IntFormat(12),
+    IntFormat(16),
+    FloatFormat(5, 10),
+    FloatFormat(4, 7),
+    FloatFormat(2, 13),
+]
 ONE = torch.ones(1)
 
 
 def probes(fmt: Format) -> torch.Tensor:
-    """Every value, every midpoint of two neighbours, and the float32 neighbours of both, inside and beyond the range."""
+    """Every value, every midpoint of two neighbours, and the float32 neighbours of both, also beyond the range."""
     values = code_values(fmt).unique()
     values = values[values.isfinite() & (values.abs() < 2.0**111)]  # the documented domain of unscaled BF16
     points = torch.cat([values, (values[1:].double() + values[:-1].double()).div(2).float(), values * 1.5])
@@ -76,24 +83,31 @@ def test_absmax_scaling_clips_nothing(name: str) -> None:
     """The largest value of each token lands on the largest code, whatever rounding does to the scale."""
     x = torch.randn(20000, 3, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 20000)[:, None]
     units = quantize_activation(x, parse(name), "linear") / (x.abs().amax(-1, keepdim=True) / parse(name).max_value)
-    assert torch.allclose(units.abs().amax(-1), torch.tensor(parse(name).max_value), rtol=1e-6)  # two float32 roundings
+    assert torch.allclose(
+        units.abs().amax(-1), torch.tensor(parse(name).max_value), rtol=1e-6
+    )  # two float32 roundings
 
 
 @pytest.mark.parametrize("name", ["int2", "int3", "int4", "e2m1"])
 def test_mse_scale_is_better_than_absmax(name: str) -> None:
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
-    error = [(quantize_weight(weight, parse(name), method=method) - weight).square().sum() for method in ("absmax", "mse")]
+    error = [
+        (quantize_weight(weight, parse(name), method=method) - weight).square().sum() for method in ("absmax", "mse")
+    ]
     assert error[1] < error[0]
     # and no candidate scale of an independent, finer grid is better by more than the grid's own step can explain
     fmt, full = parse(name), weight.abs().amax(1, keepdim=True) / parse(name).max_value
     finer = [
-        (expected((weight / (full * f)).float(), fmt) * full * f - weight).square().sum(1) for f in torch.linspace(0.2, 1, 400)
+        (expected((weight / (full * f)).float(), fmt) * full * f - weight).square().sum(1)
+        for f in torch.linspace(0.2, 1, 400)
     ]
     assert error[1] <= torch.stack(finer).amin(0).sum() * 1.02
 
 
 def test_a_token_does_not_depend_on_its_batch() -> None:
-    x = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 10, 100, 1000]).view(4, 1, 1)
+    x = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 10, 100, 1000]).view(
+        4, 1, 1
+    )
     together = quantize_activation(x, parse("int4"), "linear")
     assert torch.equal(together[:1], quantize_activation(x[:1], parse("int4"), "linear"))
     images = x.view(4, 1, 5, 16)

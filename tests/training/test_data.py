@@ -27,7 +27,9 @@ def png(value: int) -> bytes:
 
 
 def split_of(labels: list[int], broken: int | None = None) -> datasets.Dataset:
-    images = [{"bytes": b"not an image" if i == broken else png(i), "path": f"photo-{i}.png"} for i in range(len(labels))]
+    images = [
+        {"bytes": b"not an image" if i == broken else png(i), "path": f"photo-{i}.png"} for i in range(len(labels))
+    ]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
 
@@ -59,7 +61,7 @@ def test_an_unreadable_image_is_named() -> None:
 def test_an_empty_split_a_missing_column_and_no_data() -> None:
     with pytest.raises(DataError, match="empty"):
         ImageData(split_of([]), PROCESSOR, 3)
-    with pytest.raises(DataError, match="'img' does not exist.*image, label"):
+    with pytest.raises(DataError, match=r"'img' does not exist.*image, label"):
         ImageData(split_of([0]), PROCESSOR, 3, image_column="img")
     with pytest.raises(DataError, match="no data"):
         load_splits()

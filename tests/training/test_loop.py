@@ -45,7 +45,9 @@ def accelerator() -> Accelerator:
 
 
 def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(**({"max_steps": 12, "batch_size": 8, "learning_rate": 1e-3, "save_steps": 4, "logging_steps": 2} | changes))
+    return TrainConfig(
+        **({"max_steps": 12, "batch_size": 8, "learning_rate": 1e-3, "save_steps": 4, "logging_steps": 2} | changes)
+    )
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -64,7 +66,9 @@ def test_training_learns_and_evaluation_does_not_depend_on_the_batch(accelerator
     assert after.top1 > before.top1 + 0.3  # chance is 0.2, a working loop passes 0.9
     again = evaluate(model, data, accelerator, batch_size=200)
     assert (again.correct, again.correct5, again.n) == (after.correct, after.correct5, 200)
-    assert again.correct5 == 200 and math.isclose(again.loss, after.loss, rel_tol=1e-5)  # float32 sums in another order
+    assert again.correct5 == 200 and math.isclose(
+        again.loss, after.loss, rel_tol=1e-5
+    )  # float32 sums in another order
 
 
 def test_the_learning_rate_is_warmed_up_and_ends_near_zero() -> None:
@@ -83,23 +87,25 @@ def test_weight_decay_spares_vectors_and_embeddings() -> None:
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
 def stop_at(step: int) -> Any:
     def on_log(entry: dict[str, Any]) -> None:
         if entry["step"] == step:
-            raise Stop
+            raise StopError
 
     return on_log
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing": 0.1}], ids=str)
-def test_a_run_that_dies_resumes_to_the_same_bits(accelerator: Accelerator, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_run_that_dies_resumes_to_the_same_bits(
+    accelerator: Accelerator, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     data = Blobs(50)
     whole = weights(train(tiny("vit"), data, config(**changes), accelerator))
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train(tiny("vit"), data, config(**changes), accelerator, state_folder=tmp_path, on_log=stop_at(10))
     assert [path.name for path in states(tmp_path)] == ["step-00000008"]
     resumed = train(tiny("vit", seed=5), data, config(**changes), accelerator, state_folder=tmp_path, resume=True)
@@ -117,7 +123,7 @@ def test_two_micro_batches_are_one_batch(accelerator: Accelerator) -> None:
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(accelerator: Accelerator, tmp_path: Path) -> None:
     healthy = Blobs(64)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train(tiny("vit"), healthy, config(), accelerator, state_folder=tmp_path, on_log=stop_at(6))
     saved = (states(tmp_path)[-1] / "model.safetensors").read_bytes()
     poisoned = Blobs(64)
@@ -128,7 +134,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(accelerator: A
     assert all(tensor.isfinite().all() for tensor in load_file(states(tmp_path)[-1] / "model.safetensors").values())
 
 
-def test_a_full_disk_keeps_the_last_state(accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_last_state(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, calls = Blobs(50), []
     original = state_module.save_file
 
@@ -149,7 +157,7 @@ def test_a_full_disk_keeps_the_last_state(accelerator: Accelerator, tmp_path: Pa
 
 def test_a_state_of_other_settings_or_a_damaged_one_is_refused(accelerator: Accelerator, tmp_path: Path) -> None:
     data = Blobs(50)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train(tiny("vit"), data, config(), accelerator, state_folder=tmp_path, on_log=stop_at(6))
     with pytest.raises(CheckpointError, match="config="):
         train(tiny("vit"), data, config(learning_rate=1e-4), accelerator, state_folder=tmp_path, resume=True)
@@ -160,7 +168,12 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(accelerator: Acce
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"), [({"max_steps": 0}, "max_steps=0"), ({"label_smoothing": 2}, "label_smoothing=2"), ({"learning_rate": 0}, "learning_rate=0")]
+    ("changes", "named"),
+    [
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"label_smoothing": 2}, "label_smoothing=2"),
+        ({"learning_rate": 0}, "learning_rate=0"),
+    ],
 )
 def test_bad_settings_are_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
