@@ -116,6 +116,18 @@ def test_scores_of_transformers(architecture: str) -> None:
     check(model, SearchSpace(layers, ("int2", "e2m1")))
 
 
+def test_the_product_of_errors_is_left_out_only_where_it_is_small() -> None:
+    """Up to 4 bits scores are exact; beyond, two errors of at most 1/32 of the maximum make a small product."""
+    model = tiny("vit")
+    space = SearchSpace(trace_layers(model)[1:], ("int2", "e2m0", "int3", "int4", "e2m1", "int6", "e4m3"))
+    pixels = images(len(LABELS))
+    found = fisher_scores(model, [(pixels, LABELS)], lambda x: model(x).logits, space).decision_scores
+    ratio = found / naive(model, space, pixels, LABELS)
+    torch.testing.assert_close(ratio[:, :5], torch.ones_like(ratio[:, :5]), rtol=0, atol=5e-3)  # float32, see `check`
+    assert ratio[:, 5:].min().item() > 0.8
+    assert ratio[:, 5:].max().item() < 1.25
+
+
 def test_batches_do_not_matter_and_the_model_is_left_as_it_was() -> None:
     model = small_network().train()
     model[3].eval()
