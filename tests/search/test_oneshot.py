@@ -121,7 +121,7 @@ def test_what_is_rewarded_becomes_probable() -> None:
 
 
 def test_the_prior_orders_formats_and_starts_at_the_target() -> None:
-    search = search_for()
+    search = search_for(SearchConfig(prior_strength=50.0))
     prior = scores(search)
     search.start_from(prior)
     torch.testing.assert_close(search.policy.logits, -50 * (prior - prior.amin(1, keepdim=True)))
