@@ -53,5 +53,5 @@ def test_unknown_presets_and_settings() -> None:
         SearchConfig.preset("papr")
     with pytest.raises(ConfigError, match="'explore_fractoin'; did you mean 'explore_fraction'"):
         SearchConfig.preset("default", explore_fractoin=0.5)
-    with pytest.raises(ConfigError, match="'zzz'; known are prior, prior_strength"):
+    with pytest.raises(ConfigError, match="'zzz'; known are prior, prior_entropy"):
         SearchConfig.preset("default", zzz=0.5)
