@@ -100,6 +100,8 @@ class OneShotSearch:
     def start_from(self, scores: Tensor) -> None:
         """Set the prior: logits = −κ·(score − least score of the decision), tilted to the target's expected cost.
 
+        κ is `prior_strength`, or such that the tilted policy has the mean entropy `prior_entropy`, by bisection.
+
         Args:
             scores: [D, K], expected increase of the loss.
         Raises: ConfigError: scores that are not finite, or not of this space.
@@ -110,9 +112,24 @@ class OneShotSearch:
                 f"{int((~scores.isfinite()).sum())} that are not finite"
             )
         relative = scores - scores.amin(-1, keepdim=True)
-        with torch.no_grad():
-            self.policy.logits.copy_((-self.config.prior_strength * relative).to(self.policy.logits))
+        if self.config.prior_strength is not None:
+            self._set_prior(relative, self.config.prior_strength)
+            return
+        low, high = 0.0, 60.0  # log2 of κ times the largest score
+        largest = max(float(relative.max()), 1e-30)
+        for _ in range(24):
+            middle = (low + high) / 2
+            if self._set_prior(relative, 2**middle / largest) > self.config.prior_entropy:
+                low = middle
+            else:
+                high = middle
+
+    @torch.no_grad()
+    def _set_prior(self, relative: Tensor, strength: float) -> float:
+        """Returns: the mean entropy of the policy, nats."""
+        self.policy.logits.copy_((-strength * relative).to(self.policy.logits))
         self.policy.tilt_to(self.table, self.target_cost)
+        return float(self.policy.entropy())
 
     def phase(self, step: int) -> str:
         if step >= self.search_end:

@@ -18,8 +18,8 @@ def step_generator(seed: int, step: int, rank: int, purpose: str = "policy") -> 
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-#: Added to the logits of formats that a decision may not take. Their probability is exactly 0, and unlike −∞ it
-#: leaves entropy and gradients finite.
+#: Log-probability of formats that a decision may not take. Its exponential is exactly 0, and unlike −∞ it leaves
+#: entropy and gradients finite.
 _FORBIDDEN = -1e9
 
 
@@ -41,7 +41,9 @@ class Policy:
     @property
     def log_probabilities(self) -> Tensor:
         """log π, [D, K], with gradient."""
-        return torch.log_softmax(self.logits + self.tilt + self._mask, dim=-1)
+        forbidden = self._mask < 0  # excluded before the softmax whatever the size of the logits, finite after it
+        logits = (self.logits + self.tilt).masked_fill(forbidden, -torch.inf)
+        return torch.log_softmax(logits, dim=-1).masked_fill(forbidden, _FORBIDDEN)
 
     def sample(self, count: int, generator: torch.Generator, *, uniform: bool = False) -> Tensor:
         """`count` independent choices from π, or from the uniform distribution: int64 [count, D].
@@ -78,15 +80,23 @@ class Policy:
         Returns: expected cost / target afterwards: 1 where the target is within the range of the space.
         """
         prices = marginal_costs(self.space, table).to(self.logits.device) / target
-        low, high = -1e6, 1e6
-        for _ in range(200):
+        bound = 4 * (1 + float(self.logits.abs().max()))
+        low, high = -bound / float(prices.abs().max()), bound / float(prices.abs().max())
+        while float(self._tilted(high, prices, table)) > target and high < 1e30:
+            high *= 4
+        while float(self._tilted(low, prices, table)) < target and low > -1e30:
+            low *= 4
+        for _ in range(60):
             middle = (low + high) / 2
-            self.tilt = (-middle * prices).float()
-            if float(self.expected_cost(table)) > target:
+            if float(self._tilted(middle, prices, table)) > target:
                 low = middle
             else:
                 high = middle
-        return float(self.expected_cost(table)) / target
+        return float(self._tilted(high, prices, table)) / target
+
+    def _tilted(self, multiplier: float, prices: Tensor, table: CostTable) -> Tensor:
+        self.tilt = (-multiplier * prices).float()
+        return self.expected_cost(table)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"logits": self.logits.detach().clone(), "tilt": self.tilt.clone()}

@@ -13,7 +13,7 @@ Every cost is recomputed by one cost model. Rows that the CSV has already are no
     ptq-fisher                     the same without training
     search                         the one-shot search, default preset
     search-EXPLORE                 with another explore_fraction, e.g. search-0.3
-    search-EXPLORE-xN              with N allocations per step
+    search-…-xN -hE -kK -lR        with N allocations per step, prior entropy E or strength K, policy learning rate R
     paper                          FLIQS as published
 """
 
@@ -158,12 +158,13 @@ class Comparison:
         }  # fmt: skip
 
     def search(self, method: str, target: Target, seed: int) -> OneShotSearch:
+        names = {"x": "samples_per_step", "h": "prior_entropy", "k": "prior_strength", "l": "policy_learning_rate"}
         changes: dict[str, Any] = {}
         preset = "paper" if method == "paper" else "default"
         for part in method.split("-")[1:]:
-            changes.update(
-                {"samples_per_step": int(part[1:])} if part.startswith("x") else {"explore_fraction": float(part)}
-            )
+            name = names.get(part[0], "explore_fraction")
+            value = float(part.lstrip("xhkl"))
+            changes[name] = int(value) if name == "samples_per_step" else value
         config = SearchConfig.preset(preset, **changes)
         return OneShotSearch(
             self.space, self.table, target, config, self.arguments.max_steps, seed=seed, device=self.accelerator.device

@@ -130,6 +130,18 @@ def test_the_prior_orders_formats_and_starts_at_the_target() -> None:
     )  # float32 tilt
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_the_prior_has_the_entropy_that_is_asked_for_whatever_the_scores_are_worth(scale: float) -> None:
+    probabilities = []
+    for factor in (1.0, scale):
+        search = search_for(SearchConfig(prior_entropy=0.4))
+        search.start_from(scores(search) * factor)
+        assert search.policy.entropy().item() == pytest.approx(0.4, abs=1e-3)  # 24 halvings of log κ
+        assert search.policy.expected_cost(search.table).item() == pytest.approx(search.target_cost, rel=1e-4)
+        probabilities.append(search.probabilities())
+    torch.testing.assert_close(*probabilities, rtol=1e-2, atol=1e-3)  # the entropy's tolerance
+
+
 def test_without_exploration_the_result_is_the_integer_program_over_the_prior() -> None:
     search = search_for(SearchConfig(explore_fraction=0.0))
     prior = scores(search)
