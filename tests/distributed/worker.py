@@ -41,7 +41,7 @@ def main(folder: Path, die_at: int, resume: bool) -> None:
     layers = trace_layers(model)
     space = SearchSpace(layers, ["int3", "int4", "e2m1", "int8"])
     search = OneShotSearch(
-        space, CostTable(layers, space.formats), Target.of(target_bits=4.5), SearchConfig(prior="none"), 20,
+        space, CostTable(layers, space.formats), Target.of(target_bits=4.5), SearchConfig(prior="none", explore_fraction=0.6), 20,
         seed=1, rank=accelerator.process_index, world_size=2, gather=accelerator.gather,
     )  # fmt: skip
     hook = Recording(search, make_searchable(model, space.formats))

@@ -84,7 +84,7 @@ def test_the_run_folder_tells_everything(finished: Path) -> None:
     assert config["seed"] == 0 and "torch" in config["versions"] and config["search"]["prior_images"] == 64
     steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in steps] == [5, 10, 15, 20, 25, 30]
-    assert [entry["phase"] for entry in steps] == ["search"] * 3 + ["final"] * 3  # frozen after 60 %: 18 steps
+    assert [entry["phase"] for entry in steps] == ["search"] + ["final"] * 5  # frozen after 30 %: 9 steps
     space = json.loads((finished / "search_space.json").read_text())
     for line in (finished / "policy.jsonl").read_text().splitlines():
         probabilities = json.loads(line)["probabilities"]
