@@ -255,7 +255,7 @@ def test_a_foreign_or_damaged_state_is_refused() -> None:
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_two_ranks_learn_one_policy_from_different_samples(samples: int) -> None:
-    config = SearchConfig(prior="none", samples_per_step=samples, policy_learning_rate=0.1)
+    config = SearchConfig(prior="none", samples_per_step=samples, policy_learning_rate=0.1, explore_fraction=0.6)
     mailbox: dict[int, Tensor] = {}
     ranks = [
         search_for(config, seed=1, rank=rank, world_size=2, gather=lambda _: torch.cat([mailbox[0], mailbox[1]]))
