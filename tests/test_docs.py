@@ -1,0 +1,71 @@
+"""Documentation that works: every Python block runs as it stands, every link leads somewhere, settings exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fliqs_hf import FLIQSConfig
+from fliqs_hf.search import SearchConfig
+from fliqs_hf.training.arguments import parse
+from tests.models import tiny
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[object]:
+    found = []
+    for page in PAGES:
+        for number, code in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)):
+            found.append(pytest.param(code, id=f"{page.name}-{number}"))
+    return found
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code: str, tmp_path: Path) -> None:
+    tiny("vit").save_pretrained(tmp_path / "my-vit")
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("code", blocks("json"))
+def test_json_blocks_are_configurations(code: str) -> None:
+    assert FLIQSConfig.from_dict(json.loads(code)).to_dict() == json.loads(code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_commands_of_the_recipe_have_arguments_that_exist() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES).replace("\\\n", " ")
+    commands = re.findall(r"^(?:python|accelerate launch) recipes/vit\.py (.*)$", text, re.M)
+    assert commands
+    for command in commands:
+        arguments = command.split("#")[0].split()
+        if arguments != ["--help"]:
+            parse([str(ROOT / a) if a.endswith(".yaml") else a for a in arguments])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_recipe_configurations_are_valid(file: Path) -> None:
+    settings = yaml.safe_load(file.read_text())
+    arguments = {key: value for part in parse([str(file)]) for key, value in vars(part).items()}
+    assert all(arguments[key] == value for key, value in settings.items())
+
+
+def test_the_defaults_in_the_search_page_are_the_defaults() -> None:
+    page, config = (ROOT / "docs" / "search.md").read_text(encoding="utf-8"), SearchConfig()
+    rows = re.findall(r"^\| `(\w+)` \| `?([\w.]+)", page, re.M)
+    assert len(rows) >= 5
+    for name, value in rows:
+        assert str(getattr(config, name)) == value, name
