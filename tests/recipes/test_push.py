@@ -1,0 +1,43 @@
+"""`--push_to_hub`: a searched model arrives on the (loopback) Hub and loads in another process, bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageClassification
+
+from tests.hub_server import HubServer
+from tests.models import images
+from tests.recipes.test_vit import command, write
+
+LOAD = """
+import sys, torch, fliqs_hf
+from transformers import AutoModelForImageClassification
+torch.set_num_threads(int(sys.argv[2]))
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
+torch.save(model(torch.load("images.pt")).logits.detach(), "logits.pt")
+"""
+
+
+def test_the_recipe_publishes_its_run(tmp_path: Path) -> None:
+    file = write(tmp_path, finetune_steps=0, max_steps=6)
+    x = images(3)[..., :8, :8].contiguous()
+    torch.save(x, tmp_path / "images.pt")
+    with HubServer() as hub:
+        environment = hub.environment(tmp_path / "home")
+        arguments = command(file, "--push_to_hub", "--hub_model_id", "user/digits")
+        run = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert "published at" in run.stdout
+        published = hub.repos["user/digits"].files()
+        assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "allocation.json"} <= set(
+            published
+        )
+        loading = [sys.executable, "-c", LOAD, "user/digits", str(torch.get_num_threads())]
+        subprocess.run(loading, cwd=tmp_path, env=environment, check=True)
+    local = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "checkpoint")
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), local(x).logits)
