@@ -150,12 +150,17 @@ class Comparison:
         accuracy = evaluate(self.model, self.eval, self.accelerator)
         restore(self.model)
         return {
-            "method": method, "target_bits": f"{bits:g}", "seed": seed, "top1": round(accuracy.top1, 5),
-            "loss": round(accuracy.loss, 5), "cost_ratio": round(bops(self.layers, allocation) / cost, 4), "steps": steps,
+            "method": method,
+            "target_bits": f"{bits:g}",
+            "seed": seed,
+            "top1": round(accuracy.top1, 5),
+            "loss": round(accuracy.loss, 5),
+            "cost_ratio": round(bops(self.layers, allocation) / cost, 4),
+            "steps": steps,
             "seconds": round(time.perf_counter() - start + spent_before, 1),
             "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
             "allocation": allocation.summary(),
-        }  # fmt: skip
+        }
 
     def search(self, method: str, target: Target, seed: int) -> OneShotSearch:
         names = {"x": "samples_per_step", "h": "prior_entropy", "k": "prior_strength", "l": "policy_learning_rate"}

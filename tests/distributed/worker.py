@@ -40,14 +40,14 @@ def main(folder: Path, die_at: int, resume: bool) -> None:
     model, data = tiny("vit"), Blobs(80)
     layers = trace_layers(model)
     space = SearchSpace(layers, ["int3", "int4", "e2m1", "int8"])
-    search = OneShotSearch(
-        space, CostTable(layers, space.formats), Target.of(target_bits=4.5), SearchConfig(prior="none", explore_fraction=0.6), 20,
-        seed=1, rank=accelerator.process_index, world_size=2, gather=accelerator.gather,
-    )  # fmt: skip
+    config = SearchConfig(prior="none", explore_fraction=0.6)
+    ranks = {"rank": accelerator.process_index, "world_size": 2, "gather": accelerator.gather}
+    table = CostTable(layers, space.formats)
+    search = OneShotSearch(space, table, Target.of(target_bits=4.5), config, 20, seed=1, **ranks)
     hook = Recording(search, make_searchable(model, space.formats))
     hook.die_at = die_at
-    config = TrainConfig(max_steps=20, batch_size=8, learning_rate=1e-3, save_steps=4, logging_steps=2)
-    train(model, data, config, accelerator, hook=hook, state_folder=folder / "state", resume=resume)
+    training = TrainConfig(max_steps=20, batch_size=8, learning_rate=1e-3, save_steps=4, logging_steps=2)
+    train(model, data, training, accelerator, hook=hook, state_folder=folder / "state", resume=resume)
     choice = space.choice(search.finalize().allocation)
     tensors = {"logits": search.policy.logits.detach(), "choice": choice, "samples": torch.stack(hook.samples)}
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}

@@ -33,8 +33,13 @@ def test_mixed_has_both_families_and_lists_and_strings_are_spaces() -> None:
 
 @pytest.mark.parametrize(
     ("space", "named"),
-    [("fliqs-xl", "fliqs-xl.*named spaces: fliqs-s-int"), ([], "at least one"), (["fp4", "e2m1"], "e2m1 more than once"), ("int4,x9", "x9")],
-)  # fmt: skip
+    [
+        ("fliqs-xl", "fliqs-xl.*named spaces: fliqs-s-int"),
+        ([], "at least one"),
+        (["fp4", "e2m1"], "e2m1 more than once"),
+        ("int4,x9", "x9"),
+    ],
+)
 def test_bad_spaces_are_named(space: str | list[str], named: str) -> None:
     with pytest.raises(FormatError, match=named):
         parse_formats(space)
