@@ -26,9 +26,8 @@ def main(path: Path) -> None:
         seconds=("seconds", "mean"), seeds=("seed", "nunique"),
     ).reset_index()  # fmt: skip
     table = table.sort_values(["target_bits", "top1"], ascending=[True, False])
-    print(
-        f"{fp32[2:]}\n\n| bits | method | top-1 % | loss | cost / target | seconds | seeds |\n|---|---|---|---|---|---|---|"
-    )
+    print(f"{fp32[2:]}\n\n| bits | method | top-1 % | loss | cost / target | seconds | seeds |")
+    print("|---|---|---|---|---|---|---|")
     for row in table.itertuples():
         print(
             f"| {row.target_bits:g} | {row.method} | {100 * row.top1:.2f} ± {100 * row.std:.2f} | {row.loss:.3f} "
