@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,10 +55,11 @@ class FormatSwitch:
         self.formats = tuple(formats)
         self.settings = settings
         self.enabled = True
+        self.input_groups: tuple[int | None, ...] = (None,) * len(self.names)  # layers of one group share their input
         self.integer = all(fmt.is_integer for fmt in formats)
         self._table = format_table(formats)
         self._chosen = torch.zeros(len(self.names), 2, dtype=torch.long)
-        self._quantized = [[True, True] for _ in self.names]
+        self._exceptions: set[tuple[int, int]] = set()  # (layer, role) that stay in floating point
         self._data: dict[torch.device, tuple[Tensor, Tensor, list[list[FormatData]]]] = {}
 
     def set(self, weight_index: Tensor, activation_index: Tensor) -> None:
@@ -68,21 +69,21 @@ class FormatSwitch:
             weight_index, activation_index: [layers], int64, on the model's device (one small copy otherwise).
         """
         self._chosen = torch.stack([weight_index, activation_index], dim=1)
-        if not all(map(all, self._quantized)):
-            self._quantized = [[True, True] for _ in self.names]
+        self._exceptions = set()
         for device in self._data:
             self._refresh(device)
 
     def set_allocation(self, allocation: Allocation) -> None:
         """Choose the formats of an allocation; layers that it does not name run in fp32.
 
-        Raises: AllocationError: a layer that is not searchable, or a format outside `formats`.
+        Raises: AllocationError: a layer that is not searchable, a format outside `formats`, or layers that share one
+            quantized input but not its format.
         """
         unknown = [name for name in allocation if name not in self.names]
         if unknown:
             raise AllocationError(f"the allocation names {unknown[0]!r}, which is not among the searchable layers")
         chosen = torch.zeros(len(self.names), 2, dtype=torch.long)
-        quantized = [[False, False] for _ in self.names]
+        exceptions = {(row, role) for row in range(len(self.names)) for role in (WEIGHT, ACTIVATION)}
         for row, name in enumerate(self.names):
             if name not in allocation:
                 continue
@@ -95,9 +96,20 @@ class FormatSwitch:
                         f"{', '.join(f.name for f in self.formats)}"
                     )
                 chosen[row, role] = self.formats.index(fmt)
-                quantized[row][role] = True
+                exceptions.discard((row, role))
+        shared: dict[int, str] = {}
+        for name, group in zip(self.names, self.input_groups, strict=True):
+            activation = allocation[name].activation if name in allocation else None
+            if group is None or activation is None:
+                continue
+            other = shared.setdefault(group, name)
+            if allocation[other].activation != activation:
+                raise AllocationError(
+                    f"{other!r} and {name!r} read the same tensor, which is quantized once, but the allocation gives "
+                    f"them {allocation[other].activation} and {activation}"
+                )
         self.set(chosen[:, WEIGHT], chosen[:, ACTIVATION])
-        self._quantized = quantized
+        self._exceptions = exceptions
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -109,7 +121,7 @@ class FormatSwitch:
             self.enabled = previous
 
     def quantizes(self, row: int, role: int) -> bool:
-        return self.enabled and self._quantized[row][role]
+        return self.enabled and (row, role) not in self._exceptions
 
     def data(self, row: int, role: int, device: torch.device) -> FormatData:
         """The chosen format of one layer's weight or activation, as tensors on `device`."""
@@ -140,7 +152,7 @@ class SharedInput:
         self._value: Tensor | None = None
         self._left = 0
 
-    def get(self, x: Tensor, make: Any) -> Tensor:
+    def get(self, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """`make()` for the first reader of `x`, the same tensor for the others; released after the last one."""
         # The input itself is part of the key, so it cannot be freed and another tensor take its place in memory.
         key = (x, x._version, torch.is_grad_enabled())
@@ -158,11 +170,18 @@ class SharedInput:
 
 
 class _Searchable:
-    """What both layer types share. `attach` gives an ordinary layer these attributes and this behaviour."""
+    """What both layer types share. `swap.make_searchable` gives an ordinary layer this class and these attributes.
+
+    Attributes:
+        plain: the class that it had before.
+        switch, row: who chooses its formats, and its index there.
+        shared_input: where layers that read the same tensor meet, or None.
+    """
 
     is_fliqs_layer = True
     kind: str
     weight: Tensor
+    plain: type[nn.Module]
     switch: FormatSwitch
     row: int
     shared_input: SharedInput | None

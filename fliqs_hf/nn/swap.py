@@ -104,6 +104,7 @@ def make_searchable(
             raise ConfigError("the model is searchable already; call `restore(model)` first")
     switch = FormatSwitch(names, [parse(fmt) for fmt in formats], settings or QuantizerSettings())
     groups = {name: (input_groups or {}).get(name) for name in names}
+    switch.input_groups = tuple(groups.values())
     readers = Counter(group for group in groups.values() if group is not None)
     shared = {group: SharedInput(count) for group, count in readers.items() if count > 1}
     for row, name in enumerate(names):
