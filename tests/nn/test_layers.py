@@ -137,11 +137,11 @@ def test_layers_that_read_one_tensor_quantize_it_once(monkeypatch: pytest.Monkey
         assert len(calls) == expected_calls
     for name, parameter in apart.named_parameters():
         assert torch.equal(parameter.grad, together.get_parameter(name).grad)
+    wide = copy.deepcopy(together)
+    restore(wide)
+    switch = make_searchable(wide, ["int4", "int8"], input_groups={"q": 0, "k": 0})
     with pytest.raises(AllocationError, match="'q' and 'k' read the same tensor"):
-        formats = {"q": LayerFormats.of("int4", "int4"), "k": LayerFormats.of("int4", "int8")}
-        wide = copy.deepcopy(together)
-        restore(wide)
-        make_searchable(wide, ["int4", "int8"], input_groups={"q": 0, "k": 0}).set_allocation(Allocation(formats))
+        switch.set_allocation(Allocation({"q": LayerFormats.of("int4", "int4"), "k": LayerFormats.of("int4", "int8")}))
     # nothing is held after the last reader, and a changed tensor is quantized anew
     assert together.q.shared_input._value is None
     first = together(x)
