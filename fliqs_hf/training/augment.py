@@ -43,13 +43,13 @@ class BatchAugment:
             mean_, std_ = torch.tensor(mean), torch.tensor(std)
             steps += [K.Denormalize(mean_, std_), K.auto.RandAugment(n=2, m=9), K.Normalize(mean_, std_)]
         self.images = K.AugmentationSequential(*steps, data_keys=["input"]) if steps else None
-        self.mix = (
-            K.RandomMixUpV2(p=1.0, data_keys=["input", "class"])
-            if "mixup" in names
-            else K.RandomCutMixV2(p=1.0, data_keys=["input", "class"])
-            if "cutmix" in names
-            else None
-        )
+        labelled = {"p": 1.0, "data_keys": ["input", "class"]}
+        self.mix = None
+        if "mixup" in names:
+            self.mix = K.RandomMixUpV2(**labelled)
+        elif "cutmix" in names:
+            self.mix = K.RandomCutMixV2(**labelled, use_correct_lambda=True)
+        self.weight_is_own = "cutmix" in names
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.images is not None:
@@ -57,7 +57,8 @@ class BatchAugment:
         if self.mix is None:
             return images, labels
         images, mixed = self.mix(images, labels)
-        mixed = mixed.reshape(-1, 3)  # label, label of the other image, weight of the other
+        mixed = mixed.reshape(-1, 3)  # label, label of the other image, weight of one of them
+        own = mixed[:, 2:] if self.weight_is_own else 1 - mixed[:, 2:]
         one = functional.one_hot(mixed[:, 0].long(), self.num_labels)
         other = functional.one_hot(mixed[:, 1].long(), self.num_labels)
-        return images, one * (1 - mixed[:, 2:]) + other * mixed[:, 2:]
+        return images, own * one + (1 - own) * other
