@@ -53,6 +53,7 @@ class Job:
     train_data: ImageData
     eval_data: ImageData
     augment: BatchAugment | None
+    metrics: list[str]
 
     def train_config(self, steps: int, learning_rate: float) -> TrainConfig:
         return TrainConfig(
@@ -74,7 +75,9 @@ class Job:
 
     def evaluate(self, model: Any, name: str) -> Accuracy:
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
-        return evaluate(model, self.eval_data, self.accelerator, batch_size=size, workers=workers, name=name)
+        return evaluate(
+            model, self.eval_data, self.accelerator, batch_size=size, workers=workers, name=name, metrics=self.metrics
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -142,7 +145,7 @@ def load(
     names = getattr(train_split.features.get(label), "names", None) or sorted(map(str, set(train_split[label])))
     model, processor = load_classifier(names, **asdict(model_args))
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     columns = {"image_column": data_args.image_column_name, "label_column": label, "cache": data_args.cache_images}
     limits = (data_args.max_train_samples, data_args.max_eval_samples)
     data = [
@@ -153,7 +156,9 @@ def load(
     if data_args.augment:
         mean, std = (getattr(processor, key, None) or [0.5] * 3 for key in ("image_mean", "image_std"))
         augment = BatchAugment(data_args.augment, len(names), mean, std)
-    return Job(args, accelerator, search, settings, model.to(accelerator.device), processor, *data, augment)
+    model.to(accelerator.device)
+    metrics = data_args.metrics or []
+    return Job(args, accelerator, search, settings, model, processor, *data, augment, metrics)
 
 
 def searched(

@@ -40,6 +40,9 @@ class DataArguments:
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     cache_images: bool = field(default=False, metadata={"help": "keep processed images in memory (small data sets)"})
+    metrics: list[str] | None = field(
+        default=None, metadata={"help": "of the evaluate library, beside top-1 and top-5"}
+    )
     augment: list[str] | None = field(default=None, metadata={"help": "flip crop randaugment mixup cutmix"})
 
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from fliqs_hf.errors import ConfigError
 from fliqs_hf.training.data import ImageData
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Counts over `n` images, and the mean cross-entropy."""
+    """Counts over `n` images, the mean cross-entropy, and what metrics of the `evaluate` library say."""
 
     correct: int
     correct5: int
     n: int
     loss: float
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def top1(self) -> float:
@@ -43,8 +47,18 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 0,
     name: str = "evaluation",
+    metrics: Sequence[str] = (),
 ) -> Accuracy:
-    """Evaluate in evaluation mode; every rank takes its share of the images and all get the same result."""
+    """Evaluate in evaluation mode; every rank takes its share of the images and all get the same result.
+
+    Args:
+        metrics: of the `evaluate` library, by Hub name or local path, given predicted and true labels; where a metric
+            averages over classes (F1, precision, recall), it takes the macro average.
+    Raises: ConfigError: a metric that cannot be loaded, or does not take labels.
+    """
+    loaded = {metric: _load(metric) for metric in metrics}
+    predictions: list[int] = []
+    references: list[int] = []
     training = model.training
     model.eval()
     mine = Subset(data, range(accelerator.process_index, len(data), accelerator.num_processes))
@@ -54,9 +68,33 @@ def evaluate(
         with accelerator.autocast():
             logits = model(images.to(accelerator.device)).logits.float()
         totals += _counts(logits, labels.to(accelerator.device))
+        if loaded:
+            predictions += logits.argmax(-1).tolist()
+            references += labels.tolist()
     correct, correct5, loss, n = accelerator.reduce(totals, reduction="sum").tolist()
     model.train(training)
-    return Accuracy(round(correct), round(correct5), round(n), loss / n)
+    if loaded:
+        predictions, references = gather_object(predictions), gather_object(references)
+    values = {metric: _compute(module, metric, predictions, references) for metric, module in loaded.items()}
+    return Accuracy(round(correct), round(correct5), round(n), loss / n, values)
+
+
+def _load(metric: str) -> Any:
+    import evaluate as library
+
+    try:
+        return library.load(metric)
+    except Exception as error:  # the library lets through whatever the network, the file system or the script raise
+        raise ConfigError(f"cannot load the metric {metric!r} of the evaluate library: {error}") from error
+
+
+def _compute(module: Any, metric: str, predictions: list[int], references: list[int]) -> Any:
+    average = {"average": "macro"} if "average" in module.inputs_description else {}
+    try:
+        result = module.compute(predictions=predictions, references=references, **average)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the metric {metric!r} does not take predicted and true labels: {error}") from error
+    return next(iter(result.values())) if len(result) == 1 else result
 
 
 def _counts(logits: Tensor, labels: Tensor) -> Tensor:

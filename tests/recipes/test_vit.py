@@ -143,6 +143,7 @@ def test_several_targets_give_a_front(tmp_path: Path) -> None:
         {"search_overrides": {"prior_images": 64, "explore_fraction": 0.0}},
         {"search_space": ["int4", "int8"], "target_bits": None, "target_size_mb": [0.018]},
         {"search_space": ["fliqs-l-fp"], "tie": ["block"], "target_bits": [6.0]},
+        {"report_to": "tensorboard", "gradient_checkpointing": True},
         {"augment": ["flip", "mixup"], "label_smoothing_factor": 0.1, "distill": 0.5},
         {"gradient_accumulation_steps": 2, "mixed_precision": "bf16", "modules_to_not_convert": ["classifier"]},
     ],

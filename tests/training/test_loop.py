@@ -71,6 +71,29 @@ def test_training_learns_and_evaluation_does_not_depend_on_the_batch(accelerator
     )  # float32 sums in another order
 
 
+METRIC = """
+import datasets
+import evaluate
+
+
+class Wrong(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int32"), "references": datasets.Value("int32")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"wrong": sum(p != r for p, r in zip(predictions, references))}
+"""
+
+
+def test_metrics_of_the_evaluate_library(accelerator: Accelerator, tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(METRIC)
+    result = evaluate(tiny("vit"), Blobs(40), accelerator, metrics=[str(tmp_path / "wrong.py")])
+    assert result.metrics == {str(tmp_path / "wrong.py"): 40 - result.correct}
+    with pytest.raises(ConfigError, match="no_such_metric"):
+        evaluate(tiny("vit"), Blobs(4), accelerator, metrics=["./no_such_metric.py"])
+
+
 def test_the_learning_rate_is_warmed_up_and_ends_near_zero() -> None:
     c = config(max_steps=100, warmup_ratio=0.1, learning_rate=1.0)
     assert [c.learning_rate_at(step) for step in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
