@@ -12,11 +12,12 @@ A YAML file as the first argument sets any of the arguments below; the command l
 from __future__ import annotations
 
 import copy
-import os
+import json
+import math
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -35,9 +36,10 @@ from fliqs_hf.search.run import RunFolder, cost_summary, layer_table, write_fron
 from fliqs_hf.training import Accuracy, ImageData, Interrupted, TrainConfig, evaluate, load_splits, train
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, parse
 from fliqs_hf.training.augment import BatchAugment
-from fliqs_hf.training.data import train_loader
-from fliqs_hf.training.models import load_classifier
+from fliqs_hf.training.data import held_in_memory, labelled, train_loader
+from fliqs_hf.training.models import label_ids, load_classifier
 from fliqs_hf.training.state import states
+from fliqs_hf.training.stream import StreamData
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Job:
     settings: dict[str, Any]  # every argument, for config.json
     model: Any
     processor: Any
-    train_data: ImageData
+    train_data: ImageData | StreamData
     eval_data: ImageData
     augment: BatchAugment | None
     metrics: list[str]
@@ -70,8 +72,14 @@ class Job:
             seed=self.args.seed,
             logging_steps=self.args.logging_steps,
             save_steps=self.args.save_steps,
+            eval_steps=self.args.eval_steps,
+            keep_best=self.args.load_best_model_at_end,
+            ema_decay=self.args.ema_decay,
             workers=self.args.dataloader_num_workers,
         )
+
+    def score(self, model: Any) -> float:
+        return self.evaluate(model, "evaluation").top1
 
     def evaluate(self, model: Any, name: str) -> Accuracy:
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
@@ -84,8 +92,14 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, training_args, search_args = parse(sys.argv[1:] if argv is None else argv, __doc__)
     targets = targets_of(search_args)
     job = load(model_args, data_args, training_args, search_args)
+    training_args = job.args
     folder = RunFolder(training_args.output_dir)
     layers, space, table = searched(job, search_args, targets)
+    if training_args.resume:
+        folder.check(job.settings)
+    job.accelerator.wait_for_everyone()
+    if job.accelerator.is_main_process:
+        folder.configure(job.settings, job.search)
 
     finetune(job, folder)
     fp32 = job.evaluate(job.model, "fp32 evaluation")
@@ -128,9 +142,6 @@ def load(
     if not accelerator.is_main_process:
         hf_logging.set_verbosity_error()
     set_seed(args.seed)
-    settings = {k: v for part in (model_args, data_args, args, search_args) for k, v in asdict(part).items()}
-    if trackers:
-        accelerator.init_trackers("fliqs", {key: str(value) for key, value in settings.items()})
     with accelerator.main_process_first():
         train_split, eval_split = load_splits(
             data_args.dataset_name,
@@ -139,34 +150,64 @@ def load(
             validation_dir=data_args.validation_dir,
             validation_split=data_args.validation_split,
             train_val_split=data_args.train_val_split,
+            streaming=data_args.streaming,
             seed=args.seed,
         )
-    label = data_args.label_column_name
-    names = getattr(train_split.features.get(label), "names", None) or sorted(map(str, set(train_split[label])))
+        train_split, eval_split, names = labelled(train_split, eval_split, data_args.label_column_name)
     model, processor = load_classifier(names, **asdict(model_args))
     if args.gradient_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    columns = {"image_column": data_args.image_column_name, "label_column": label, "cache": data_args.cache_images}
-    limits = (data_args.max_train_samples, data_args.max_eval_samples)
-    data = [
-        ImageData(split, processor, len(names), max_samples=limit, **columns)
-        for split, limit in zip((train_split, eval_split), limits, strict=True)
-    ]
+    columns = {"image_column": data_args.image_column_name, "label_column": data_args.label_column_name}
+    columns["label_ids"] = label_ids(names, model)
+    train_data: ImageData | StreamData
+    if data_args.streaming:
+        train_data = StreamData(train_split, processor, len(names), **columns)
+        eval_split = held_in_memory(eval_split, data_args.image_column_name, data_args.max_eval_samples)
+    else:
+        train_data = image_data(train_split, processor, len(names), data_args.max_train_samples, data_args, columns)
+    eval_data = image_data(eval_split, processor, len(names), data_args.max_eval_samples, data_args, columns)
     augment = None
     if data_args.augment:
         mean, std = (getattr(processor, key, None) or [0.5] * 3 for key in ("image_mean", "image_std"))
         augment = BatchAugment(data_args.augment, len(names), mean, std)
+    args = replace(args, max_steps=steps_of(args, train_data, accelerator.num_processes))
+    parts = (model_args, data_args, args, search_args)
+    settings = json.loads(json.dumps({k: v for part in parts for k, v in asdict(part).items()}))
+    if trackers:
+        accelerator.init_trackers("fliqs", {key: str(value) for key, value in settings.items()})
     model.to(accelerator.device)
     metrics = data_args.metrics or []
-    return Job(args, accelerator, search, settings, model, processor, *data, augment, metrics)
+    return Job(args, accelerator, search, settings, model, processor, train_data, eval_data, augment, metrics)
+
+
+def image_data(
+    split: Any, processor: Any, num_labels: int, limit: int | None, args: DataArguments, columns: dict[str, Any]
+) -> ImageData:
+    """All images of a split, or `limit` random ones: a split may be sorted by class."""
+    if limit is not None and limit < len(split):
+        split = split.shuffle(seed=0).select(range(limit))
+    return ImageData(split, processor, num_labels, cache=args.cache_images, **columns)
+
+
+def steps_of(args: TrainingArguments, data: ImageData | StreamData, processes: int) -> int:
+    """Optimizer steps of a search."""
+    if args.num_train_epochs is None:
+        return args.max_steps if args.max_steps is not None else 1000
+    if args.max_steps is not None:
+        raise ConfigError(f"give max_steps={args.max_steps} or num_train_epochs={args.num_train_epochs}, not both")
+    if isinstance(data, StreamData):
+        raise ConfigError("a stream has no known length: give max_steps instead of num_train_epochs")
+    batches = max(1, len(data) // (args.per_device_train_batch_size * processes))
+    return math.ceil(args.num_train_epochs * batches / args.gradient_accumulation_steps)
 
 
 def searched(
     job: Job, search_args: SearchArguments, targets: list[Target]
 ) -> tuple[tuple[LayerInfo, ...], SearchSpace, CostTable]:
-    """The layers, the space and its costs. A target that is out of reach fails here, before any training."""
+    """The layers, the space and its costs. What cannot work, such as a target out of reach, fails before training."""
+    job.train_config(job.args.max_steps, job.args.learning_rate)
     wanted = quantizable_layers(job.model, search_args.modules_to_not_convert)
-    traced = trace_layers(job.model, job.train_data[0][0][None].to(job.accelerator.device))
+    traced = trace_layers(job.model, job.eval_data[0][0][None].to(job.accelerator.device))
     layers = tuple(layer for layer in traced if layer.name in wanted)
     formats = search_args.search_space
     space = SearchSpace(
@@ -191,15 +232,13 @@ def finetune(job: Job, folder: RunFolder) -> None:
         shutil.rmtree(state, ignore_errors=True)
     config = job.train_config(job.args.finetune_steps, job.args.finetune_learning_rate or job.args.learning_rate)
     job.model = train(
-        job.model, job.train_data, config, job.accelerator, augment=job.augment, state_folder=state,
+        job.model, job.train_data, config, job.accelerator, augment=job.augment, score=job.score, state_folder=state,
         resume=job.args.resume, name="fp32 training",
     )  # fmt: skip
     if job.accelerator.is_main_process:
-        draft = f"{kept}.tmp"
-        job.model.save_pretrained(draft)
-        job.processor.save_pretrained(draft)
-        shutil.rmtree(kept, ignore_errors=True)
-        os.replace(draft, kept)
+        with folder.replacing(kept.name) as draft:
+            job.model.save_pretrained(draft)
+            job.processor.save_pretrained(draft)
         shutil.rmtree(state, ignore_errors=True)
     job.accelerator.wait_for_everyone()
 
@@ -228,6 +267,9 @@ def search_for(
 ) -> dict[str, Any]:
     """One search: policy and weights together, then the final allocation, packed, saved, loaded and evaluated."""
     accelerator, args = job.accelerator, job.args
+    if args.resume and (run.path / "results.json").exists():
+        accelerator.print(f"{run.path} is finished")
+        return run.read("results.json")
     search = OneShotSearch(
         space, table, target, job.search, args.max_steps, seed=args.seed, rank=accelerator.process_index,
         world_size=accelerator.num_processes, device=accelerator.device,
@@ -235,12 +277,13 @@ def search_for(
     )  # fmt: skip
     if sensitivity is not None:
         search.start_from(sensitivity.decision_scores)
-    if not args.resume:
-        shutil.rmtree(run.state, ignore_errors=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if not args.resume:
+            run.clear()
         saved = states(run.state)
-        run.begin(job.settings, job.search, layers, space, sensitivity)
+        run.configure(job.settings, job.search)
+        run.begin(layers, space, sensitivity)
         run.forget_after(int(saved[-1].name.removeprefix("step-")) if saved else 0)
 
     teacher = copy.deepcopy(job.model) if args.distill else None
@@ -257,16 +300,17 @@ def search_for(
     start = time.perf_counter()
     job.model = train(
         job.model, job.train_data, job.train_config(args.max_steps, args.learning_rate), accelerator,
-        hook=SearchHook(search, switch, run.policy), augment=job.augment, teacher=teacher, state_folder=run.state,
-        resume=args.resume, on_log=on_log, name=f"search for {target.kind} {target.value:g}",
+        hook=SearchHook(search, switch, run.policy), augment=job.augment, teacher=teacher, score=job.score,
+        state_folder=run.state, resume=args.resume, on_log=on_log, name=f"search for {target.kind} {target.value:g}",
     )  # fmt: skip
     seconds = time.perf_counter() - start
     final = search.finalize()
     restore(job.model)
 
     if accelerator.is_main_process:
-        quantize(copy.deepcopy(job.model), final.allocation).save_pretrained(run.checkpoint)
-        job.processor.save_pretrained(run.checkpoint)
+        with run.replacing(run.checkpoint.name) as draft:
+            quantize(copy.deepcopy(job.model), final.allocation).save_pretrained(draft)
+            job.processor.save_pretrained(draft)
         final.allocation.save(run.path / "allocation.json")
     accelerator.wait_for_everyone()
     packed = AutoModelForImageClassification.from_pretrained(run.checkpoint).to(accelerator.device)
@@ -319,8 +363,8 @@ def push(args: TrainingArguments, run: RunFolder, target: Target | None) -> None
 if __name__ == "__main__":
     try:
         main()
-    except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop if isinstance(stop, Interrupted) else 'stopped; add --resume to go on'}", file=sys.stderr)
         sys.exit(130)
     except FliqsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

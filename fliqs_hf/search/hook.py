@@ -39,6 +39,9 @@ class SearchHook:
         self.search.end_step(step, quality)
         return self.search.metrics() if self.search.phase(step) != "final" else {}
 
+    def settled(self, step: int) -> bool:
+        return self.search.phase(step) == "final"
+
     def log(self, step: int) -> None:
         if self.history is None or self.search.phase(step - 1) == "final":
             return
@@ -69,6 +72,9 @@ class FixedFormats:
 
     def end_step(self, step: int, quality: Tensor) -> dict[str, Tensor]:
         return {}
+
+    def settled(self, step: int) -> bool:
+        return True
 
     def log(self, step: int) -> None: ...
 

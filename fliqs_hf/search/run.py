@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, bops, weight_bytes
+from fliqs_hf.errors import CheckpointError, TrainingError
 from fliqs_hf.search.config import SearchConfig
 from fliqs_hf.search.sensitivity import Sensitivity
 from fliqs_hf.search.space import SearchSpace
 from fliqs_hf.training import Accuracy
 
+#: Settings that may change between an interruption and `--resume`: they do not decide the result.
+FREE = ("output_dir", "resume", "push_to_hub", "hub_model_id", "report_to")
 PACKAGES = ("fliqs-hf", "torch", "transformers", "accelerate", "datasets", "safetensors", "scipy")
 
 
@@ -44,22 +52,63 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
 
     def write(self, name: str, data: Any) -> None:
-        (self.path / name).write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+        draft = self.path / f".{name}.tmp"
+        draft.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(draft, self.path / name)
 
     def read(self, name: str) -> Any:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """A folder to fill, which becomes the sub-folder `name` when it is complete.
+
+        Raises: TrainingError: the disk is full or not writable; what was there is untouched.
+        """
+        draft, final = self.path / f".{name}.tmp", self.path / name
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            yield draft
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(draft, final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise TrainingError(f"cannot write {final}: {error}; free some space and resume") from error
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Refuse to resume a run of other settings.
+
+        Raises: CheckpointError: it names the first setting that differs.
+        """
+        if not (self.path / "config.json").exists():
+            return
+        stored = self.read("config.json")
+        for key, value in settings.items():
+            if key not in FREE and stored.get(key) != value:
+                raise CheckpointError(
+                    f"{self.path} was started with {key}={stored.get(key)!r}, not {value!r}: "
+                    "resume with the same settings, or start in another output_dir"
+                )
+
+    def configure(self, settings: dict[str, Any], config: SearchConfig) -> None:
+        """Record what the run was told to do."""
+        command = " ".join([Path(sys.executable).name, *sys.argv])
+        self.write("config.json", {**settings, "search": asdict(config), "command": command, "versions": versions()})
+
+    def clear(self) -> None:
+        """Remove what an earlier run in this folder left, so that nothing is taken for a result of this one."""
+        for name in ("results.json", "allocation.json", "metrics.jsonl", "policy.jsonl", "sensitivity.json"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.state, self.checkpoint):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def begin(
         self,
-        settings: dict[str, Any],
-        config: SearchConfig,
         layers: Sequence[LayerInfo],
         space: SearchSpace,
         sensitivity: Sensitivity | None,
     ) -> None:
         """Record what is known before the search."""
-        command = " ".join([Path(sys.executable).name, *sys.argv])
-        self.write("config.json", {**settings, "search": asdict(config), "command": command, "versions": versions()})
         self.write("layers.json", [asdict(layer) for layer in layers])
         self.write("search_space.json", space.to_dict())
         if sensitivity is not None:

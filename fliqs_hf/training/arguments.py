@@ -6,9 +6,11 @@ import argparse
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
+from transformers import HfArgumentParser
 
 from fliqs_hf.errors import ConfigError
 
@@ -29,6 +31,7 @@ class DataArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id, local folder, or 'digits' (no network)"})
     dataset_config_name: str | None = None
+    streaming: bool = field(default=False, metadata={"help": "read training images as they come, nothing is stored"})
     train_dir: str | None = field(default=None, metadata={"help": "image folder, one sub-folder per class"})
     validation_dir: str | None = None
     validation_split: str | None = None
@@ -51,7 +54,10 @@ class TrainingArguments:
     """How weights are trained. The same settings serve fp32 fine-tuning and the search."""
 
     output_dir: str = "runs/vit"
-    max_steps: int = field(default=1000, metadata={"help": "steps of each search, both phases"})
+    max_steps: int | None = field(default=None, metadata={"help": "steps of each search, both phases; default: 1000"})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "length of each search instead of max_steps"}
+    )
     finetune_steps: int = field(default=0, metadata={"help": "fp32 steps beforehand, for a new data set or model"})
     learning_rate: float = 1e-4
     finetune_learning_rate: float | None = field(default=None, metadata={"help": "default: learning_rate"})
@@ -63,11 +69,16 @@ class TrainingArguments:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16; default: accelerate's"})
+    ema_decay: float = field(default=0.0, metadata={"help": "deliver a moving average of the weights, e.g. 0.999"})
     label_smoothing_factor: float = 0.0
     distill: float = field(default=0.0, metadata={"help": "share of the loss that imitates the fp32 model, 0 to 1"})
     dataloader_num_workers: int = 0
     logging_steps: int = 10
     save_steps: int = 100
+    eval_steps: int = field(default=0, metadata={"help": "evaluate as often while training; 0: only at the end"})
+    load_best_model_at_end: bool = field(
+        default=False, metadata={"help": "deliver the best weights of those evaluations, not the last"}
+    )
     report_to: str | None = field(default=None, metadata={"help": "trackio, tensorboard, wandb: comma-separated"})
     seed: int = 0
     use_cpu: bool = False
@@ -103,6 +114,18 @@ class SearchArguments:
 
 
 ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, SearchArguments)
+FILES = (".yaml", ".yml", ".json")
+
+
+class _Parser(HfArgumentParser):
+    """Names the argument that exists where one does not; accepts no abbreviations, which a typo could be."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(ARGUMENTS, description=description, formatter_class=_Help, allow_abbrev=False)
+        self.add_argument("--config", help="a YAML or JSON file of these arguments; also as the first argument")
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists the arguments")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -112,32 +135,76 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 def parse(
     argv: list[str], description: str | None = None
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments, SearchArguments]:
-    """Arguments from an optional YAML file, given first, and the command line, which overrides it.
+    """Arguments from an optional YAML or JSON file and the command line, which overrides it.
 
-    Raises: ConfigError: the file cannot be read, or has a key that does not exist (with the nearest one that does).
+    Args:
+        argv: the file is its first element, or follows `--config`.
+    Raises: ConfigError: the file cannot be read, or a key or argument does not exist (with the nearest one that does)
+        or has a value of the wrong type.
     """
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(ARGUMENTS, description=description, formatter_class=_Help)
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        parser.set_defaults(**_settings(argv[0]))
-        argv = argv[1:]
-    arguments = parser.parse_args_into_dataclasses(argv)
-    for instance in arguments:
-        for name in ("config_overrides", "search_overrides"):
-            if isinstance(getattr(instance, name, None), str):
-                setattr(instance, name, yaml.safe_load(getattr(instance, name)))
-    return arguments
+    parser = _Parser(description)
+    if argv and argv[0].endswith(FILES):
+        argv = ["--config", *argv]
+    known, _ = parser.parse_known_args(argv)
+    if known.config is not None:
+        parser.set_defaults(**_settings(known.config))
+    space, unknown = parser.parse_known_args(argv)
+    for argument in unknown:
+        raise ConfigError(f"unknown argument {argument!r}{_nearest(argument.lstrip('-').partition('=')[0])}")
+    values = vars(space)
+    for name in ("config_overrides", "search_overrides"):
+        if isinstance(values[name], str):
+            values[name] = yaml.safe_load(values[name])
+        if not isinstance(values[name], dict | None):
+            raise ConfigError(f'{name}={values[name]!r} must be settings, such as "{{key: value}}"')
+    arguments = [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in ARGUMENTS]
+    return tuple(arguments)  # type: ignore[return-value]
 
 
 def _settings(file: str) -> dict[str, Any]:
+    """The settings of a file, checked by name and by type."""
     try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the settings {file!r}: {error}") from error
-    known = [f.name for cls in ARGUMENTS for f in fields(cls)]
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file}: settings are 'key: value' lines, not a {type(settings).__name__}")
+    types = {f.name: t for cls in ARGUMENTS for f in fields(cls) for t in [get_type_hints(cls)[f.name]]}
     for key in settings:
-        if key not in known:
-            close = get_close_matches(key, known, 1)
-            raise ConfigError(f"{file}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    return dict(settings)
+        if key not in types:
+            raise ConfigError(f"{file}: unknown key {key!r}{_nearest(str(key))}")
+    return {key: _typed(f"{file}: {key}", value, types[key]) for key, value in settings.items()}
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type of its argument: one value where a list is wanted becomes a list, "1e-4" a number."""
+    union = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None and type(None) in union:
+        return None
+    for wanted in union:
+        if wanted in (dict, bool):
+            if isinstance(value, wanted):
+                return value
+        elif get_origin(wanted) is list:
+            (item,) = get_args(wanted)
+            return [_typed(name, v, item) for v in (value if isinstance(value, list) else [value])]
+        elif wanted is str and isinstance(value, str):
+            return value
+        elif wanted in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except ValueError:
+                continue
+            if wanted is float or number.is_integer():
+                return wanted(number)
+    raise ConfigError(f"{name} has the value {value!r}, but must be {_words(hint)}")
+
+
+def _words(hint: Any) -> str:
+    text = " or ".join(str(getattr(t, "__name__", t)) for t in get_args(hint) if t is not type(None))
+    return text if isinstance(hint, UnionType) else str(getattr(hint, "__name__", hint))
+
+
+def _nearest(key: str) -> str:
+    close = get_close_matches(key, [f.name for cls in ARGUMENTS for f in fields(cls)], 1)
+    return f"; did you mean {close[0]!r}?" if close else "; --help lists what exists"

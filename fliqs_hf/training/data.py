@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fliqs_hf.errors import DataError
+from fliqs_hf.training.images import checked_label, pixels
+from fliqs_hf.training.seeds import derived_seed
+from fliqs_hf.training.stream import StreamBatches, StreamData
 
 DIGITS = "digits"
 
@@ -25,9 +27,10 @@ def load_splits(
     train_split: str = "train",
     validation_split: str | None = None,
     train_val_split: float = 0.15,
+    streaming: bool = False,
     seed: int = 0,
 ) -> tuple[Any, Any]:
-    """Training and validation split as `datasets.Dataset`s.
+    """Training and validation split as `datasets.Dataset`s, or `datasets.IterableDataset`s.
 
     Args:
         dataset_name: a Hub id, a local folder (parquet files or an image folder), or "digits": the 8 × 8 images that
@@ -35,6 +38,7 @@ def load_splits(
         train_dir, validation_dir: image folders, one sub-folder per class.
         validation_split: default: "validation" or "test" where there is one, else `train_val_split` of the training
             split.
+        streaming: read the data set as it comes, instead of downloading it first.
     Raises: DataError: nothing to load, a split that does not exist or is empty.
     """
     import datasets
@@ -43,14 +47,17 @@ def load_splits(
         return _digits()
     if dataset_name is not None:
         try:
-            splits = datasets.load_dataset(dataset_name, dataset_config_name)
+            splits = datasets.load_dataset(dataset_name, dataset_config_name, streaming=streaming)
         except (FileNotFoundError, ValueError, ConnectionError, OSError) as error:
             raise DataError(f"cannot load the dataset {dataset_name!r}: {error}") from error
     elif train_dir is not None:
         folders = {"train": str(Path(train_dir) / "**")}
         if validation_dir is not None:
             folders["validation"] = str(Path(validation_dir) / "**")
-        splits = datasets.load_dataset("imagefolder", data_files=folders)
+        try:
+            splits = datasets.load_dataset("imagefolder", data_files=folders, streaming=streaming)
+        except (FileNotFoundError, ValueError, OSError) as error:
+            raise DataError(f"cannot load the images of {' and '.join(folders.values())}: {error}") from error
     else:
         raise DataError("no data: give dataset_name (a Hub id, a folder or 'digits') or train_dir")
     names = list(splits)
@@ -59,6 +66,10 @@ def load_splits(
             raise DataError(f"split {split!r} does not exist; the dataset has {', '.join(names)}")
     other = validation_split or next((name for name in ("validation", "test") if name in names), None)
     if other is None:
+        if streaming:
+            raise DataError(f"a stream cannot be split: name a validation_split; the dataset has {', '.join(names)}")
+        if not 0 < train_val_split < 1:
+            raise DataError(f"train_val_split={train_val_split} must be between 0 and 1")
         parts = splits[train_split].train_test_split(train_val_split, seed=seed)
         return parts["train"], parts["test"]
     return splits[train_split], splits[other]
@@ -101,12 +112,15 @@ class ImageData(Dataset[tuple[Tensor, int]]):
         *,
         image_column: str = "image",
         label_column: str = "label",
+        label_ids: Sequence[int] | None = None,
         max_samples: int | None = None,
         cache: bool = False,
     ) -> None:
         """
         Args:
             processor: a Transformers image processor.
+            label_ids: the model's class of each of the split's labels, where they differ.
+            max_samples: use the first so many images.
             cache: keep processed images in memory.
         """
         for column in (image_column, label_column):
@@ -116,12 +130,12 @@ class ImageData(Dataset[tuple[Tensor, int]]):
             split = split.select(range(min(max_samples, len(split))))
         if len(split) == 0:
             raise DataError("the split is empty: it holds no image")
-        self.labels: list[int] = list(split[label_column])
-        for index, label in enumerate(self.labels):
-            if not (isinstance(label, int) and 0 <= label < num_labels):
-                raise DataError(
-                    f"image {index} has the label {label!r}, but the model's head has {num_labels} classes"
-                )
+        known = len(label_ids) if label_ids is not None else num_labels
+        self.labels = [
+            checked_label(label, known, f"image {index}") for index, label in enumerate(split[label_column])
+        ]
+        if label_ids is not None:
+            self.labels = [label_ids[label] for label in self.labels]
         self.split, self.processor, self.image_column = split, processor, image_column
         self._cache: dict[int, Tensor] | None = {} if cache else None
 
@@ -132,13 +146,13 @@ class ImageData(Dataset[tuple[Tensor, int]]):
         if self._cache is not None and index in self._cache:
             return self._cache[index], self.labels[index]
         try:
-            image = self.split[index][self.image_column].convert("RGB")
-            pixels: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        except (OSError, ValueError, SyntaxError, AttributeError) as error:
+            image = self.split[index][self.image_column]
+        except (OSError, ValueError, SyntaxError) as error:
             raise DataError(f"image {index}{self._file(index)} cannot be read: {error}") from error
+        values = pixels(image, self.processor, f"image {index}")
         if self._cache is not None:
-            self._cache[index] = pixels
-        return pixels, self.labels[index]
+            self._cache[index] = values
+        return values, self.labels[index]
 
     def _file(self, index: int) -> str:
         import datasets
@@ -147,25 +161,24 @@ class ImageData(Dataset[tuple[Tensor, int]]):
         return f" ({raw['path']})" if raw and raw.get("path") else ""
 
 
-def derived_seed(*parts: int | str) -> int:
-    """A seed that depends on nothing but `parts`."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 class StepBatches(Sampler[list[int]]):
     """Indices of every micro-batch of one rank from `first` on: a function of (seed, position) and nothing else.
 
     Each epoch is a new permutation, cut into global batches of `batch_size · world_size`; the incomplete last one is
-    dropped (a split smaller than one batch is used whole).
+    dropped. A split smaller than one global batch is shared out evenly.
+
+    Raises: DataError: fewer images than ranks.
     """
 
     def __init__(
         self, length: int, batch_size: int, seed: int, first: int, last: int, rank: int = 0, world_size: int = 1
     ) -> None:
+        if length < world_size:
+            raise DataError(f"the split holds {length} images, fewer than the {world_size} processes")
+        batch_size = min(batch_size, length // world_size)
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.first, self.last, self.rank, self.world_size = first, last, rank, world_size
-        self.per_epoch = max(1, length // (batch_size * world_size))
+        self.per_epoch = length // (batch_size * world_size)
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -182,7 +195,60 @@ class StepBatches(Sampler[list[int]]):
 
 
 def train_loader(
-    data: ImageData, batch_size: int, seed: int, first: int, last: int, rank: int, world_size: int, workers: int
+    data: ImageData | StreamData,
+    batch_size: int,
+    seed: int,
+    first: int,
+    last: int,
+    rank: int,
+    world_size: int,
+    workers: int,
 ) -> DataLoader[tuple[Tensor, int]]:
+    """Micro-batches `first` to `last` − 1 of one rank. A stream has one worker at most: `datasets` would divide it."""
+    pin = torch.cuda.is_available()
+    if isinstance(data, StreamData):
+        stream = StreamBatches(data, batch_size, seed, first, last, rank, world_size)
+        return DataLoader(stream, batch_size=None, num_workers=min(workers, 1), pin_memory=pin)  # type: ignore[arg-type]
     sampler = StepBatches(len(data), batch_size, seed, first, last, rank, world_size)
-    return DataLoader(data, batch_sampler=sampler, num_workers=workers, pin_memory=torch.cuda.is_available())
+    return DataLoader(data, batch_sampler=sampler, num_workers=workers, pin_memory=pin)
+
+
+def labelled(train: Any, validation: Any, column: str) -> tuple[Any, Any, list[str]]:
+    """Both splits with whole-number labels, and the names of the classes.
+
+    Classes are those of the column's `ClassLabel`; of a column of words, the words in alphabetical order; of one of
+    whole numbers, 0 to the largest.
+
+    Raises: DataError: the column does not exist, is of another type, or validation has a class that training lacks.
+    """
+    import datasets
+
+    features = train.features or {}
+    if column not in features:
+        raise DataError(f"column {column!r} does not exist; the dataset has {', '.join(features)}")
+    names = getattr(features[column], "names", None)
+    if names is not None:
+        return train, validation, list(names)
+    if isinstance(train, datasets.IterableDataset):
+        raise DataError(f"column {column!r} does not name its classes, which a stream needs: stream is for ClassLabel")
+    kind = str(getattr(features[column], "dtype", features[column]))
+    present = set(train[column])
+    if "int" in kind and present:
+        return train, validation, [str(label) for label in range(max(present) + 1)]
+    if "string" not in kind or not present:
+        raise DataError(f"column {column!r} holds {kind if present else 'nothing'}, not classes")
+    names = sorted(present)
+    for label in validation[column]:
+        if label not in present:
+            raise DataError(f"the validation split has the class {label!r}, which the training split lacks")
+    classes = datasets.ClassLabel(names=names)
+    return train.cast_column(column, classes), validation.cast_column(column, classes), names
+
+
+def held_in_memory(stream: Any, image_column: str, max_samples: int | None) -> Any:
+    """The first images of a stream, still encoded, as a `datasets.Dataset`: for evaluating again and again."""
+    import datasets
+
+    raw = stream.cast_column(image_column, datasets.Image(decode=False))
+    rows = list(raw if max_samples is None else raw.take(max_samples))
+    return datasets.Dataset.from_list(rows, features=raw.features).cast_column(image_column, datasets.Image())

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,15 +22,18 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from fliqs_hf.errors import ConfigError, TrainingError
-from fliqs_hf.training.data import ImageData, derived_seed, train_loader
-from fliqs_hf.training.state import load_state, save_state, states
+from fliqs_hf.training.average import WeightAverage
+from fliqs_hf.training.data import ImageData, train_loader
+from fliqs_hf.training.seeds import derived_seed
+from fliqs_hf.training.state import Best, load_state, save_state, states
+from fliqs_hf.training.stream import StreamData
 
 #: (images, labels) -> (images, labels or class probabilities), on the device; randomness from the global generator
 Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C arrived; the state is saved and the run can be resumed."""
+    """Ctrl-C or SIGTERM arrived; the state is saved and the run can be resumed."""
 
 
 class StepHook(Protocol):
@@ -42,6 +45,10 @@ class StepHook(Protocol):
 
     def end_step(self, step: int, quality: Tensor) -> dict[str, Tensor]:
         """Qualities [forward passes], higher is better. Returns metrics, on the device."""
+        ...
+
+    def settled(self, step: int) -> bool:
+        """Whether the formats of step `step` are those of the result, so that evaluating the model says something."""
         ...
 
     def log(self, step: int) -> None:
@@ -70,6 +77,9 @@ class TrainConfig:
     seed: int = 0
     logging_steps: int = 10
     save_steps: int = 100
+    eval_steps: int = 0  # 0: no evaluation while training
+    keep_best: bool = False  # return the best weights of those evaluations, not the last
+    ema_decay: float = 0.0  # of a moving average of the weights, which is then what is evaluated and returned; 0: none
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -79,8 +89,16 @@ class TrainConfig:
         for name in ("label_smoothing", "distill_weight", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be between 0 and 1")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate={self.learning_rate} must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay={self.ema_decay} must be at least 0 and below 1")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("weight_decay", "eval_steps", "workers"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        if self.keep_best and not self.eval_steps:
+            raise ConfigError("keeping the best weights needs evaluations: set eval_steps")
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then one cosine to zero."""
@@ -109,13 +127,14 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 def train(
     model: nn.Module,
-    data: ImageData,
+    data: ImageData | StreamData,
     config: TrainConfig,
     accelerator: Any,
     *,
     hook: StepHook | None = None,
     augment: Augment | None = None,
     teacher: nn.Module | None = None,
+    score: Callable[[nn.Module], float] | None = None,
     state_folder: Path | None = None,
     resume: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
@@ -126,17 +145,24 @@ def train(
     Args:
         model: takes `pixel_values`, returns an output with `.logits`.
         accelerator: an `accelerate.Accelerator`; mixed precision and distribution are its business.
+        score: evaluates the model, higher is better, the same on every process; called every `eval_steps` steps.
         state_folder: where states for `resume` go; none are written without it.
         on_log: gets the metrics of every `logging_steps`-th step, on the main process.
     Returns: the model, unwrapped.
-    Raises: TrainingError: the loss is not finite, or a state cannot be written. Interrupted: Ctrl-C.
+    Raises: TrainingError: the loss or a gradient is not finite, or a state cannot be written. Interrupted: Ctrl-C.
         CheckpointError: `resume` with a state of other settings.
     """
-    _check_distribution(accelerator)
+    _check_support(accelerator)
+    if config.keep_best and (score is None or state_folder is None):
+        raise ConfigError("keeping the best weights needs a score and a state_folder")
     optimizer = torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=config.learning_rate)
     wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
+    average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+    best = Best(state_folder / "best") if config.keep_best and state_folder is not None else None
     meta = {"config": repr(config), "world_size": accelerator.num_processes, "name": name}
-    step = _resume(state_folder, wrapped, optimizer, meta, hook, accelerator) if resume else 0
+    step = _resume(state_folder, wrapped, optimizer, meta, hook, average, accelerator) if resume else 0
+    if best is not None and step == 0 and accelerator.is_main_process:
+        best.forget()
     if teacher is not None:
         teacher.to(accelerator.device).eval().requires_grad_(False)
 
@@ -149,46 +175,65 @@ def train(
     bar = tqdm(total=config.max_steps, initial=step, desc=name, disable=not accelerator.is_local_main_process)
     window = _Window(accelerator.device)
     started = time.perf_counter()
-    with _signal_flag() as interrupted, bar:
+    with _signal_flag(accelerator.num_processes == 1) as interrupted, bar:
         while step < config.max_steps:
             torch.manual_seed(derived_seed("step", config.seed, step, accelerator.process_index))
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(step)
             loss, quality = _step(wrapped, batches, config, accelerator, hook, augment, teacher, step)
-            accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             extra = hook.end_step(step, quality) if hook is not None else {}
-            window.add({"loss": loss, **extra})
+            if average is not None:
+                average.update()
+            window.add({"loss": loss, "grad_norm": norm, **extra})
             step += 1
             bar.update()
-            due = step % config.logging_steps == 0 or step == config.max_steps
-            stop = interrupted.is_set() and (accelerator.num_processes == 1 or due)
-            if due or stop or step % config.save_steps == 0:
-                values = window.read(accelerator)
-                if values and not math.isfinite(values["loss"]):
-                    raise TrainingError(
-                        f"the loss was not finite within the {window.length} steps before step {step}: lower "
-                        f"learning_rate={config.learning_rate}, or check the data"
-                        + (
-                            f"; the last good state is {states(state_folder)[-1]}"
-                            if state_folder and states(state_folder)
-                            else ""
-                        )
-                    )
-                if values and due and accelerator.is_main_process:
+            last = step == config.max_steps
+            judge = score is not None and config.eval_steps > 0 and (step % config.eval_steps == 0 or last)
+            judge = judge and (hook is None or hook.settled(step - 1))
+            due = last or judge or step % config.logging_steps == 0
+            save = state_folder is not None and step % config.save_steps == 0
+            stop = interrupted.is_set() and accelerator.num_processes == 1
+            if due or save or stop:
+                values, stop = window.read(accelerator, interrupted.is_set())
+                _check_finite(values, window.length, step, config, state_folder)
+                if judge and score is not None:
+                    with average.applied() if average is not None else nullcontext():
+                        values["score"] = score(model)
+                        if best is not None and accelerator.is_main_process:
+                            best.offer(values["score"], step, model)
+                if due and accelerator.is_main_process:
                     bar.set_postfix(loss=f"{values['loss']:.3f}")
                     if on_log is not None:
                         entry = {"step": step, "lr": config.learning_rate_at(step - 1), **values}
                         on_log(entry | {"seconds": round(time.perf_counter() - started, 3)})
                     if hook is not None:
                         hook.log(step)
-            if state_folder is not None and (stop or step % config.save_steps == 0) and accelerator.is_main_process:
-                unwrapped = accelerator.unwrap_model(wrapped)
-                save_state(state_folder, step, unwrapped, optimizer, hook.state_dict() if hook else {}, meta)
+            if state_folder is not None and (stop or save) and accelerator.is_main_process:
+                tensors = {**(hook.state_dict() if hook else {}), **(average.state_dict() if average else {})}
+                save_state(state_folder, step, model, optimizer, tensors, meta)
             if stop:
                 raise Interrupted(f"stopped after step {step}; add --resume to go on")
-    return accelerator.unwrap_model(wrapped)
+    if average is not None:
+        average.swap()
+    accelerator.wait_for_everyone()
+    if best is not None:
+        best.load(model)
+    accelerator.free_memory()
+    return accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+
+
+def _check_finite(values: dict[str, float], length: int, step: int, config: TrainConfig, folder: Path | None) -> None:
+    for key in ("loss", "grad_norm"):
+        if not math.isfinite(values[key]):
+            saved = states(folder) if folder is not None else []
+            raise TrainingError(
+                f"{key} was not finite within the {length} steps before step {step}: lower "
+                f"learning_rate={config.learning_rate}, or check the data"
+                + (f"; the last good state is {saved[-1]}" if saved else "")
+            )
 
 
 def _step(
@@ -246,43 +291,47 @@ class _Window:
     """Sums of metrics on the device since the last read: reading is the only point that waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.sums, self.length = device, {}, 0  # type: tuple[torch.device, dict[str, Tensor], int]
+        self.device, self.length, self._stale = device, 0, True
+        self.sums: dict[str, Tensor] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
-        if not self.length or values.keys() - self.sums.keys():
-            self.sums = {key: self.sums.get(key, torch.zeros((), device=self.device)) for key in (*self.sums, *values)}
+        if self._stale:
+            self.sums, self.length, self._stale = {}, 0, False
         for key, value in values.items():
-            self.sums[key] = self.sums[key] + value.detach().to(self.device)
+            self.sums[key] = self.sums.get(key, 0) + value.detach().to(self.device).float()
         self.length += 1
 
-    def read(self, accelerator: Any) -> dict[str, float]:
-        """Means over steps and processes since the last read, or nothing if there was no step."""
-        if not self.length:
-            return {}
-        stacked = torch.stack([value.float() for value in self.sums.values()]) / self.length
-        means = dict(zip(self.sums, accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
-        self.sums, self.length = {}, 0
-        return means
+    def read(self, accelerator: Any, interrupted: bool) -> tuple[dict[str, float], bool]:
+        """Means over steps and processes since the last read, and whether any process was interrupted."""
+        stacked = torch.stack([*self.sums.values(), torch.full((), float(interrupted), device=self.device)])
+        *sums, stops = accelerator.reduce(stacked, reduction="sum").tolist()
+        self._stale = True
+        count = self.length * accelerator.num_processes
+        return {key: value / count for key, value in zip(self.sums, sums, strict=True)}, stops > 0
 
 
 @contextmanager
-def _signal_flag() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that the step in progress is finished; a second Ctrl-C stops at once."""
+def _signal_flag(alone: bool) -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, so that the step in progress is finished.
+
+    A second Ctrl-C stops at once where the process is `alone`; launchers of several may send every signal twice.
+    """
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
 
     def handle(*_: object) -> None:
-        if flag.is_set():
+        if flag.is_set() and alone:
             raise KeyboardInterrupt
         flag.set()
 
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _resume(
@@ -291,6 +340,7 @@ def _resume(
     optimizer: Any,
     meta: dict[str, Any],
     hook: StepHook | None,
+    average: WeightAverage | None,
     accelerator: Any,
 ) -> int:
     saved = states(folder) if folder is not None else []
@@ -299,12 +349,19 @@ def _resume(
     step, extra = load_state(saved[-1], accelerator.unwrap_model(model), optimizer, meta)
     if hook is not None:
         hook.load_state_dict(extra)
+    if average is not None:
+        average.load_state_dict(extra, step)
     return step
 
 
-def _check_distribution(accelerator: Any) -> None:
+def _check_support(accelerator: Any) -> None:
     kind = str(accelerator.distributed_type)
     if any(name in kind for name in ("FSDP", "DEEPSPEED", "MEGATRON")):
         raise ConfigError(
             f"{kind} shards the model, which this loop cannot checkpoint yet; use DDP (MULTI_GPU, MULTI_CPU)"
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ConfigError(
+            f"mixed_precision={accelerator.mixed_precision!r} scales the loss, which a resumed run would not repeat; "
+            "choose bf16 or no"
         )

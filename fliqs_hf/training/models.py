@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -39,16 +40,26 @@ def load_classifier(
         raise ConfigError("give either model_name_or_path (a checkpoint) or model_type (training from scratch)")
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     if model_type is not None:
-        size = {"image_size": image_size} if image_size else {}
-        config = AutoConfig.for_model(model_type, **(config_overrides or {}), **size, **labels)
+        changes = {**(config_overrides or {}), **({"image_size": image_size} if image_size else {})}
+        _check_overrides(model_type, changes)
+        config = AutoConfig.for_model(model_type, **changes, **labels)
         side = getattr(config, "image_size", None) or 224
         processor = ViTImageProcessor(size={"height": side, "width": side})
         return AutoModelForImageClassification.from_config(config), processor
-    processor = AutoImageProcessor.from_pretrained(model_name_or_path)
-    config = AutoConfig.from_pretrained(model_name_or_path)
     if config_overrides:
         raise ConfigError("config_overrides goes with model_type; a checkpoint has its own configuration")
+    try:
+        processor = AutoImageProcessor.from_pretrained(model_name_or_path)
+        config = AutoConfig.from_pretrained(model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load model_name_or_path={model_name_or_path!r}: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{model_name_or_path} is quantized already; start from the fp32 checkpoint")
     if config.num_labels != len(names):
+        logger.warning(
+            "the head of %s has %d classes, the data set %d: a new one is made, which needs training",
+            model_name_or_path, config.num_labels, len(names),
+        )  # fmt: skip
         config.num_labels = len(names)
         config.id2label, config.label2id = labels["id2label"], labels["label2id"]
     model = AutoModelForImageClassification.from_pretrained(
@@ -59,6 +70,30 @@ def load_classifier(
     if image_size:
         processor.size, processor.do_center_crop = {"height": image_size, "width": image_size}, False
     return model, processor
+
+
+def label_ids(names: Sequence[str], model: Any) -> list[int] | None:
+    """The model's class of each of the data set's, where they have the same names in another order, else None."""
+    own = {name: int(index) for index, name in model.config.id2label.items()}
+    if list(own) == list(names) or own.keys() != set(names):
+        return None
+    return [own[name] for name in names]
+
+
+def _check_overrides(model_type: str, changes: Mapping[str, Any]) -> None:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if model_type not in CONFIG_MAPPING:
+        close = get_close_matches(model_type, list(CONFIG_MAPPING), 1)
+        raise ConfigError(
+            f"model_type={model_type!r} does not exist" + (f"; did you mean {close[0]!r}?" if close else "")
+        )
+    known = AutoConfig.for_model(model_type)
+    for key in changes:
+        if not hasattr(known, key):
+            close = get_close_matches(key, list(known.to_dict()), 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"config_overrides: {model_type} has no setting {key!r}{hint}")
 
 
 def _resized(model: Any, image_size: int) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -39,7 +39,8 @@ def save_state(
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, draft / "model.safetensors")
         save_file(_optimizer_tensors(optimizer), draft / "optimizer.safetensors")
         save_file({name: tensor.contiguous().cpu() for name, tensor in extra.items()}, draft / "extra.safetensors")
-        (draft / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=2))
+        (draft / "meta.json").write_text(json.dumps({**meta, "step": step}, indent=2))
+        shutil.rmtree(final, ignore_errors=True)  # of an earlier run in the same folder
         os.replace(draft, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
@@ -79,6 +80,42 @@ def load_state(
         raise CheckpointError(
             f"the training state {path} cannot be read: {error}; delete it to start again"
         ) from error
+
+
+class Best:
+    """The best weights so far, in one file: tensors, and the score and step in its header."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "model.safetensors"
+
+    def offer(self, score: float, step: int, model: nn.Module) -> None:
+        """Keep the weights if the score is the best so far.
+
+        Raises: TrainingError: the disk is full or not writable; the best weights so far are untouched.
+        """
+        if self.file.exists() and score <= self.score():
+            return
+        draft = self.file.with_suffix(".tmp")
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, draft, metadata={"best": json.dumps({"score": score, "step": step})})
+            os.replace(draft, self.file)
+        except (OSError, SafetensorError) as error:
+            draft.unlink(missing_ok=True)
+            raise TrainingError(f"cannot write {self.file}: {error}; free some space and resume") from error
+
+    def score(self) -> float:
+        with safe_open(self.file, framework="pt") as file:
+            return float(json.loads(file.metadata()["best"])["score"])
+
+    def load(self, model: nn.Module) -> None:
+        """Give the model the best weights, if any were kept."""
+        if self.file.exists():
+            model.load_state_dict(load_file(self.file))
+
+    def forget(self) -> None:
+        self.file.unlink(missing_ok=True)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
