@@ -14,8 +14,8 @@ from transformers import ViTImageProcessor
 
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.training import ImageData, load_splits
-from fliqs_hf.training.data import StepBatches
-from fliqs_hf.training.models import interpolate_positions, load_classifier
+from fliqs_hf.training.data import StepBatches, labelled
+from fliqs_hf.training.models import interpolate_positions, label_ids, load_classifier
 
 PROCESSOR = ViTImageProcessor(size={"height": 8, "width": 8})
 
@@ -102,6 +102,53 @@ def test_batches_after_an_interruption_are_those_that_were_to_come() -> None:
     assert list(StepBatches(50, 8, 3, 23, 40)) == whole[23:]
     assert list(StepBatches(50, 8, 4, 0, 40)) != whole
     assert whole[:6] != whole[6:12]  # another order in the second epoch
+
+
+@pytest.mark.parametrize(("length", "sizes"), [(10, [5, 5]), (11, [5, 5]), (2, [1, 1])])
+def test_a_split_smaller_than_a_batch_is_shared(length: int, sizes: list[int]) -> None:
+    ranks = [list(StepBatches(length, 16, 0, 0, 3, rank, 2)) for rank in (0, 1)]
+    for batches in zip(*ranks, strict=True):
+        assert [len(batch) for batch in batches] == sizes and not set(batches[0]) & set(batches[1])
+    with pytest.raises(DataError, match="1 images, fewer than the 2 processes"):
+        StepBatches(1, 16, 0, 0, 3, 0, 2)
+
+
+def column(values: list[object]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"label": values})
+
+
+def test_classes_of_words_and_of_numbers() -> None:
+    train, held_out, names = labelled(column(["dog", "cat", "dog"]), column(["cat"]), "label")
+    assert names == ["cat", "dog"] and list(train["label"]) == [1, 0, 1] and list(held_out["label"]) == [0]
+    numbers = list(range(11))
+    train, _, names = labelled(column([*numbers[:5], *numbers[6:]]), column([5]), "label")
+    assert names == [str(number) for number in numbers]  # in the order of numbers, also where one is missing
+    assert list(train["label"]) == [*numbers[:5], *numbers[6:]]
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "named"),
+    [
+        ([0.5], "label", "float"),
+        ([], "label", "nothing"),
+        (["a"], "label", "'b', which the training split lacks"),
+        ([1], "class", "'class' does not exist.*label"),
+    ],
+)
+def test_columns_that_are_no_classes(values: list[object], name: str, named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        labelled(column(values), column(["b"]), name)
+
+
+def test_classes_in_another_order_than_the_checkpoints() -> None:
+    from tests.models import tiny
+
+    model = tiny("vit")
+    model.config.id2label = dict(enumerate("abcde"))
+    assert label_ids(list("abcde"), model) is None and label_ids(list("vwxyz"), model) is None
+    ids = label_ids(list("ebcda"), model)
+    assert ids == [4, 1, 2, 3, 0]
+    assert ImageData(split_of([0, 4, 1]), PROCESSOR, 5, label_ids=ids).labels == [4, 0, 1]
 
 
 @pytest.mark.parametrize("leading", [0, 1, 2])

@@ -122,7 +122,9 @@ def stop_at(step: int) -> Any:
     return on_log
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing": 0.1}, {"ema_decay": 0.9}], ids=str
+)
 def test_a_run_that_dies_resumes_to_the_same_bits(
     accelerator: Accelerator, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -133,6 +135,81 @@ def test_a_run_that_dies_resumes_to_the_same_bits(
     assert [path.name for path in states(tmp_path)] == ["step-00000008"]
     resumed = train(tiny("vit", seed=5), data, config(**changes), accelerator, state_folder=tmp_path, resume=True)
     assert same(weights(resumed), whole)
+
+
+def test_the_average_is_returned_and_differs(accelerator: Accelerator) -> None:
+    """A decay of 0 is none; one step's average is the tenth of the way that (1 + t) / (10 + t) leaves."""
+    start = weights(tiny("vit"))
+    plain = weights(train(tiny("vit"), Blobs(50), config(max_steps=1), accelerator))
+    averaged = weights(train(tiny("vit"), Blobs(50), config(max_steps=1, ema_decay=0.9), accelerator))
+    for name, tensor in averaged.items():
+        assert torch.allclose(tensor, 0.1 * start[name] + 0.9 * plain[name], atol=1e-6), name  # float32 rounding
+
+
+class Peak:
+    """A score that is highest at one step, and the weights that it saw there."""
+
+    def __init__(self, steps: list[int], peak: int) -> None:
+        self.steps, self.peak, self.seen = iter(steps), peak, {}  # type: ignore[var-annotated]
+
+    def __call__(self, model: nn.Module) -> float:
+        step = next(self.steps)
+        self.seen[step] = weights(model)
+        return -abs(step - self.peak) / 10
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9}], ids=str)
+def test_the_best_weights_are_returned(accelerator: Accelerator, tmp_path: Path, changes: dict[str, Any]) -> None:
+    score, entries = Peak([3, 6, 9, 12], 6), []
+    settings = config(eval_steps=3, keep_best=True, **changes)
+    model = train(
+        tiny("vit"), Blobs(50), settings, accelerator, score=score, state_folder=tmp_path, on_log=entries.append
+    )
+    assert same(weights(model), score.seen[6]) and not same(weights(model), score.seen[12])
+    assert [entry["score"] for entry in entries if "score" in entry] == [-0.3, 0, -0.3, -0.6]
+
+
+def test_the_best_weights_survive_a_crash(accelerator: Accelerator, tmp_path: Path) -> None:
+    """The best comes after the last state and before the crash: it is found again and kept."""
+    settings = config(eval_steps=3, keep_best=True)
+    whole = Peak([3, 6, 9, 12], 9)
+    model = train(tiny("vit"), Blobs(50), settings, accelerator, score=whole, state_folder=tmp_path / "whole")
+    with pytest.raises(StopError):
+        train(
+            tiny("vit"), Blobs(50), settings, accelerator, score=Peak([3, 6, 9], 9), state_folder=tmp_path / "crash",
+            on_log=stop_at(10),
+        )  # fmt: skip
+    resumed = train(
+        tiny("vit", seed=5), Blobs(50), settings, accelerator, score=Peak([9, 12], 9),
+        state_folder=tmp_path / "crash", resume=True,
+    )  # fmt: skip
+    assert same(weights(resumed), weights(model))
+    again = Peak([3, 6, 9, 12], 3)  # another run in the same folder does not inherit a best
+    fresh = train(tiny("vit"), Blobs(50), settings, accelerator, score=again, state_folder=tmp_path / "crash")
+    assert same(weights(fresh), again.seen[3])
+
+
+def test_a_gradient_that_is_not_finite_spoils_no_state(accelerator: Accelerator, tmp_path: Path) -> None:
+    """The loss of the step before a state is finite, its gradient is not: the weights are lost, the state is not."""
+    model = tiny("vit")
+    calls = []
+
+    def poison(grad: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        return grad * math.nan if len(calls) == 8 else grad
+
+    model.classifier.weight.register_hook(poison)
+    with pytest.raises(TrainingError, match=r"grad_norm was not finite.*step-00000004"):
+        train(model, Blobs(50), config(logging_steps=100), accelerator, state_folder=tmp_path)
+    assert [path.name for path in states(tmp_path)] == ["step-00000004"]
+    assert all(tensor.isfinite().all() for tensor in load_file(states(tmp_path)[-1] / "model.safetensors").values())
+
+
+def test_a_second_run_in_a_folder_replaces_the_states_of_the_first(accelerator: Accelerator, tmp_path: Path) -> None:
+    for learning_rate in (1e-3, 1e-4):
+        settings = config(learning_rate=learning_rate)
+        train(tiny("vit"), Blobs(50), settings, accelerator, state_folder=tmp_path)
+    assert f"learning_rate={1e-4!r}" in (states(tmp_path)[-1] / "meta.json").read_text()
 
 
 def test_two_micro_batches_are_one_batch(accelerator: Accelerator) -> None:
@@ -196,6 +273,11 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(accelerator: Acce
         ({"max_steps": 0}, "max_steps=0"),
         ({"label_smoothing": 2}, "label_smoothing=2"),
         ({"learning_rate": 0}, "learning_rate=0"),
+        ({"learning_rate": math.nan}, "learning_rate=nan"),
+        ({"max_grad_norm": 0}, "max_grad_norm=0"),
+        ({"weight_decay": -1}, "weight_decay=-1"),
+        ({"ema_decay": 1}, "ema_decay=1"),
+        ({"keep_best": True}, "eval_steps"),
     ],
 )
 def test_bad_settings_are_named(changes: dict[str, Any], named: str) -> None:
