@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.recipes.test_vit import result_bytes, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,3 +55,32 @@ def test_ranks_agree_explore_apart_and_survive_a_crash(tmp_path: Path) -> None:
         for name in before:
             expected = before[name][8:] if name == "samples" else before[name]
             assert torch.equal(after[name], expected), name
+
+
+def recipe(file: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "recipes" / "vit.py"), str(file), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def test_the_recipe_stops_and_goes_on_in_two_processes(tmp_path: Path) -> None:
+    """Ctrl-C reaches the launcher and both processes, as in a terminal; both must stop after the same step."""
+    file = write(tmp_path, max_steps=120, finetune_steps=0)
+    process = recipe(file)
+    state = tmp_path / "run" / "state"
+    deadline = time.monotonic() + 120
+    while not list(state.glob("step-*/meta.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and not (tmp_path / "run" / "results.json").exists(), output[-3000:]
+    assert "stopped after step" in output, output[-3000:]
+    for arguments in (["--resume"], ["--output_dir", str(tmp_path / "whole")]):
+        process = recipe(file, *arguments)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output[-3000:]
+    assert result_bytes(tmp_path / "run") == result_bytes(tmp_path / "whole")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,12 @@ from transformers import AutoModelForImageClassification
 
 import fliqs_hf
 from fliqs_hf.cost import LayerInfo, bops
-from fliqs_hf.errors import ConfigError, FliqsError, TargetError
+from fliqs_hf.errors import CheckpointError, ConfigError, FliqsError, TargetError, TrainingError
+from fliqs_hf.training.arguments import DataArguments, TrainingArguments
+from recipes import vit as recipe
 from recipes.vit import main
 from tests.models import images
+from tests.training.test_data import PROCESSOR, split_of
 
 ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {
@@ -108,7 +112,7 @@ def command(file: Path, *more: str) -> list[str]:
     return [sys.executable, str(ROOT / "recipes" / "vit.py"), str(file), *more]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["ctrl-c", "term", "kill -9"])
 def test_an_interrupted_search_resumes_to_the_same_bits(stop: signal.Signals, tmp_path: Path) -> None:
     """Long enough that the signal always arrives in mid-run: after the first state, before the last step."""
     file = write(tmp_path, max_steps=300, finetune_steps=5)
@@ -119,12 +123,73 @@ def test_an_interrupted_search_resumes_to_the_same_bits(stop: signal.Signals, tm
         time.sleep(0.02)
     process.send_signal(stop)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == (130 if stop == signal.SIGINT else -stop), output
+    assert process.returncode == (-stop if stop == signal.SIGKILL else 130), output
     assert list(state.glob("step-*/meta.json")) and not (tmp_path / "run" / "results.json").exists()
     main([str(file), "--resume"])
     resumed = result_bytes(tmp_path / "run")
     main([str(file), "--output_dir", str(tmp_path / "whole")])
     assert resumed == result_bytes(tmp_path / "whole")
+
+
+def test_other_settings_are_not_resumed(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = result_bytes(run)
+    with pytest.raises(CheckpointError, match=r"target_bits=\[4\.0\], not \[5\.0\]"):
+        main([str(write(tmp_path, target_bits=[5.0])), "--resume"])
+    with pytest.raises(CheckpointError, match="seed=0, not 1"):
+        main([str(write(tmp_path, seed=1)), "--resume"])
+    assert result_bytes(run) == before
+
+
+def test_a_finished_run_is_not_repeated(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    times = {path: path.stat().st_mtime_ns for path in (run / "checkpoint").iterdir()}
+    main([str(write(tmp_path)), "--resume"])
+    assert "is finished" in capsys.readouterr().out
+    assert times == {path: path.stat().st_mtime_ns for path in (run / "checkpoint").iterdir()}
+
+
+def test_an_interrupted_front_keeps_the_targets_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails while it writes the second checkpoint: no half of it remains, and resuming starts from the state."""
+    arguments = [str(write(tmp_path)), "--target_bits", "3", "5", "--max_steps", "20"]
+    original, calls = recipe.quantize, []
+
+    def quantize(*values: Any) -> Any:
+        calls.append(values)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return original(*values)
+
+    monkeypatch.setattr(recipe, "quantize", quantize)
+    with pytest.raises(TrainingError, match=r"bits-5/checkpoint: .*No space left"):
+        main(arguments)
+    first, second = (tmp_path / "run" / f"bits-{bits}" for bits in (3, 5))
+    assert not (second / "checkpoint").exists() and not (second / "results.json").exists()
+    done = (first / "checkpoint" / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.undo()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main([*arguments, "--resume"])
+    assert (first / "checkpoint" / "model.safetensors").stat().st_mtime_ns == done
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main([*arguments, "--output_dir", str(tmp_path / "whole")])
+    assert result_bytes(second) == result_bytes(tmp_path / "whole" / "bits-5")
+
+
+def test_limits_choose_among_all_images() -> None:
+    """Folders of images are sorted by class: the first ones would be of one class."""
+    split = split_of(sorted([0, 1, 2] * 30))
+    columns = {"image_column": "image", "label_column": "label"}
+    chosen = recipe.image_data(split, PROCESSOR, 3, 30, DataArguments(), columns)
+    again = recipe.image_data(split, PROCESSOR, 3, 30, DataArguments(), columns)
+    assert len(chosen) == 30 and set(chosen.labels) == {0, 1, 2} and chosen.labels == again.labels
+
+
+@pytest.mark.parametrize(("epochs", "processes", "steps"), [(1.0, 1, 5), (2.0, 1, 9), (0.1, 1, 1), (2.0, 2, 4)])
+def test_epochs_are_steps(epochs: float, processes: int, steps: int) -> None:
+    """90 images in batches of 10, two to a step: 9 batches (4 with two processes) are 4.5 (2) steps, rounded up."""
+    data = recipe.image_data(split_of([0] * 90), PROCESSOR, 3, None, DataArguments(), {})
+    args = TrainingArguments(num_train_epochs=epochs, per_device_train_batch_size=10, gradient_accumulation_steps=2)
+    assert recipe.steps_of(args, data, processes) == steps
 
 
 def test_several_targets_give_a_front(tmp_path: Path) -> None:
@@ -144,13 +209,15 @@ def test_several_targets_give_a_front(tmp_path: Path) -> None:
         {"search_space": ["int4", "int8"], "target_bits": None, "target_size_mb": [0.018]},
         {"search_space": ["fliqs-l-fp"], "tie": ["block"], "target_bits": [6.0]},
         {"report_to": "tensorboard", "gradient_checkpointing": True},
+        {"eval_steps": 2, "load_best_model_at_end": True, "ema_decay": 0.9},
+        {"max_steps": None, "num_train_epochs": 1},
         {"augment": ["flip", "mixup"], "label_smoothing_factor": 0.1, "distill": 0.5},
         {"gradient_accumulation_steps": 2, "mixed_precision": "bf16", "modules_to_not_convert": ["classifier"]},
     ],
     ids=str,
 )
 def test_variants_meet_their_target(tmp_path: Path, changes: dict[str, Any]) -> None:
-    main([str(write(tmp_path, finetune_steps=0, max_steps=8, **changes))])
+    main([str(write(tmp_path, **({"finetune_steps": 0, "max_steps": 8} | changes)))])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     ratio = results["cost"]["target_ratio"]
     if "target_size_mb" in changes:
@@ -170,6 +237,12 @@ def test_variants_meet_their_target(tmp_path: Path, changes: dict[str, Any]) -> 
         ({"target_bops": [1e6]}, ConfigError, "one kind of target"),
         ({"augment": ["blur"]}, ConfigError, "blur"),
         ({"dataset_name": None}, FliqsError, "no data"),
+        ({"config_overrides": {"hiden_size": 8}}, ConfigError, "did you mean 'hidden_size'"),
+        ({"model_type": "vitt"}, ConfigError, "did you mean 'vit'"),
+        ({"num_train_epochs": 2}, ConfigError, "max_steps=30 or num_train_epochs=2.0, not both"),
+        ({"learning_rate": 0}, ConfigError, "learning_rate=0"),
+        ({"load_best_model_at_end": True}, ConfigError, "eval_steps"),
+        ({"model_type": None, "config_overrides": None, "model_name_or_path": "./nowhere"}, ConfigError, "nowhere"),
         ({"modules_to_not_convert": ["nothing"]}, ConfigError, "nothing"),
     ],
 )

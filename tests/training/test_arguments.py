@@ -52,7 +52,7 @@ def test_values_in_files_become_what_they_are_meant_as(tmp_path: Path) -> None:
 def test_a_bad_file_is_explained(tmp_path: Path, text: str, named: str) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match="settings.yaml") as raised:
+    with pytest.raises(ConfigError, match=r"settings\.yaml") as raised:
         parse([str(file)])
     assert named in str(raised.value)
 
