@@ -79,6 +79,10 @@ class Result:
     bops: int | None
     weight_bytes: int | None
 
+    @property
+    def label(self) -> str:
+        return {FP32: "original (fp32)", SEARCHED: "this model"}.get(self.name, self.name.replace("_", " "))
+
 
 def model_card(folder: str | Path, repo_id: str | None = None) -> ModelCard:
     """The card of a run folder, or of a checkpoint folder, from which a shorter card follows.
@@ -90,7 +94,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> ModelCard:
     Raises: CheckpointError: an incomplete checkpoint, or records that contradict it.
     """
     run = RunFolder.read(folder)
-    results = _results(run)
+    results = measured_models(run)
     name = repo_id.rpartition("/")[2] if repo_id else (run.run or run.checkpoint).resolve().name
     data = _metadata(run, results, name)
     template = _environment().get_template("card.md.j2")
@@ -158,7 +162,7 @@ def _metadata(run: RunFolder, results: list[Result], name: str) -> ModelCardData
     )
 
 
-def _results(run: RunFolder) -> list[Result]:
+def measured_models(run: RunFolder) -> list[Result]:
     """Every model of results.json, the original first and this one last, with or without measurements."""
     measured = run.results.get("accuracy") or {}
     others = [name for name in measured if name not in (FP32, SEARCHED)]

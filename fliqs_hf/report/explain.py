@@ -1,0 +1,164 @@
+"""Why each decision of a search came out as it did: what the neighbouring formats would have cost and saved."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fliqs_hf.allocation import Allocation, LayerFormats
+from fliqs_hf.cost import LayerInfo, bops, weight_bytes
+from fliqs_hf.errors import CheckpointError
+from fliqs_hf.formats import Format, parse
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another format for one decision, everything else as it is.
+
+    Attributes:
+        signal: change of the accuracy signal, higher is worse; None where none was recorded (see `Explanation`).
+        bops: change of the bit operations per image. bytes: change of the packed weights and scales.
+    """
+
+    format: Format
+    signal: float | None
+    bops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One decision of the search.
+
+    Attributes:
+        kind: what it decides of its layers: "both", "weight" or "activation".
+        score: expected increase of the loss by the chosen format, from the sensitivity pass; None without one.
+        probability: of the chosen format in the last recorded policy; None without a record.
+        down, up: the best of the formats with the next fewer and next more bits. same: the best other of equal bits.
+            "Best" is the least score or, without scores, the highest probability. Their `signal` is the change of the
+            score or, without scores, of −log-probability. None where the space has no such format.
+    """
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]
+    format: Format
+    score: float | None
+    probability: float | None
+    down: Alternative | None
+    same: Alternative | None
+    up: Alternative | None
+
+
+def explain(
+    space: Mapping[str, Any],
+    layers: Sequence[LayerInfo],
+    allocation: Mapping[str, LayerFormats],
+    scores: Mapping[str, Sequence[float]],
+    probabilities: Mapping[str, Sequence[float]],
+) -> list[Explanation]:
+    """All decisions of a run.
+
+    Args:
+        space: as in `search_space.json`. scores: decision -> [K], may be empty. probabilities: likewise, the last.
+    Raises: CheckpointError: records that do not belong together.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    found = []
+    try:
+        for entry in space["decisions"]:
+            own = [by_name[name] for name in entry["layers"]]
+            parts = {_part(allocation[layer.name], entry["kind"]) for layer in own}
+            if len(parts) != 1:
+                raise CheckpointError(f"{entry['name']} is one decision, but its layers have different formats")
+            found.append(
+                _explanation(
+                    entry, own, allocation, parts.pop(), scores.get(entry["name"]), probabilities.get(entry["name"])
+                )
+            )
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise CheckpointError(f"the records of this run do not belong together: {error!r}") from error
+    return found
+
+
+def _part(formats: LayerFormats, kind: str) -> Format:
+    fmt = formats.activation if kind == "activation" else formats.weight
+    if fmt is None:
+        raise CheckpointError("a searched layer has no activation format")
+    return fmt
+
+
+def _explanation(
+    entry: Mapping[str, Any],
+    layers: list[LayerInfo],
+    allocation: Mapping[str, LayerFormats],
+    chosen: Format,
+    scores: Sequence[float] | None,
+    probabilities: Sequence[float] | None,
+) -> Explanation:
+    choices = [parse(name) for name in entry["choices"]]
+    excluded = {parse(name) for name in entry.get("excluded", ())}
+    now = choices.index(chosen)
+    signals: list[float] | None = None
+    if scores is not None:
+        signals = [float(score) for score in scores]
+    elif probabilities is not None:
+        signals = [-math.log(max(p, 1e-5)) for p in probabilities]  # recorded to five places
+
+    def alternative(bits: int | None) -> Alternative | None:
+        rows = [
+            k for k, fmt in enumerate(choices) if fmt.bits == bits and fmt != chosen and fmt not in excluded
+        ]  # fmt: skip
+        if not rows:
+            return None
+        best = min(rows, key=lambda k: signals[k]) if signals else rows[0]
+        costs = [_costs(layers, allocation, entry["kind"], fmt) for fmt in (chosen, choices[best])]
+        return Alternative(
+            choices[best],
+            signals[best] - signals[now] if signals else None,
+            costs[1][0] - costs[0][0],
+            costs[1][1] - costs[0][1],
+        )
+
+    widths = {fmt.bits for fmt in choices if fmt not in excluded}
+    return Explanation(
+        name=entry["name"],
+        kind=entry["kind"],
+        layers=tuple(entry["layers"]),
+        format=chosen,
+        score=None if scores is None else float(scores[now]),
+        probability=None if probabilities is None else float(probabilities[now]),
+        down=alternative(max((b for b in widths if b < chosen.bits), default=None)),
+        same=alternative(chosen.bits),
+        up=alternative(min((b for b in widths if b > chosen.bits), default=None)),
+    )
+
+
+def _costs(
+    layers: Sequence[LayerInfo], allocation: Mapping[str, LayerFormats], kind: str, fmt: Format
+) -> tuple[int, int]:
+    """BOPs and bytes of these layers with `fmt` in the decision's place."""
+    changed = {}
+    for layer in layers:
+        weight, activation = allocation[layer.name].weight, allocation[layer.name].activation
+        changed[layer.name] = LayerFormats(
+            fmt if kind in ("both", "weight") else weight, fmt if kind in ("both", "activation") else activation
+        )
+    return bops(layers, Allocation(changed)), weight_bytes(layers, Allocation(changed))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A `.jsonl` record; empty where there is none. Raises: CheckpointError: a line that is no JSON object."""
+    if not path.is_file():
+        return []
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except ValueError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(f"{path} holds a line that is not an object")
+    return entries
