@@ -26,9 +26,10 @@ LEVELS = {
     "search": 4,
     "baselines": 5, "hf": 5,
     "report": 6,
-    "cli": 7,
+    "pipeline": 7,
+    "cli": 8,
 }  # fmt: skip
-PUBLIC_LEVEL = 8
+PUBLIC_LEVEL = 9
 
 MAX_LINES = 400
 

@@ -47,7 +47,7 @@ def text_colour(fmt: Format) -> str:
 
 
 def allocation_figure(report: RunReport) -> Figure:
-    """Along the network: bits of the weights upwards and of the inputs downwards, and each layer's share of the MACs."""
+    """Along the network: bits of weights upwards and of inputs downwards, and each layer's share of the MACs."""
     rows = report.rows
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(max(7.0, 0.17 * len(rows) + 1.2), 4.4), layout="constrained")
@@ -84,18 +84,17 @@ def allocation_figure(report: RunReport) -> Figure:
 
 def cost_figure(report: RunReport) -> Figure | None:
     """Accuracy against bit operations of every model of the results, with Wilson intervals; None without them."""
-    points = [point for point in report.results if point.accuracy is not None and point.bops]
+    points = [(point, point.accuracy, point.bops) for point in report.results if point.accuracy and point.bops]
     if len(points) < 2:
         return None
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.6, 3.4), layout="constrained")
         axes = figure.subplots()
-        for point in points:
-            accuracy = point.accuracy
+        for point, accuracy, bops in points:
             searched = point.name == "searched"
             ink = ACCENT if searched else MUTED if point.name == "fp32" else BASELINE
             axes.errorbar(
-                point.bops / 1e9, 100 * accuracy.top1,
+                bops / 1e9, 100 * accuracy.top1,
                 yerr=[[100 * (accuracy.top1 - accuracy.low)], [100 * (accuracy.high - accuracy.top1)]],
                 fmt="D" if searched else "o", color=ink, capsize=3, markersize=7 if searched else 5,
                 label=point.label,

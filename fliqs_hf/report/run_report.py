@@ -104,13 +104,17 @@ def write_report(folder: str | Path) -> Path:
         "search": figures.curves_figure(report.metrics),
         "policy": figures.policy_figure(report.policy, report.choices),
     }
-    page = _environment().get_template("run.html.j2").render(
-        report=report,
-        figures={name: figures.svg(figure, name) for name, figure in drawn.items()},
-        colours={fmt.name: (figures.colour(fmt), figures.text_colour(fmt)) for fmt in report.formats},
-        settings_json=json.dumps(_shown_settings(report), indent=2, ensure_ascii=False),
-        prices=_prices(report),
-        **_summary(report),
+    page = (
+        _environment()
+        .get_template("run.html.j2")
+        .render(
+            report=report,
+            figures={name: figures.svg(figure, name) for name, figure in drawn.items()},
+            colours={fmt.name: (figures.colour(fmt), figures.text_colour(fmt)) for fmt in report.formats},
+            settings_json=json.dumps(_shown_settings(report), indent=2, ensure_ascii=False),
+            prices=_prices(report),
+            **_summary(report),
+        )
     )
     target = report.run.run / PAGE
     for name, figure in drawn.items():

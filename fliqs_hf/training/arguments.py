@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -95,7 +95,9 @@ class SearchArguments:
         default_factory=lambda: ["mixed"],
         metadata={"help": "formats, or one of fliqs-s-int fliqs-s-fp fliqs-l-int fliqs-l-fp mixed"},
     )
-    activation: str = field(default="same", metadata={"help": "same or separate formats for weights and activations"})
+    activation: Literal["same", "separate"] = field(
+        default="same", metadata={"help": "formats of weights and activations: the same, or decided apart"}
+    )
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata={"help": "layers to leave in fp32: patterns"}
     )
@@ -110,6 +112,9 @@ class SearchArguments:
     preset: str = field(default="default", metadata={"help": "default, or paper for FLIQS as published"})
     search_overrides: dict | str | None = field(
         default=None, metadata={"help": "settings of SearchConfig that differ"}
+    )
+    compare_uniform: list[str] | None = field(
+        default=None, metadata={"help": "also train these uniform formats for as many steps, e.g. int4 e2m1"}
     )
 
 
@@ -190,6 +195,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             return [_typed(name, v, item) for v in (value if isinstance(value, list) else [value])]
         elif wanted is str and isinstance(value, str):
             return value
+        elif get_origin(wanted) is Literal and value in get_args(wanted):
+            return value
         elif wanted in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
             try:
                 number = float(value)
@@ -201,6 +208,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def _words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
     text = " or ".join(str(getattr(t, "__name__", t)) for t in get_args(hint) if t is not type(None))
     return text if isinstance(hint, UnionType) else str(getattr(hint, "__name__", hint))
 

@@ -1,0 +1,1 @@
+"""Whole jobs from arguments to files: what recipes and command line run."""

@@ -1,0 +1,164 @@
+"""What a job needs, from its arguments: accelerator, data, model, image processor, targets."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers.utils import logging as hf_logging
+
+from fliqs_hf.cost import Target
+from fliqs_hf.errors import ConfigError
+from fliqs_hf.search import SearchConfig
+from fliqs_hf.training import Accuracy, ImageData, TrainConfig, evaluate, load_splits
+from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
+from fliqs_hf.training.augment import BatchAugment
+from fliqs_hf.training.data import held_in_memory, labelled
+from fliqs_hf.training.models import label_ids, load_classifier
+from fliqs_hf.training.stream import StreamData
+
+
+@dataclass
+class Job:
+    """What every part of the run needs."""
+
+    args: TrainingArguments
+    accelerator: Accelerator
+    search: SearchConfig
+    settings: dict[str, Any]  # every argument, for config.json
+    model: Any
+    processor: Any
+    train_data: ImageData | StreamData
+    eval_data: ImageData
+    augment: BatchAugment | None
+    metrics: list[str]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a search."""
+        assert self.args.max_steps is not None, "`load` sets it"
+        return self.args.max_steps
+
+    def train_config(self, steps: int, learning_rate: float) -> TrainConfig:
+        return TrainConfig(
+            max_steps=steps,
+            batch_size=self.args.per_device_train_batch_size,
+            learning_rate=learning_rate,
+            weight_decay=self.args.weight_decay,
+            warmup_ratio=self.args.warmup_ratio,
+            max_grad_norm=self.args.max_grad_norm,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+            label_smoothing=self.args.label_smoothing_factor,
+            distill_weight=self.args.distill,
+            quality=self.search.quality,
+            seed=self.args.seed,
+            logging_steps=self.args.logging_steps,
+            save_steps=self.args.save_steps,
+            eval_steps=self.args.eval_steps,
+            keep_best=self.args.load_best_model_at_end,
+            ema_decay=self.args.ema_decay,
+            workers=self.args.dataloader_num_workers,
+        )
+
+    def score(self, model: Any) -> float:
+        return self.evaluate(model, "evaluation").top1
+
+    def evaluate(self, model: Any, name: str) -> Accuracy:
+        size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
+        return evaluate(
+            model, self.eval_data, self.accelerator, batch_size=size, workers=workers, name=name, metrics=self.metrics
+        )
+
+
+def targets_of(search_args: SearchArguments) -> list[Target]:
+    """The targets, in the order given; 4 bits if there is none. A size is always a cap."""
+    kinds = ("target_bits", "target_bops", "target_size_mb", "target_ratio")
+    given = [(kind, values) for kind in kinds if (values := getattr(search_args, kind))]
+    if len(given) > 1:
+        raise ConfigError(f"give one kind of target, not {' and '.join(kind for kind, _ in given)}")
+    kind, values = given[0] if given else ("target_bits", [4.0])
+    return [Target.of(**{kind: value}, cap=search_args.cap or kind == "target_size_mb") for value in values]
+
+
+def load(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, search_args: SearchArguments
+) -> Job:
+    """Accelerator, data, model and image processor."""
+    search = SearchConfig.preset(search_args.preset, **_settings(search_args.search_overrides))
+    trackers = args.report_to.split(",") if args.report_to else None
+    accelerator = Accelerator(
+        cpu=args.use_cpu, mixed_precision=args.mixed_precision, log_with=trackers, project_dir=args.output_dir
+    )
+    hf_logging.disable_progress_bar()
+    if not accelerator.is_main_process:
+        hf_logging.set_verbosity_error()
+    set_seed(args.seed)
+    with accelerator.main_process_first():
+        train_split, eval_split = load_splits(
+            data_args.dataset_name,
+            dataset_config_name=data_args.dataset_config_name,
+            train_dir=data_args.train_dir,
+            validation_dir=data_args.validation_dir,
+            validation_split=data_args.validation_split,
+            train_val_split=data_args.train_val_split,
+            streaming=data_args.streaming,
+            seed=args.seed,
+        )
+        train_split, eval_split, names = labelled(train_split, eval_split, data_args.label_column_name)
+    model, processor = load_classifier(names, **asdict(model_args))
+    if args.gradient_checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    columns: dict[str, Any] = {
+        "image_column": data_args.image_column_name,
+        "label_column": data_args.label_column_name,
+        "label_ids": label_ids(names, model),
+    }
+    train_data: ImageData | StreamData
+    if data_args.streaming:
+        train_data = StreamData(train_split, processor, len(names), **columns)
+        eval_split = held_in_memory(eval_split, data_args.image_column_name, data_args.max_eval_samples)
+    else:
+        train_data = image_data(train_split, processor, len(names), data_args.max_train_samples, data_args, columns)
+    eval_data = image_data(eval_split, processor, len(names), data_args.max_eval_samples, data_args, columns)
+    augment = None
+    if data_args.augment:
+        mean, std = (getattr(processor, key, None) or [0.5] * 3 for key in ("image_mean", "image_std"))
+        augment = BatchAugment(data_args.augment, len(names), mean, std)
+    args = replace(args, max_steps=steps_of(args, train_data, accelerator.num_processes))
+    parts = (model_args, data_args, args, search_args)
+    settings = json.loads(json.dumps({k: v for part in parts for k, v in asdict(part).items()}))
+    if trackers:
+        accelerator.init_trackers("fliqs", {key: str(value) for key, value in settings.items()})
+    model.to(accelerator.device)
+    metrics = data_args.metrics or []
+    return Job(args, accelerator, search, settings, model, processor, train_data, eval_data, augment, metrics)
+
+
+def image_data(
+    split: Any, processor: Any, num_labels: int, limit: int | None, args: DataArguments, columns: dict[str, Any]
+) -> ImageData:
+    """All images of a split, or `limit` random ones: a split may be sorted by class."""
+    if limit is not None and limit < len(split):
+        split = split.shuffle(seed=0).select(range(limit))
+    return ImageData(split, processor, num_labels, cache=args.cache_images, **columns)
+
+
+def steps_of(args: TrainingArguments, data: ImageData | StreamData, processes: int) -> int:
+    """Optimizer steps of a search."""
+    if args.num_train_epochs is None:
+        return args.max_steps if args.max_steps is not None else 1000
+    if args.max_steps is not None:
+        raise ConfigError(f"give max_steps={args.max_steps} or num_train_epochs={args.num_train_epochs}, not both")
+    if isinstance(data, StreamData):
+        raise ConfigError("a stream has no known length: give max_steps instead of num_train_epochs")
+    batches = max(1, len(data) // (args.per_device_train_batch_size * processes))
+    return math.ceil(args.num_train_epochs * batches / args.gradient_accumulation_steps)
+
+
+def _settings(overrides: dict[str, Any] | str | None) -> dict[str, Any]:
+    assert not isinstance(overrides, str), "`parse` makes a dictionary of it"
+    return overrides or {}
