@@ -3,10 +3,55 @@
 Importing this package registers the quantization method "fliqs" with Transformers.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.formats import parse
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.nn import make_searchable
 from fliqs_hf.version import __version__
 
-__all__ = ["Allocation", "FLIQSConfig", "LayerFormats", "__version__", "make_searchable", "parse", "quantize"]
+if TYPE_CHECKING:
+    from fliqs_hf.cost import Target
+    from fliqs_hf.hf.card import model_card
+    from fliqs_hf.hf.hub import push
+    from fliqs_hf.pipeline.post_training import allocate
+    from fliqs_hf.report.run_report import write_report
+    from fliqs_hf.report.validate import validate
+
+#: Imported at their first use: they bring libraries (SciPy, Matplotlib, statsmodels) that loading a model does not need.
+_LAZY = {
+    "Target": "fliqs_hf.cost",
+    "allocate": "fliqs_hf.pipeline.post_training",
+    "model_card": "fliqs_hf.hf.card",
+    "push": "fliqs_hf.hf.hub",
+    "validate": "fliqs_hf.report.validate",
+    "write_report": "fliqs_hf.report.run_report",
+}
+
+__all__ = [
+    "Allocation",
+    "FLIQSConfig",
+    "LayerFormats",
+    "Target",
+    "__version__",
+    "allocate",
+    "make_searchable",
+    "model_card",
+    "parse",
+    "push",
+    "quantize",
+    "validate",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -90,7 +90,10 @@ def main(argv: list[str] | None = None, description: str | None = None) -> None:
 
 
 def script(argv: list[str] | None = None, description: str | None = None) -> int:
-    """`main` for a terminal: errors as one line on stderr. Returns: the exit status, 130 after an interruption."""
+    """`main` for a terminal, with errors as one line on stderr.
+
+    Returns: the exit status: 0, 2 for an error, 130 for an interruption.
+    """
     try:
         main(argv, description)
     except KeyboardInterrupt as stop:
@@ -98,7 +101,7 @@ def script(argv: list[str] | None = None, description: str | None = None) -> int
         return 130
     except FliqsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

@@ -141,7 +141,7 @@ def curves_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 def policy_figure(policy: Sequence[Mapping[str, Any]], formats: Sequence[str], columns: int = 3) -> Figure | None:
     """Probability of every format over the steps, one small panel per decision; None where nothing was recorded."""
-    if not policy:
+    if not policy or not policy[0]["probabilities"]:
         return None
     parsed = [parse(name) for name in formats]
     order = sorted(range(len(parsed)), key=lambda k: (parsed[k].bits, not parsed[k].is_integer))

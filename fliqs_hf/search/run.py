@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,11 @@ from fliqs_hf.training import Accuracy
 
 #: Settings that may change between an interruption and `--resume`: they do not decide the result.
 FREE = ("output_dir", "resume", "push_to_hub", "hub_model_id", "report_to")
+#: What `clear` removes: the results of an earlier run in the same folder.
+RECORDS = (
+    "results.json", "allocation.json", "metrics.jsonl", "policy.jsonl", "sensitivity.json", "search_space.json",
+    "layers.json", "validation.json", "validation.html", "report.html",
+)  # fmt: skip
 PACKAGES = ("fliqs-hf", "torch", "transformers", "accelerate", "datasets", "safetensors", "scipy")
 
 
@@ -90,28 +96,31 @@ class RunFolder:
                     "resume with the same settings, or start in another output_dir"
                 )
 
-    def configure(self, settings: dict[str, Any], config: SearchConfig) -> None:
+    def configure(self, settings: dict[str, Any], config: SearchConfig | None = None) -> None:
         """Record what the run was told to do."""
-        command = " ".join([Path(sys.executable).name, *sys.argv])
-        self.write("config.json", {**settings, "search": asdict(config), "command": command, "versions": versions()})
+        program = [Path(sys.executable).name] if sys.argv[0].endswith(".py") else []
+        command = shlex.join([*program, *sys.argv])
+        search = {"search": asdict(config)} if config is not None else {}
+        self.write("config.json", {**settings, **search, "command": command, "versions": versions()})
 
     def clear(self) -> None:
         """Remove what an earlier run in this folder left, so that nothing is taken for a result of this one."""
-        for name in ("results.json", "allocation.json", "metrics.jsonl", "policy.jsonl", "sensitivity.json"):
+        for name in RECORDS:
             (self.path / name).unlink(missing_ok=True)
-        for folder in (self.state, self.checkpoint):
+        for folder in (self.state, self.checkpoint, self.path / "figures", *self.path.glob("uniform_*")):
             shutil.rmtree(folder, ignore_errors=True)
 
     def begin(
         self,
         layers: Sequence[LayerInfo],
-        space: SearchSpace,
-        sensitivity: Sensitivity | None,
+        space: SearchSpace | None = None,
+        sensitivity: Sensitivity | None = None,
     ) -> None:
-        """Record what is known before the search."""
+        """Record what is known before the search, if formats are searched at all."""
         self.write("layers.json", [asdict(layer) for layer in layers])
-        self.write("search_space.json", space.to_dict())
-        if sensitivity is not None:
+        if space is not None:
+            self.write("search_space.json", space.to_dict())
+        if space is not None and sensitivity is not None:
             rows = zip(space.decisions, sensitivity.decision_scores.tolist(), strict=True)
             scores = {decision.name: [float(f"{value:.6g}") for value in row] for decision, row in rows}
             self.write(

@@ -193,9 +193,9 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         elif get_origin(wanted) is list:
             (item,) = get_args(wanted)
             return [_typed(name, v, item) for v in (value if isinstance(value, list) else [value])]
-        elif wanted is str and isinstance(value, str):
-            return value
-        elif get_origin(wanted) is Literal and value in get_args(wanted):
+        elif (wanted is str and isinstance(value, str)) or (
+            get_origin(wanted) is Literal and value in get_args(wanted)
+        ):
             return value
         elif wanted in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
             try:

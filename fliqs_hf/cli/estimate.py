@@ -1,0 +1,66 @@
+"""`fliqs-hf estimate`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fliqs_hf.allocation import Allocation
+from fliqs_hf.cli.output import answer, table
+from fliqs_hf.cost import bops, trace_layers, unlisted_bytes, weight_bytes
+from fliqs_hf.errors import ConfigError
+from fliqs_hf.formats import parse
+from fliqs_hf.hf import FLIQSConfig
+from fliqs_hf.nn import quantizable_layers
+from fliqs_hf.pipeline.checkpoints import checkpoint_of, empty_model, read_config
+
+
+def estimate(args: argparse.Namespace) -> int:
+    name = checkpoint_of(args.model)
+    config, quantization = read_config(name, args.revision)
+    if args.image_size is not None:
+        if args.image_size < 1:
+            raise ConfigError(f"image_size={args.image_size} must be a positive number of pixels")
+        config.image_size = args.image_size
+    model = empty_model(config)
+    layers = trace_layers(model)
+    chosen = quantizable_layers(model, args.modules_to_not_convert)
+    other = unlisted_bytes(model, layers)
+    models = {"fp32": Allocation({})}
+    models.update({fmt.name: Allocation.uniform(chosen, fmt) for fmt in map(parse, args.formats)})
+    if quantization is not None:
+        models["this checkpoint"] = quantization.resolve(model)
+    if args.allocation is not None:
+        models[args.allocation] = FLIQSConfig(allocation=args.allocation).resolve(model)
+    traced = {layer.name for layer in layers}
+    rows: list[dict[str, Any]] = []
+    for label, allocation in models.items():
+        called = Allocation({layer: formats for layer, formats in allocation.items() if layer in traced})
+        size = weight_bytes(layers, called, other_bytes=other)
+        rows.append({"formats": label, "bops": bops(layers, called), "bytes": size})
+    fp32 = rows[0]
+    lines = [
+        (
+            row["formats"], f"{row['bops'] / 1e9:.3f}", f"{fp32['bops'] / row['bops']:.1f} ×",
+            f"{row['bytes'] / 1e6:.3f}", f"{fp32['bytes'] / row['bytes']:.1f} ×",
+        )
+        for row in rows
+    ]  # fmt: skip
+    macs = sum(layer.macs for layer in layers)
+    text = (
+        f"{type(model).__name__}: {len(chosen)} layers, {macs / 1e9:.3f} G MACs per image of "
+        f"{getattr(config, 'image_size', 'default')} pixels\n\n"
+        + table(("formats", "G bit operations", "fewer", "MB", "smaller"), lines)
+        + "\n\nWeights and inputs in the same format; bit operations are MACs × weight bits × input bits. Everything "
+        "else\n(biases, norms, embeddings) stays in fp32. Bytes are those of the checkpoint less its header."
+    )
+    if args.layers:
+        per_layer = [(layer.name, layer.kind, f"{layer.macs:,}", f"{layer.weight_numel:,}") for layer in layers]
+        text += "\n\n" + table(("layer", "kind", "MACs", "parameters"), per_layer)
+    data: dict[str, Any] = {"model": type(model).__name__, "macs": macs, "models": rows}
+    if args.layers:
+        data["layers"] = [
+            {"name": x.name, "kind": x.kind, "macs": x.macs, "parameters": x.weight_numel} for x in layers
+        ]
+    answer(args.json, data, text)
+    return 0

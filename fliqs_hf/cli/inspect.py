@@ -1,0 +1,75 @@
+"""`fliqs-hf inspect`."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from fliqs_hf.cli.output import answer, table
+from fliqs_hf.errors import HubError
+from fliqs_hf.hf.run_folder import RunFolder
+from fliqs_hf.nn import packed_layers
+from fliqs_hf.pipeline.checkpoints import load_model
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Reads every weight: what it says about integrity is what loading found."""
+    run = RunFolder.read(_folder(args.checkpoint, args.revision))
+    model = load_model(str(run.checkpoint))
+    packed = packed_layers(model)
+    layers: list[dict[str, Any]] = []
+    for name, formats in run.allocation.items():
+        layer = packed[name]
+        scales = 0 if layer.weight_scale is None else layer.weight_scale.numel()
+        layers.append(
+            {
+                "name": name, "weight": formats.weight.name, "activation": str(formats.activation or "fp32"),
+                "shape": list(layer.weight_shape), "bytes": layer.weight_codes.numel() + 4 * scales,
+            }
+        )  # fmt: skip
+    packed_bytes = sum(layer["bytes"] for layer in layers)
+    parameters = sum(layer.weight_shape.numel() for layer in packed.values())
+    file_bytes = sum(file.stat().st_size for file in run.weight_files)
+    counts = Counter((layer["weight"], layer["activation"]) for layer in layers)
+    data = {
+        "checkpoint": args.checkpoint, "model": type(model).__name__, "intact": True,
+        "files": [file.name for file in run.weight_files], "file_bytes": file_bytes,
+        "quantized": {"layers": len(layers), "parameters": parameters, "bytes": packed_bytes},
+        "other_bytes": file_bytes - packed_bytes,
+        "formats": [{"weight": w, "activation": a, "layers": n} for (w, a), n in counts.most_common()],
+        "scales": {
+            "weight_granularity": run.quantization.weight_granularity, "weight_scale": run.quantization.weight_scale,
+            "activation_granularity": run.quantization.activation_granularity,
+        },
+        **({"layers": layers} if args.layers else {}),
+    }  # fmt: skip
+    text = (
+        f"{type(model).__name__}: {len(layers)} quantized layers, {parameters:,} weights in {packed_bytes:,} bytes "
+        f"({8 * packed_bytes / max(parameters, 1):.2f} bits each, scales included)\n"
+        f"{', '.join(data['files'])}: {file_bytes:,} bytes, {file_bytes - packed_bytes:,} of them not quantized\n"
+        f"intact: complete, header as the config says, every code a finite number\n\n"
+        + table(("weights", "inputs", "layers"), [(w, a, n) for (w, a), n in counts.most_common()])
+    )
+    if args.layers:
+        rows = [
+            (x["name"], x["weight"], x["activation"], "×".join(map(str, x["shape"])), f"{x['bytes']:,}")
+            for x in layers
+        ]
+        text += "\n\n" + table(("layer", "weights", "inputs", "shape", "bytes"), rows)
+    answer(args.json, data, text)
+    return 0
+
+
+def _folder(name: str, revision: str | None) -> str:
+    """The folder itself, or a download of what a checkpoint consists of."""
+    if Path(name).is_dir():
+        return name
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise HubError(f"{name!r} is no folder, and cannot be had from the Hub: {error}") from error

@@ -1,0 +1,78 @@
+"""Mixed precision without training: sensitivities from one pass over calibration images, then the integer program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fliqs_hf.allocation import Allocation
+from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers, unlisted_bytes
+from fliqs_hf.nn import quantizable_layers
+from fliqs_hf.search import SearchSpace, Sensitivity, best_choice, fisher_scores, reachable_range
+from fliqs_hf.search.space import ActivationMode
+
+#: How far below a target the cost may stay: the room that whole formats need.
+BAND = 0.03
+
+
+@dataclass(frozen=True)
+class Found:
+    """An allocation and what it follows from.
+
+    Attributes:
+        cost, target_cost: in the unit of the target's cost table (BOPs, or bytes of the whole checkpoint).
+        loss_increase: expected by the sensitivities, summed over decisions.
+    """
+
+    allocation: Allocation
+    layers: tuple[LayerInfo, ...]
+    space: SearchSpace
+    sensitivity: Sensitivity
+    cost: float
+    target_cost: float
+    loss_increase: float
+
+
+def allocate(
+    model: Any,
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    target: Target,
+    *,
+    search_space: str | Sequence[str] = "mixed",
+    activation: ActivationMode = "same",
+    modules_to_not_convert: Sequence[str] | None = None,
+    tie: Sequence[str] = (),
+) -> Found:
+    """The allocation of least expected loss that meets `target`, for an fp32 model that is not trained further.
+
+    Args:
+        model: an image classifier of Transformers, on its device.
+        batches: gives (pixel values [batch, 3, height, width], labels int64 [batch]) on that device; called once,
+            after the target has been checked. 1500 images or more make the scores reliable (docs/search.md).
+        search_space, activation, tie: see `SearchSpace`.
+    Returns: the allocation, which costs between 97 % and 100 % of the target where the space has such a one.
+    Raises: TargetError: out of reach. DataError: no images. ConfigError, FormatError: a bad space.
+    """
+    names = quantizable_layers(model, list(modules_to_not_convert) if modules_to_not_convert else None)
+    layers = tuple(layer for layer in trace_layers(model) if layer.name in names)
+    space = SearchSpace(layers, search_space, activation, tie)
+    fixed = unlisted_bytes(model, layers) if target.cost_kind == "weight_bytes" else 0
+    table = CostTable(layers, space.formats, target.cost_kind, fixed_cost=fixed)
+    reachable = reachable_range(space, table)
+    wanted = target.resolve(table, reachable)
+    sensitivity = fisher_scores(model, batches(), lambda images: model(images).logits, space)
+    scores = sensitivity.decision_scores
+    low = max((1 - BAND) * wanted, reachable[0])
+    choice = best_choice(space, table, -scores, low=min(low, wanted), high=wanted)
+    return Found(
+        allocation=space.allocation(choice),
+        layers=layers,
+        space=space,
+        sensitivity=sensitivity,
+        cost=float(space.cost_of(table, choice)),
+        target_cost=wanted,
+        loss_increase=float(scores.gather(1, choice[:, None]).sum()),
+    )

@@ -1,0 +1,256 @@
+"""The parser of the command line `fliqs-hf …` and `optimum-cli fliqs …`.
+
+It stands beside the package, not in it, because importing `fliqs_hf` imports Transformers, and `--help` must not wait
+for that. What the commands do is in `fliqs_hf/cli/`, imported when one runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+DESCRIPTION = "Mixed-precision quantization of vision transformers: search, quantize, validate, publish."
+EXAMPLES = """
+A first pilot on one model:
+  fliqs-hf estimate facebook/deit-tiny-patch16-224          what each format would cost; no weights are downloaded
+  fliqs-hf quantize MODEL runs/pilot --target_bits 4 --calibration photos/     formats by sensitivity, no training
+  fliqs-hf search recipes/configs/digits.yaml               formats by search, weights trained for them
+  fliqs-hf report runs/digits                               why each layer got its format
+  fliqs-hf validate MODEL runs/pilot --dataset_name photos/ --max_drop 0.5     may it take the original's place?
+  fliqs-hf push runs/pilot user/name                        weights, model card and report to the Hub
+
+Exit status: 0 done; 1 the answer is no (a gate not passed, a damaged checkpoint); 2 a mistake in the arguments or
+input, named on stderr; 130 interrupted. With --json the answer is one JSON object on stdout.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Accepts no abbreviations, which a typo could be. With `pass_through` it leaves every argument to the command."""
+
+    def __init__(self, *args: Any, pass_through: bool = False, **kwargs: Any) -> None:
+        super().__init__(
+            *args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+            **{"add_help": not pass_through, **kwargs},
+        )  # fmt: skip
+        self.pass_through = pass_through
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self.pass_through:
+            return super().parse_known_args(args, namespace)
+        namespace = namespace or argparse.Namespace()
+        vars(namespace).update(self._defaults, rest=list(args))
+        return namespace, []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns: the exit status."""
+    parser = Parser(prog="fliqs-hf", description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    add_commands(parser)
+    args = parser.parse_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(version("fliqs-hf"))
+        return 0
+    if not hasattr(args, "fliqs_command"):
+        parser.print_help()
+        return 2
+    return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out parsed arguments. Returns: the exit status."""
+    module, _, function = args.fliqs_command.partition(":")
+    errors: Any = importlib.import_module("fliqs_hf.errors")
+    try:
+        status: int = getattr(importlib.import_module(f"fliqs_hf.cli.{module}"), function)(args)
+    except errors.FliqsError as error:
+        return _failed(args, f"{type(error).__name__}: {error}", 1 if isinstance(error, errors.CheckpointError) else 2)
+    except OSError as error:
+        return _failed(args, f"{type(error).__name__}: {error}", 2)
+    except ImportError as error:
+        return _failed(args, f"{error}; install what is missing, e.g. pip install 'fliqs-hf[report]'", 2)
+    except KeyboardInterrupt:
+        return _failed(args, "interrupted", 130)
+    return status
+
+
+def _failed(args: argparse.Namespace, message: str, status: int) -> int:
+    if getattr(args, "json", False):
+        print(json.dumps({"error": message}))
+    print(f"fliqs-hf: {message}", file=sys.stderr)
+    return status
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add all sub-commands to `parser`."""
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+
+    def add(name: str, where: str, text: str, examples: str, arguments: Callable[[Parser], None] | None) -> None:
+        more: dict[str, Any] = {"pass_through": True} if arguments is None else {}
+        command = commands.add_parser(
+            name, help=text, description=text[:1].upper() + text[1:] + ".", epilog=f"Examples:\n{examples}", **more
+        )
+        command.set_defaults(fliqs_command=where)
+        if arguments is not None:
+            arguments(command)
+            command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+    add("formats", "formats:formats", "the table of number formats: bits, range, smallest step", _FORMATS, _formats)
+    add(
+        "estimate",
+        "estimate:estimate",
+        "what a model costs in given formats, from its config alone",
+        _ESTIMATE,
+        _estimate,
+    )
+    add("quantize", "quantize:quantize", "quantize a checkpoint without training", _QUANTIZE, _quantize)
+    add("search", "search:search", "search formats and train for them: the recipe (its own --help)", _SEARCH, None)
+    add(
+        "validate",
+        "validate:validate",
+        "compare a quantized model with its original on your images",
+        _VALIDATE,
+        _validate,
+    )
+    add("report", "publish:report", "write report.html and figures into a run folder", _REPORT, _report)
+    add("push", "publish:push", "publish a run on the Hub: weights, card, report, history", _PUSH, _push)
+    add(
+        "inspect", "inspect:inspect", "what is in a quantized checkpoint, and whether it is intact", _INSPECT, _inspect
+    )
+
+
+_FORMATS = """  fliqs-hf formats
+  fliqs-hf formats int4 e2m1 float8_e4m3fn --json"""
+
+
+def _formats(parser: Parser) -> None:
+    parser.add_argument("names", nargs="*", metavar="FORMAT", help="default: the common ones")
+
+
+_ESTIMATE = """  fliqs-hf estimate facebook/deit-tiny-patch16-224
+  fliqs-hf estimate runs/digits/checkpoint --layers
+  fliqs-hf estimate MODEL --allocation allocation.json --formats int4 e2m1"""
+
+
+def _estimate(parser: Parser) -> None:
+    parser.add_argument("model", help="Hub id or folder; only its config is read")
+    parser.add_argument("--formats", nargs="+", metavar="FORMAT", default=["int8", "e4m3", "int6", "int4", "e2m1"],
+                        help="uniform models to list (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--allocation", metavar="FILE", help="an allocation.json to list as well")
+    parser.add_argument("--image_size", type=int, help="side in pixels; default: the config's")
+    parser.add_argument("--modules_to_not_convert", nargs="+", metavar="PATTERN", help="layers that stay in fp32")
+    parser.add_argument("--layers", action="store_true", help="list MACs and parameters of every layer too")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+
+_QUANTIZE = """  fliqs-hf quantize MODEL runs/w8a8                                      uniform INT8
+  fliqs-hf quantize MODEL runs/w4 --weight_format int4 --activation_format none
+  fliqs-hf quantize MODEL runs/mine --allocation allocation.json
+  fliqs-hf quantize MODEL runs/pilot --target_bits 4 --calibration photos/
+The last one measures how sensitive the loss is to every format of every layer (one backward pass per image) and solves
+for the best allocation at the target. OUTPUT is a run folder: the model is in OUTPUT/checkpoint."""
+
+
+def _quantize(parser: Parser) -> None:
+    parser.add_argument("model", help="fp32 checkpoint: Hub id or folder")
+    parser.add_argument("output", help="run folder to write")
+    parser.add_argument("--weight_format", help="one format for all weights (default: int8)")
+    parser.add_argument("--activation_format", help="one format for all layer inputs, or none (default: int8)")
+    parser.add_argument("--allocation", metavar="FILE", help="a format per layer, as a search writes it")
+    for name, text in (
+        ("target_bits", "bit operations of the uniform model of so many bits"),
+        ("target_bops", "bit operations per image"),
+        ("target_size_mb", "size of the checkpoint in 10^6 bytes, never exceeded"),
+        ("target_ratio", "bit operations over those of fp32"),
+    ):
+        parser.add_argument(f"--{name}", type=float, help=f"mixed formats: {text}")
+    parser.add_argument(
+        "--search_space",
+        nargs="+",
+        metavar="FORMAT",
+        default=["mixed"],
+        help="formats to choose from, or one of fliqs-s-int fliqs-s-fp fliqs-l-int fliqs-l-fp mixed",
+    )
+    parser.add_argument("--activation", choices=("same", "separate"), default="same",
+                        help="formats of weights and inputs: the same, or chosen apart")  # fmt: skip
+    parser.add_argument(
+        "--calibration", metavar="DATASET", help="images for the sensitivity: Hub id, folder or 'digits'"
+    )
+    parser.add_argument("--calibration_split", default="train")
+    parser.add_argument("--calibration_images", type=int, default=1536, help="how many (default: %(default)s)")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", default="label",
+                        help="if there is no such column, the model's own answers are the labels")  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--modules_to_not_convert", nargs="+", metavar="PATTERN", help="layers that stay in fp32")
+    parser.add_argument("--device", help="cpu, cuda, …; default: cuda if there is one")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that is in OUTPUT")
+
+
+_SEARCH = """  fliqs-hf search recipes/configs/digits.yaml"""
+
+_VALIDATE = """  fliqs-hf validate MODEL runs/pilot --dataset_name photos/ --split test --max_drop 0.5
+  fliqs-hf validate MODEL user/quantized --dataset_name cifar10 --output page.html result.json"""
+
+
+def _validate(parser: Parser) -> None:
+    parser.add_argument("original", help="Hub id or folder")
+    parser.add_argument("quantized", help="Hub id, folder, or run folder; the result is kept in a run folder")
+    parser.add_argument("--dataset_name", required=True, help="Hub id, folder of images, or 'digits'")
+    parser.add_argument("--split", help="default: validation or test where there is one")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", default="label")
+    parser.add_argument("--match_labels", choices=("name", "index"), default="name",
+                        help="match classes of data and model by name, or take the numbers as they are")  # fmt: skip
+    parser.add_argument("--max_samples", type=int, help="use so many images, chosen at random")
+    parser.add_argument(
+        "--max_drop",
+        type=float,
+        metavar="POINTS",
+        help="the gate: exit status 0 only if top-1 drops by less, at the given confidence",
+    )
+    parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--device", help="cpu, cuda, …; default: cuda if there is one")
+    parser.add_argument("--output", nargs="+", metavar="FILE", default=[], help="also write .html, .md or .json files")
+
+
+_REPORT = """  fliqs-hf report runs/digits"""
+
+
+def _report(parser: Parser) -> None:
+    parser.add_argument("run", help="run folder of a search")
+
+
+_PUSH = """  fliqs-hf push runs/digits user/digits-3bit --private
+The access token comes from `hf auth login` or HF_TOKEN."""
+
+
+def _push(parser: Parser) -> None:
+    parser.add_argument("run", help="run folder, or checkpoint folder")
+    parser.add_argument("repo_id", help="namespace/name, or name in your own namespace")
+    parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    parser.add_argument("--revision", help="branch to commit to (default: main)")
+    parser.add_argument("--commit_message")
+    parser.add_argument("--create_pr", action="store_true", help="propose it as a pull request")
+
+
+_INSPECT = """  fliqs-hf inspect runs/digits
+  fliqs-hf inspect user/digits-3bit --layers"""
+
+
+def _inspect(parser: Parser) -> None:
+    parser.add_argument("checkpoint", help="Hub id, checkpoint folder or run folder")
+    parser.add_argument("--layers", action="store_true", help="list every layer")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
