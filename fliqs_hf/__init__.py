@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fliqs_hf.report.run_report import write_report
     from fliqs_hf.report.validate import validate
 
-#: Imported at their first use: they bring libraries (SciPy, Matplotlib, statsmodels) that loading a model does not need.
+#: Imported at their first use: they bring libraries (SciPy, Matplotlib, …) that loading a model does not need.
 _LAZY = {
     "Target": "fliqs_hf.cost",
     "allocate": "fliqs_hf.pipeline.post_training",

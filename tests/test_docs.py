@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import fliqs_hf
+import fliqs_hf_cli
 from fliqs_hf import FLIQSConfig
 from fliqs_hf.search import SearchConfig
 from fliqs_hf.training.arguments import parse
@@ -54,6 +57,39 @@ def test_commands_of_the_recipe_have_arguments_that_exist() -> None:
         arguments = command.split("#")[0].split()
         if arguments != ["--help"]:
             parse([str(ROOT / a) if a.endswith(".yaml") else a for a in arguments])
+
+
+def test_commands_have_arguments_that_exist() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES).replace("\\\n", " ")
+    commands = re.findall(r"^(?:fliqs-hf|optimum-cli fliqs) (.*)$", text, re.M)
+    assert len(commands) > 8
+    parser = fliqs_hf_cli.Parser()
+    fliqs_hf_cli.add_commands(parser)
+    for command in commands:
+        arguments = parser.parse_args(re.split(r"#|\|\|", command)[0].split())
+        if hasattr(arguments, "rest"):
+            parse([str(ROOT / a) if a.endswith(".yaml") else a for a in arguments.rest])
+
+
+def test_the_quick_start_runs(tmp_path: Path) -> None:
+    """Its commands as they stand, in a folder of their own."""
+    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8"), re.S)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run(
+        ["bash", "-e", "-c", block], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    for name in ("report.html", "validation.html", "checkpoint/model.safetensors"):
+        assert (tmp_path / "runs" / "quickstart" / name).is_file()
+
+
+def test_every_public_name_is_documented() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    table = set(re.findall(r"`(\w+)[^`]*`", "\n".join(re.findall(r"^\| (`[^|]*) \|", text, re.M))))
+    assert table == set(fliqs_hf.__all__)
+    assert all(getattr(fliqs_hf, name) for name in fliqs_hf.__all__)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda file: file.stem)

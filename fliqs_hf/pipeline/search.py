@@ -269,12 +269,13 @@ def deliver(job: Job, run: RunFolder, allocation: Allocation, folder: str, name:
 def train_uniform(job: Job, run: RunFolder, start: Start, fmt: str) -> dict[str, Any]:
     """The model with one format everywhere, trained for as many steps: what the search must beat.
 
-    Returns: its accuracy, as in results.json. Kept in `uniform_<format>/`, with its packed weights.
+    Returns: its accuracy, as in results.json and `uniform_<format>.json`; its packed weights are in
+        `uniform_<format>/`.
     """
     folder = f"uniform_{fmt}"
-    record = run.path / folder / "accuracy.json"
-    if job.args.resume and record.exists():
-        accuracy: dict[str, Any] = run.read(f"{folder}/accuracy.json")
+    record = f"{folder}.json"
+    if job.args.resume and (run.path / record).exists():
+        accuracy: dict[str, Any] = run.read(record)
         return accuracy
     allocation = Allocation.uniform([layer.name for layer in start.layers], fmt)
     state = run.path / f"{folder}-state"
@@ -287,7 +288,7 @@ def train_uniform(job: Job, run: RunFolder, start: Start, fmt: str) -> dict[str,
     accuracy = deliver(job, run, allocation, folder, f"uniform {fmt} evaluation").to_dict()
     job.accelerator.wait_for_everyone()
     if job.accelerator.is_main_process:
-        run.write(f"{folder}/accuracy.json", accuracy)
+        run.write(record, accuracy)
         shutil.rmtree(state, ignore_errors=True)
     return accuracy
 

@@ -105,8 +105,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what an earlier run in this folder left, so that nothing is taken for a result of this one."""
-        for name in RECORDS:
-            (self.path / name).unlink(missing_ok=True)
+        for file in (*(self.path / name for name in RECORDS), *self.path.glob("uniform_*.json")):
+            file.unlink(missing_ok=True)
         for folder in (self.state, self.checkpoint, self.path / "figures", *self.path.glob("uniform_*")):
             shutil.rmtree(folder, ignore_errors=True)
 

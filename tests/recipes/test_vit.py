@@ -269,3 +269,41 @@ def test_help_teaches() -> None:
     run = subprocess.run(command(Path("--help")), cwd=ROOT, capture_output=True, text=True, check=True)
     for word in ("accelerate launch recipes/vit.py", "--target_bits", "--search_space", "--resume"):
         assert word in run.stdout
+
+
+def test_uniform_models_for_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are trained from the same weights, evaluated as packed, reported, and not trained again on resume."""
+    file = write(tmp_path, finetune_steps=0, max_steps=6, compare_uniform=["INT4", "fp8"])
+    trained = []
+    original = recipe.train_formats
+    monkeypatch.setattr(recipe, "train_formats", lambda *a, **k: trained.append(a[5]) or original(*a, **k))
+    write_results = recipe.RunFolder.write
+
+    def crash(self: Any, name: str, data: Any) -> None:
+        if name == "results.json":
+            raise KeyboardInterrupt
+        write_results(self, name, data)
+
+    monkeypatch.setattr(recipe.RunFolder, "write", crash)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(file)])
+    monkeypatch.setattr(recipe.RunFolder, "write", write_results)
+    assert trained == ["search for bits 4", "uniform int4", "uniform e4m3"]
+    trained.clear()
+    main([str(file), "--resume"])
+    assert trained == ["search for bits 4"]
+
+    run = tmp_path / "run"
+    accuracy = json.loads((run / "results.json").read_text())["accuracy"]
+    assert list(accuracy) == ["fp32", "uniform_int4", "uniform_e4m3", "searched"]
+    assert AutoModelForImageClassification.from_pretrained(run / "uniform_int4").hf_quantizer is not None
+    assert "uniform e4m3" in (run / "report.html").read_text()
+    assert not list(run.glob("*-state"))
+
+    main([str(write(tmp_path, finetune_steps=0, max_steps=4))])  # another run in the same folder
+    assert not list(run.glob("uniform_*"))
+
+
+def test_an_unknown_uniform_format_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compare_uniform: unknown format 'int4x'"):
+        main([str(write(tmp_path, compare_uniform=["int4x"]))])
