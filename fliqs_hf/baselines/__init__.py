@@ -2,13 +2,19 @@
 
 from fliqs_hf.baselines.allocations import manual, random_allocation, uniform
 from fliqs_hf.baselines.differentiable import DifferentiableConfig, differentiable_search
+from fliqs_hf.baselines.multi_trial import MultiTrialResult, Trial, multi_trial
 from fliqs_hf.baselines.sensitivity import loss_delta_scores
+from fliqs_hf.baselines.short_training import ShortTraining
 
 __all__ = [
     "DifferentiableConfig",
+    "MultiTrialResult",
+    "ShortTraining",
+    "Trial",
     "differentiable_search",
     "loss_delta_scores",
     "manual",
+    "multi_trial",
     "random_allocation",
     "uniform",
 ]
