@@ -1,6 +1,20 @@
 """The alternatives to the one-shot search, at equal cost: each gives an allocation of the same search space."""
 
 from fliqs_hf.baselines.allocations import manual, random_allocation, uniform
+from fliqs_hf.baselines.differentiable import DifferentiableConfig, differentiable_search
+from fliqs_hf.baselines.multi_trial import MultiTrialResult, Trial, multi_trial
 from fliqs_hf.baselines.sensitivity import loss_delta_scores
+from fliqs_hf.baselines.short_training import ShortTraining
 
-__all__ = ["loss_delta_scores", "manual", "random_allocation", "uniform"]
+__all__ = [
+    "DifferentiableConfig",
+    "MultiTrialResult",
+    "ShortTraining",
+    "Trial",
+    "differentiable_search",
+    "loss_delta_scores",
+    "manual",
+    "multi_trial",
+    "random_allocation",
+    "uniform",
+]

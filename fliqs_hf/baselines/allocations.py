@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.cost import CostTable, LayerInfo
@@ -32,5 +33,10 @@ def random_allocation(
 
     Raises: TargetError: the target is out of reach.
     """
-    scores = torch.rand(len(space.decisions), len(space.formats), generator=torch.Generator().manual_seed(seed))
+    scores = random_scores(space, seed)
     return space.allocation(best_choice(space, table, scores, low=(1 - band) * target, high=target))
+
+
+def random_scores(space: SearchSpace, seed: int) -> Tensor:
+    """Uniform in [0, 1): float32 [D, K]."""
+    return torch.rand(len(space.decisions), len(space.formats), generator=torch.Generator().manual_seed(seed))

@@ -4,7 +4,7 @@ from fliqs_hf.search.config import PRESETS, SearchConfig
 from fliqs_hf.search.oneshot import FinalChoice, OneShotSearch
 from fliqs_hf.search.policy import Policy
 from fliqs_hf.search.sensitivity import Sensitivity, fisher_scores
-from fliqs_hf.search.solver import best_choice, pareto_front, reachable_range
+from fliqs_hf.search.solver import best_choice, choice_at_target, pareto_front, reachable_range
 from fliqs_hf.search.space import Decision, SearchSpace
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "SearchSpace",
     "Sensitivity",
     "best_choice",
+    "choice_at_target",
     "fisher_scores",
     "pareto_front",
     "reachable_range",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import CostTable, Target
-from fliqs_hf.errors import CheckpointError, ConfigError, TargetError
+from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.search.config import SearchConfig
 from fliqs_hf.search.objective import (
     absolute_reward,
@@ -25,7 +25,7 @@ from fliqs_hf.search.objective import (
     policy_loss,
 )
 from fliqs_hf.search.policy import Policy, step_generator
-from fliqs_hf.search.solver import best_choice, reachable_range
+from fliqs_hf.search.solver import choice_at_target, reachable_range
 from fliqs_hf.search.space import SearchSpace
 
 Gather = Callable[[Tensor], Tensor]
@@ -46,6 +46,20 @@ class FinalChoice:
     cost_ratio: float
     argmax_cost_ratio: float
     repaired: bool
+
+    @classmethod
+    def of(
+        cls, space: SearchSpace, table: CostTable, choice: Tensor, argmax: Tensor, target_cost: float
+    ) -> FinalChoice:
+        """From the chosen and the most probable format of every decision, int64 [D] each, on the CPU."""
+        cost, argmax_cost = (float(space.cost_of(table, one)) for one in (choice, argmax))
+        return cls(
+            allocation=space.allocation(choice),
+            cost=cost,
+            cost_ratio=cost / target_cost,
+            argmax_cost_ratio=argmax_cost / target_cost,
+            repaired=not torch.equal(choice, argmax),
+        )
 
 
 class OneShotSearch:
@@ -203,15 +217,7 @@ class OneShotSearch:
         return self.final
 
     def _final_choice(self, choice: Tensor) -> FinalChoice:
-        argmax = self.policy.argmax().cpu()
-        cost, argmax_cost = (float(self.space.cost_of(self.table, one)) for one in (choice, argmax))
-        return FinalChoice(
-            allocation=self.space.allocation(choice),
-            cost=cost,
-            cost_ratio=cost / self.target_cost,
-            argmax_cost_ratio=argmax_cost / self.target_cost,
-            repaired=not torch.equal(choice, argmax),
-        )
+        return FinalChoice.of(self.space, self.table, choice, self.policy.argmax().cpu(), self.target_cost)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only, for safetensors. The final allocation is stored as its choice."""
@@ -264,16 +270,6 @@ class OneShotSearch:
     def _program(self) -> Tensor:
         """The choice of highest probability within the band below the target.
 
-        Scores are the learned logits: the tilt, a price on cost, has no say where cost is a constraint. Where the band
-        is empty it is widened to what the target allows.
+        Scores are the learned logits: the tilt, a price on cost, has no say where cost is a constraint.
         """
-        tolerance = Target.TOLERANCE - 1e-9  # rounding of cost / target must not exceed it
-        band = self.config.band if self.target.cap else min(self.config.band, tolerance)
-        try:
-            return self._best(1 - band, 1.0)
-        except TargetError:
-            return self._best(0.0, 1.0) if self.target.cap else self._best(1 - tolerance, 1 + tolerance)
-
-    def _best(self, low: float, high: float) -> Tensor:
-        low, high = low * self.target_cost, high * self.target_cost
-        return best_choice(self.space, self.table, self.policy.logits, low=low, high=high)
+        return choice_at_target(self.space, self.table, self.policy.logits, self.target, self.config.band)

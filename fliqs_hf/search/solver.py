@@ -11,7 +11,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, csr_array, vstack
 from torch import Tensor
 
-from fliqs_hf.cost import CostTable
+from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import TargetError
 from fliqs_hf.search.space import SearchSpace
 
@@ -49,6 +49,29 @@ def best_choice(space: SearchSpace, table: CostTable, scores: Tensor, *, low: fl
     Raises: TargetError: no choice has a cost in that range (it names the range of the space), or the solver gave up.
     """
     return _Problem(space, table).solve(scores, low, high)
+
+
+def choice_at_target(
+    space: SearchSpace, table: CostTable, scores: Tensor, target: Target, band: float = 0.03
+) -> Tensor:
+    """The choice of highest total score that meets `target`.
+
+    It costs between 1 − `band` and 1 times the target, and a two-sided target is met within its tolerance. Where no
+    choice lies in that band, it is widened to what the target allows.
+
+    Args:
+        scores: [D, K], as for `best_choice`.
+    Returns: int64 [D], on the CPU.
+    Raises: TargetError: the target is outside the range of the space, or in a gap of it.
+    """
+    cost = target.resolve(table, reachable_range(space, table))
+    tolerance = Target.TOLERANCE - 1e-9  # rounding of cost / target must not exceed it
+    band = band if target.cap else min(band, tolerance)
+    try:
+        return best_choice(space, table, scores, low=(1 - band) * cost, high=cost)
+    except TargetError:
+        low, high = (0.0, 1.0) if target.cap else (1 - tolerance, 1 + tolerance)
+        return best_choice(space, table, scores, low=low * cost, high=high * cost)
 
 
 def pareto_front(
