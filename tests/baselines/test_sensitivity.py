@@ -108,8 +108,8 @@ def exact_hessian(model: nn.Module, x: Tensor, labels: Tensor, names: tuple[str,
 
 
 def test_hessian_traces_converge_to_the_exact_ones() -> None:
-    """Within 2.5 standard errors, which follow from the Hessian: entry ij of a layer's rows adds H_ij² per probe, twice
-    inside the layer's own block."""
+    """Within 2.5 standard errors, which follow from the Hessian: entry ij of a layer's rows adds H_ij² per probe,
+    twice inside the layer's own block."""
     model, space, batches = mlp()
     x, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     hessian, probes = exact_hessian(model, x, labels, ("0.weight", "2.weight")), 4000
