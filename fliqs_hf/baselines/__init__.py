@@ -2,19 +2,25 @@
 
 from fliqs_hf.baselines.allocations import manual, random_allocation, uniform
 from fliqs_hf.baselines.differentiable import DifferentiableConfig, differentiable_search
+from fliqs_hf.baselines.front import FrontPoint, sensitivity_front
 from fliqs_hf.baselines.multi_trial import MultiTrialResult, Trial, multi_trial
-from fliqs_hf.baselines.sensitivity import loss_delta_scores
+from fliqs_hf.baselines.sensitivity import elementwise_scores, hessian_trace_scores, hessian_traces, loss_delta_scores
 from fliqs_hf.baselines.short_training import ShortTraining
 
 __all__ = [
     "DifferentiableConfig",
+    "FrontPoint",
     "MultiTrialResult",
     "ShortTraining",
     "Trial",
     "differentiable_search",
+    "elementwise_scores",
+    "hessian_trace_scores",
+    "hessian_traces",
     "loss_delta_scores",
     "manual",
     "multi_trial",
     "random_allocation",
+    "sensitivity_front",
     "uniform",
 ]

@@ -5,14 +5,16 @@ true-label loss at the layer's fp32 output and ΔY_i the change of that output w
 quantized. It is the second-order estimate of the increase of the loss with the Fisher information for the Hessian;
 the sum over positions and channels is taken before the square, so changes that cancel within an image count as
 cancelled. Of the cheap predictors of the loss after quantization-aware training it ranked best here (docs/search.md).
+Squared element by element instead, it is the score of `baselines.elementwise_scores`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,9 @@ JOINT_BITS = 4
 
 #: inputs of one batch -> logits [batch, classes]
 Forward = Callable[[Any], Tensor]
+
+#: What is squared: the sum of g·ΔY over an image, or each element of it.
+Reduction = Literal["image", "element"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def fisher_scores(
     forward: Forward,
     space: SearchSpace,
     settings: QuantizerSettings | None = None,
+    reduction: Reduction = "image",
 ) -> Sensitivity:
     """Per-sample Fisher scores of every choice of every decision.
 
@@ -63,6 +69,8 @@ def fisher_scores(
         model: plain, or searchable with its switch disabled. It runs in evaluation mode and is left as it was.
         batches: (inputs, labels); labels int64 [batch]. A progress bar, if any, is the caller's.
         forward: inputs -> logits.
+        reduction: "image" for ½·(Σ g·ΔY)², "element" for Σ (g·ΔY)², which takes a product of matrices per layer and
+            format (mean over the images of both).
     Raises: DataError: no batch, a gradient that is not finite, or a layer whose input is overwritten before backward.
         A layer that the forward pass does not reach scores 0.
     """
@@ -72,25 +80,16 @@ def fisher_scores(
     roles: tuple[tuple[bool, bool], ...] = ((True, True),) if same else ((True, False), (False, True))
     total = torch.zeros(len(roles), len(layers), len(space.formats), dtype=torch.float64)
     count, start = 0, time.perf_counter()
-    training = {module: module.training for module in model.modules()}
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    with frozen(model):
         for inputs, labels in batches:
             changes = torch.zeros(len(roles), len(layers), len(space.formats), len(labels), device=labels.device)
-            with _Probes(layers, space.formats, roles, settings, changes):
+            with _Probes(layers, space.formats, roles, settings, reduction, changes):
                 with torch.enable_grad():
                     loss = functional.cross_entropy(forward(inputs).float(), labels, reduction="sum")
                 loss.backward()
-            total += changes.double().square().sum(-1).cpu() / 2
+            sums = changes.double()
+            total += (sums.square() / 2 if reduction == "image" else sums).sum(-1).cpu()
             count += len(labels)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        for module, mode in training.items():
-            module.training = mode
     if not count:
         raise DataError("the sensitivity pass got no images: give it a split that is not empty")
     scores = torch.zeros(len(space.decisions), len(space.formats), dtype=torch.float64)
@@ -102,8 +101,27 @@ def fisher_scores(
     return Sensitivity((scores / count).float(), count, time.perf_counter() - start)
 
 
+@contextmanager
+def frozen(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[None]:
+    """Evaluation mode, and gradients for the parameters in `but` only; both as before afterwards."""
+    training = {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    kept = {id(parameter) for parameter in but}
+    try:
+        model.eval()
+        for parameter in flags:
+            parameter.requires_grad_(id(parameter) in kept)
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        for module, mode in training.items():
+            module.training = mode
+
+
 class _Probes:
-    """Hooks that add Σ g_i·ΔY_i of every layer and format to `changes` [roles, L, K, batch] during backward.
+    """Hooks that add Σ g_i·ΔY_i of every layer and format to `changes` [roles, L, K, batch] during backward,
+    Σ (g_i·ΔY_i)² with the reduction "element".
 
     Between forward and backward only the layers' inputs are held, and the formats are gone through one at a time.
     """
@@ -114,10 +132,11 @@ class _Probes:
         formats: tuple[Format, ...],
         roles: tuple[tuple[bool, bool], ...],
         settings: QuantizerSettings,
+        reduction: Reduction,
         changes: Tensor,
     ) -> None:
         self.formats, self.roles = formats, roles
-        self.settings, self.changes = settings, changes
+        self.settings, self.reduction, self.changes = settings, reduction, changes
         hooks = (self._hook(row, name) for row, name in enumerate(layers))
         self.handles = [layer.register_forward_hook(hook) for layer, hook in zip(layers.values(), hooks, strict=True)]
 
@@ -148,8 +167,8 @@ class _Probes:
     @torch.no_grad()
     def _measure(self, row: int, layer: Any, x: Tensor, gradient: Tensor) -> None:
         changes, batch = self.changes[:, row], self.changes.shape[-1]
-        if isinstance(layer, nn.Conv2d):
-            self._measure_conv2d(changes, layer, x, gradient)
+        if isinstance(layer, nn.Conv2d) or self.reduction == "element":
+            self._measure_outputs(changes, layer, x, gradient)
             return
         # g·(Wq xq − W x) = g·(Wq − W) x + (g Wq)·(xq − x). The first part is the inner product of Wq − W with the
         # gradient of the weight, which is the same for all formats: no matrix product per format.
@@ -168,14 +187,18 @@ class _Probes:
                     back = gradient @ weight if exact else unquantized
                     changes[role, k] += error.mul_(back).reshape(batch, -1).sum(-1)
 
-    def _measure_conv2d(self, changes: Tensor, layer: nn.Conv2d, x: Tensor, gradient: Tensor) -> None:
-        output = layer._conv_forward(x, layer.weight, None)  # without bias, which cancels
+    def _measure_outputs(self, changes: Tensor, layer: Any, x: Tensor, gradient: Tensor) -> None:
+        """By running the layer in every format."""
+        conv = isinstance(layer, nn.Conv2d)
+        kind, apply = ("conv2d", layer._conv_forward) if conv else ("linear", functional.linear)
+        output = apply(x, layer.weight, None)  # without bias, which cancels
         for k, fmt in enumerate(self.formats):
             for role, (with_weight, with_input) in enumerate(self.roles):
-                value = self._input(x, fmt, "conv2d") if with_input else x
+                value = self._input(x, fmt, kind) if with_input else x
                 weight = self._weight(layer, fmt) if with_weight else layer.weight
-                change = layer._conv_forward(value, weight, None).sub_(output).mul_(gradient)
-                changes[role, k] += change.reshape(len(x), -1).sum(-1)
+                change = apply(value, weight, None).sub_(output).mul_(gradient)
+                change = change.square_() if self.reduction == "element" else change
+                changes[role, k] += change.reshape(changes.shape[-1], -1).sum(-1)
 
     def _weight(self, layer: Any, fmt: Format) -> Tensor:
         settings = self.settings

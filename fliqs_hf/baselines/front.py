@@ -1,0 +1,58 @@
+"""What every budget buys: the integer program for many budgets at once, from the scores of one pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from fliqs_hf.allocation import Allocation
+from fliqs_hf.cost import CostTable
+from fliqs_hf.errors import ConfigError
+from fliqs_hf.search import SearchSpace, pareto_front, reachable_range
+
+
+class FrontPoint(NamedTuple):
+    """The best allocation at its cost.
+
+    Attributes:
+        cost: in the unit of the cost table.
+        increase: sum of the scores, the expected increase of the loss where the scores are that.
+    """
+
+    allocation: Allocation
+    cost: float
+    increase: float
+
+
+def sensitivity_front(space: SearchSpace, table: CostTable, scores: Tensor, points: int = 20) -> list[FrontPoint]:
+    """The lowest total score under each of `points` budgets, from the cheapest allocation of the space to the dearest.
+
+    Budgets are spaced by equal factors. Points that another one matches at no more cost are left out, so there may be
+    fewer than `points`, cost rises and the expected increase falls strictly.
+
+    Args:
+        scores: [D, K], lower is better, such as `fisher_scores(...).decision_scores`.
+    Raises: ConfigError: fewer than 2 points. TargetError: the solver gave up.
+    """
+    if points < 2:
+        raise ConfigError(f"points={points} must be at least 2: the cheapest and the dearest budget")
+    low, high = reachable_range(space, table)
+    fixed = table.fixed_cost
+    budgets = [low, *(np.geomspace(low - fixed, high - fixed, points)[1:-1] + fixed).tolist(), high]
+    choices = pareto_front(space, table, -scores, budgets, band=1.0)
+    values = scores.detach().double().cpu()
+    found = [
+        FrontPoint(
+            space.allocation(choice),
+            float(space.cost_of(table, choice)),
+            float(values.gather(1, choice[:, None]).sum()),
+        )
+        for choice in choices
+    ]
+    front: list[FrontPoint] = []
+    for point in sorted(found, key=lambda point: (point.cost, point.increase)):
+        if not front or point.increase < front[-1].increase:
+            front.append(point)
+    return front

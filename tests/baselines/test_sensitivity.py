@@ -1,0 +1,187 @@
+"""Element-wise and Hessian-trace scores against naive loops, finite problems and the exact Hessian."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fliqs_hf.baselines import elementwise_scores, hessian_trace_scores, hessian_traces
+from fliqs_hf.cost import LayerInfo, trace_layers
+from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.quant import quantize_activation, quantize_weight
+from fliqs_hf.search import SearchSpace
+from tests.models import images, tiny
+
+FORMATS = ("int2", "e2m1", "int8", "bf16")
+LABELS = torch.tensor([0, 3, 1, 4, 2])
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    output = model(x)
+    return getattr(output, "logits", output)  # type: ignore[no-any-return]
+
+
+def naive_elementwise(model: Any, space: SearchSpace, pixels: Tensor, labels: Tensor) -> Tensor:
+    """By running each layer again per format, all images in one batch."""
+    scores = torch.zeros(len(space.decisions), len(space.formats))
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            output.retain_grad()
+            seen[name] = inputs[0].detach(), output
+            return output.clone()
+
+        return hook
+
+    handles = [model.get_submodule(info.name).register_forward_hook(remember(info.name)) for info in space.layers]
+    functional.cross_entropy(logits_of(model, pixels), labels, reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    for row, info in enumerate(space.layers):
+        layer, (x, y) = model.get_submodule(info.name), seen[info.name]
+        weight, kind = layer.weight.detach().clone(), "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
+        for k, fmt in enumerate(space.formats):
+            quantized = quantize_weight(weight, fmt, "per_channel", "absmax", integer=fmt.is_integer)
+            value = quantize_activation(x, fmt, kind, "per_token", integer=fmt.is_integer)
+            for decision, w, a in (
+                [(space.weight_decision[row], quantized, value)]
+                if space.activation == "same"
+                else [(space.weight_decision[row], quantized, x), (space.activation_decision[row], weight, value)]
+            ):
+                with torch.no_grad():
+                    layer.weight.copy_(w)
+                    change = layer(a) - y
+                    layer.weight.copy_(weight)
+                assert y.grad is not None
+                scores[decision, k] += (y.grad * change).square().sum() / len(labels)
+    model.zero_grad(set_to_none=True)
+    return scores.detach()
+
+
+@pytest.mark.parametrize("activation", ["same", "separate"])
+@pytest.mark.parametrize("architecture", ["vit", "swin", "resnet"])
+def test_elementwise_scores(architecture: str, activation: Any) -> None:
+    model, pixels = tiny(architecture), images(len(LABELS))
+    space = SearchSpace(trace_layers(model), FORMATS, activation)
+    batches = [(pixels[:2], LABELS[:2]), (pixels[2:], LABELS[2:])]
+    found = elementwise_scores(model, batches, lambda x: logits_of(model, x), space)
+    expected = naive_elementwise(model, space, pixels, LABELS)
+    assert found.dtype == torch.float32
+    # float32 in batches of another size; squares do not cancel, but rounding may fall on the other side
+    assert ((found - expected).abs().amax(1) / expected.amax(1)).max().item() < 1e-3
+
+
+def test_elementwise_scores_of_no_images() -> None:
+    model = tiny("vit")
+    with pytest.raises(DataError, match="no images"):
+        elementwise_scores(model, [], model, SearchSpace(trace_layers(model), FORMATS))
+
+
+def mlp() -> tuple[nn.Module, SearchSpace, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5))
+    layers = [LayerInfo("0", "linear", 12, 12, 3, 0), LayerInfo("2", "linear", 15, 15, 5, 1)]
+    x = torch.randn(5, 4)
+    return model, SearchSpace(layers, FORMATS), [(x[:2], LABELS[:2]), (x[2:], LABELS[2:])]
+
+
+def exact_hessian(model: nn.Module, x: Tensor, labels: Tensor, names: tuple[str, ...]) -> Tensor:
+    """Of the mean loss for all named weights together, [n, n]."""
+    weights = tuple(model.get_parameter(name).detach() for name in names)
+
+    def loss(*values: Tensor) -> Tensor:
+        changed = dict(zip(names, values, strict=True))
+        return functional.cross_entropy(torch.func.functional_call(model, changed, (x,)), labels)
+
+    blocks: Any = torch.autograd.functional.hessian(loss, weights)
+    sizes = [weight.numel() for weight in weights]
+    rows = [
+        [block.reshape(n, m) for block, m in zip(row, sizes, strict=True)]
+        for row, n in zip(blocks, sizes, strict=True)
+    ]
+    return torch.cat([torch.cat(row, 1) for row in rows]).detach().double()
+
+
+def test_hessian_traces_converge_to_the_exact_ones() -> None:
+    """Within 2.5 standard errors, which follow from the Hessian: entry ij of a layer's rows adds H_ij² per probe,
+    twice inside the layer's own block."""
+    model, space, batches = mlp()
+    x, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    hessian, probes = exact_hessian(model, x, labels, ("0.weight", "2.weight")), 4000
+    found = hessian_traces(model, [(x, labels)], model, space, probes=probes)
+    for layer, rows in enumerate((slice(0, 12), slice(12, 27))):
+        own, every = hessian[rows, rows], hessian[rows]
+        variance = every.square().sum() + own.square().sum() - 2 * own.diagonal().square().sum()
+        assert abs(found[layer] - own.trace()) < 2.5 * (variance / probes).sqrt()
+        assert own.trace().abs() > 2.5 * (variance / probes).sqrt()  # else the test would say nothing
+
+
+def test_the_seed_chooses_the_probes() -> None:
+    model, space, batches = mlp()
+    first, same, other = (hessian_traces(model, batches, model, space, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_hessian_traces_of_one_linear_layer_have_a_closed_form() -> None:
+    """Cross-entropy of W x: the Hessian is (diag p − p pᵀ) ⊗ x xᵀ, its trace ‖x‖² (1 − ‖p‖²)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5))
+    space = SearchSpace([LayerInfo("0", "linear", 20, 20, 5, 0)], FORMATS)
+    x = torch.randn(5, 4)
+    p = model(x).softmax(-1).detach()
+    expected = (x.square().sum(-1) * (1 - p.square().sum(-1))).mean()
+    found = hessian_traces(model, [(x[:2], LABELS[:2]), (x[2:], LABELS[2:])], model, space, probes=4000)
+    assert abs(found.item() / expected.item() - 1) < 0.03
+
+
+def test_hessian_trace_scores_are_mean_traces_times_squared_errors() -> None:
+    model, space, batches = mlp()
+    traces = hessian_traces(model, batches, model, space, probes=8)
+    scores = hessian_trace_scores(model, batches, model, space, probes=8)
+    for row, name in enumerate(("0", "2")):
+        weight = model.get_parameter(f"{name}.weight").detach()
+        for k, fmt in enumerate(space.formats):
+            quantized = quantize_weight(weight, fmt, "per_channel", "absmax", integer=fmt.is_integer)
+            error = (quantized - weight).square().sum()
+            expected = traces[row].clamp(min=0) / weight.numel() * error
+            torch.testing.assert_close(scores[row, k].double(), expected.double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("architecture", ["vit", "swin", "resnet"])
+def test_hessian_trace_scores_of_real_architectures(architecture: str) -> None:
+    """Fused attention has no second derivative; layers of one decision add up; the model is left as it was."""
+    model = tiny(architecture).train()
+    frozen = next(model.parameters()).requires_grad_(False)
+    space = SearchSpace(trace_layers(model), FORMATS)
+    scores = hessian_trace_scores(model, [(images(5), LABELS)], lambda x: logits_of(model, x), space)
+    assert scores.shape == (len(space.decisions), 4) and scores.dtype == torch.float32
+    assert bool(scores.isfinite().all()) and bool((scores >= 0).all()) and bool((scores[:, 0] >= scores[:, 2]).all())
+    assert model.training and not frozen.requires_grad
+    assert all(p.grad is None and (p.requires_grad or p is frozen) for p in model.parameters())
+
+
+def test_a_layer_that_is_not_reached_scores_0() -> None:
+    model, space, batches = mlp()
+    model.add_module("unused", nn.Linear(2, 2))
+    space = SearchSpace([*space.layers, LayerInfo("unused", "linear", 4, 4, 2, 2)], FORMATS)
+    forward = lambda x: model[2](model[1](model[0](x)))  # type: ignore[index] # noqa: E731
+    assert hessian_traces(model, batches, forward, space)[2].item() == 0
+
+
+def test_errors() -> None:
+    model, space, batches = mlp()
+    with pytest.raises(ConfigError, match="weights only"):
+        hessian_trace_scores(model, batches, model, SearchSpace(space.layers, FORMATS, "separate"))
+    with pytest.raises(ConfigError, match="probes=0"):
+        hessian_trace_scores(model, batches, model, space, probes=0)
+    with pytest.raises(DataError, match="no images"):
+        hessian_trace_scores(model, [], model, space)
+    with torch.no_grad():
+        model[2].bias[0] = torch.nan  # type: ignore[index]
+    with pytest.raises(DataError, match="not finite"):
+        hessian_trace_scores(model, batches, model, space)
