@@ -112,6 +112,13 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     add("quantize", "quantize:quantize", "quantize a checkpoint without training", _QUANTIZE, _quantize)
     add("search", "search:search", "search formats and train for them: the recipe (its own --help)", _SEARCH, None)
     add(
+        "compare",
+        "compare:compare",
+        "the search against its alternatives at equal cost (its own --help)",
+        _COMPARE,
+        None,
+    )
+    add(
         "validate",
         "validate:validate",
         "compare a quantized model with its original on your images",
@@ -195,6 +202,8 @@ def _quantize(parser: Parser) -> None:
 
 
 _SEARCH = """  fliqs-hf search recipes/configs/digits.yaml"""
+
+_COMPARE = """  fliqs-hf compare runs/digits/fp32 --dataset_name digits --output compare.csv"""
 
 _VALIDATE = """  fliqs-hf validate MODEL runs/pilot --dataset_name photos/ --split test --max_drop 0.5
   fliqs-hf validate MODEL user/quantized --dataset_name cifar10 --output page.html result.json"""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fliqs_hf.errors import DataError
-from fliqs_hf.training.data import DIGITS, load_splits
+from fliqs_hf.training.data import is_digits, load_splits
 
 
 def load_split(name: str, split: str | None) -> Any:
@@ -19,8 +19,8 @@ def load_split(name: str, split: str | None) -> Any:
     """
     import datasets
 
-    if name == DIGITS:
-        splits = dict(zip(("train", "test"), load_splits(DIGITS), strict=True))
+    if is_digits(name):
+        splits = dict(zip(("train", "test"), load_splits(name), strict=True))
     else:
         if not Path(name).exists() and Path(name).is_absolute():
             raise DataError(f"the folder {name!r} does not exist")

@@ -11,11 +11,8 @@ from torch import Tensor
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers, unlisted_bytes
 from fliqs_hf.nn import quantizable_layers
-from fliqs_hf.search import SearchSpace, Sensitivity, best_choice, fisher_scores, reachable_range
+from fliqs_hf.search import SearchSpace, Sensitivity, choice_at_target, fisher_scores, reachable_range
 from fliqs_hf.search.space import ActivationMode
-
-#: How far below a target the cost may stay: the room that whole formats need.
-BAND = 0.03
 
 
 @dataclass(frozen=True)
@@ -61,12 +58,10 @@ def allocate(
     space = SearchSpace(layers, search_space, activation, tie)
     fixed = unlisted_bytes(model, layers) if target.cost_kind == "weight_bytes" else 0
     table = CostTable(layers, space.formats, target.cost_kind, fixed_cost=fixed)
-    reachable = reachable_range(space, table)
-    wanted = target.resolve(table, reachable)
+    wanted = target.resolve(table, reachable_range(space, table))
     sensitivity = fisher_scores(model, batches(), lambda images: model(images).logits, space)
     scores = sensitivity.decision_scores
-    low = max((1 - BAND) * wanted, reachable[0])
-    choice = best_choice(space, table, -scores, low=min(low, wanted), high=wanted)
+    choice = choice_at_target(space, table, -scores, target)
     return Found(
         allocation=space.allocation(choice),
         layers=layers,

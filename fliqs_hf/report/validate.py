@@ -323,7 +323,7 @@ def _checkpoint_bytes(model: nn.Module) -> int | None:
 
 def _conditions(device: torch.device, batch_size: int, resamples: int, seed: int) -> dict[str, Any]:
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "batch_size": batch_size,
@@ -339,7 +339,7 @@ def _conditions(device: torch.device, batch_size: int, resamples: int, seed: int
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

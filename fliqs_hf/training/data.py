@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def load_splits(
 
     Args:
         dataset_name: a Hub id, a local folder (parquet files or an image folder), or "digits": the 8 × 8 images that
-            scikit-learn ships (1797, ten classes), which needs no network.
+            scikit-learn ships (1797, ten classes), which needs no network; "digits:1", … are other splits of them.
         train_dir, validation_dir: image folders, one sub-folder per class.
         validation_split: default: "validation" or "test" where there is one, else `train_val_split` of the training
             split.
@@ -43,8 +44,8 @@ def load_splits(
     """
     import datasets
 
-    if dataset_name == DIGITS:
-        return _digits()
+    if dataset_name is not None and is_digits(dataset_name):
+        return _digits(int(dataset_name.partition(":")[2] or 0))
     if dataset_name is not None:
         try:
             splits = datasets.load_dataset(dataset_name, dataset_config_name, streaming=streaming)
@@ -75,7 +76,11 @@ def load_splits(
     return splits[train_split], splits[other]
 
 
-def _digits() -> tuple[Any, Any]:
+def is_digits(name: str) -> bool:
+    return re.fullmatch(rf"{DIGITS}(:\d+)?", name) is not None
+
+
+def _digits(seed: int) -> tuple[Any, Any]:
     import datasets
     import numpy as np
     from sklearn.datasets import load_digits
@@ -84,7 +89,7 @@ def _digits() -> tuple[Any, Any]:
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
-    parts = train_test_split(np.arange(len(pixels)), test_size=0.25, random_state=0, stratify=digits.target)
+    parts = train_test_split(np.arange(len(pixels)), test_size=0.25, random_state=seed, stratify=digits.target)
 
     def split(indices: Any) -> Any:
         from PIL import Image

@@ -1,0 +1,338 @@
+"""Ways of choosing formats compared at equal cost, equal steps and equal starting weights.
+
+    {command} runs/digits/fp32 --dataset_name digits --target_bits 3 4 --seeds 0 1 2 --output compare.csv
+
+Writes one row per method, target and seed to the CSV, and beside it a table (.md) and a figure (.png). Every cost is
+recomputed by one cost model. Rows that the CSV has already are not run again, so an interrupted comparison goes on.
+
+Methods (those with ptq- in front do the same without training):
+    uniform-int, uniform-fp        INTk, and the smallest float of k bits (k whole)
+    manual                         first and last layer 8 bits, the rest INTk; it costs what it costs
+    random, random-no-int2         a random allocation at the target
+    loss-delta                     sensitivity by the change of the loss, one evaluation per layer and format
+    fisher                         sensitivity by the per-sample Fisher score, one backward pass for all
+    elementwise                    sensitivity by element-wise squared gradients, as in ModelOpt
+    hessian                        sensitivity by Hessian traces, as in HAWQ-V2
+                                   (each with the integer program, then training)
+    differentiable, gumbel         mixtures over format branches, EdMIPS and DNAS
+    multi-trial-random, -optuna    short trainings of proposals, the best trained to the end
+    search                         the one-shot search, default preset
+    search-EXPLORE-xN-hE-kK-lR     with another explore_fraction, allocations per step, prior entropy or strength,
+                                   policy learning rate (any of these)
+    paper                          FLIQS as published
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import logging as hf_logging
+
+from fliqs_hf.allocation import Allocation
+from fliqs_hf.baselines import (
+    DifferentiableConfig,
+    ShortTraining,
+    differentiable_search,
+    elementwise_scores,
+    hessian_trace_scores,
+    loss_delta_scores,
+    manual,
+    multi_trial,
+    random_allocation,
+    uniform,
+)
+from fliqs_hf.cost import CostTable, Target, bops, trace_layers
+from fliqs_hf.errors import ConfigError, FliqsError
+from fliqs_hf.nn import make_searchable, restore
+from fliqs_hf.pipeline.compare_summary import write_summary
+from fliqs_hf.report.comparison import peak_memory
+from fliqs_hf.report.validate import processor_name
+from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace, choice_at_target, fisher_scores
+from fliqs_hf.search.hook import FixedFormats, SearchHook
+from fliqs_hf.search.run import versions
+from fliqs_hf.training import ImageData, TrainConfig, evaluate, load_splits, train
+from fliqs_hf.training.data import train_loader
+
+METHODS = ("uniform-int", "uniform-fp", "random-no-int2", "loss-delta", "fisher", "search", "paper")
+UNIFORM = ("uniform-int", "uniform-fp", "manual")
+SCORES = ("loss-delta", "fisher", "elementwise", "hessian")
+TRAINED = ("differentiable", "gumbel", "multi-trial-random", "multi-trial-optuna")
+FLOATS = {3: "e2m0", 4: "e2m1", 5: "e2m2", 6: "e2m3", 7: "e3m3", 8: "e4m3"}
+COLUMNS = ("method", "target_bits", "seed", "top1", "loss", "cost_ratio", "steps", "seconds", "peak_mb", "allocation")
+#: Images that the dearer scores are measured on, at most.
+SCORE_IMAGES = {"loss-delta": 512, "hessian": 512}
+
+
+class Comparison:
+    """One starting checkpoint, one data set, one search space."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.accelerator = Accelerator(cpu=arguments.use_cpu)
+        self.model = AutoModelForImageClassification.from_pretrained(arguments.model)
+        self.model.to(self.accelerator.device)
+        processor = AutoImageProcessor.from_pretrained(arguments.model)
+        splits = load_splits(arguments.dataset_name)
+        labels = self.model.config.num_labels
+        limits = (arguments.max_train_samples, arguments.max_eval_samples)
+        self.train, self.eval = (
+            ImageData(split, processor, labels, max_samples=limit, cache=True)
+            for split, limit in zip(splits, limits, strict=True)
+        )
+        self.original = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.layers = trace_layers(self.model, self.train[0][0][None].to(self.accelerator.device))
+        self.space = SearchSpace(self.layers, arguments.search_space)
+        self.table = CostTable(self.layers, self.space.formats)
+        self.scores: dict[str, tuple[torch.Tensor, float]] = {}
+
+    def run(self, method: str, bits: float, seed: int) -> dict[str, Any]:
+        """One row: choose formats, train in them, evaluate."""
+        target = Target.of(target_bits=bits)
+        self.model.load_state_dict(self.original)
+        steps = 0 if method.startswith("ptq-") else self.arguments.max_steps
+        spent = 0.0
+        choose: Callable[[], Allocation]
+        name = method.removeprefix("ptq-")
+        if name in SCORES:
+            scores, spent = self.sensitivity(name, seed)
+        with peak_memory(self.accelerator.device) as peak:
+            start = time.perf_counter()
+            if name == "differentiable" or name == "gumbel":
+                choose = lambda: self.differentiable(name, target, seed, method)  # noqa: E731
+            elif name.startswith(("search", "paper")):
+                choose = lambda: self.one_shot(name, target, seed)  # noqa: E731
+            else:
+                if name in SCORES:
+                    allocation = self.space.allocation(choice_at_target(self.space, self.table, -scores, target))
+                else:
+                    allocation = self.fixed(name, bits, target, seed)
+                choose = lambda: self.fixed_training(allocation, steps, method, seed)  # noqa: E731
+            chosen = choose()
+            seconds = time.perf_counter() - start
+        if name.startswith("search") and self.search_config(name).prior == "fisher":
+            spent = self.sensitivity("fisher", seed)[1]
+        accuracy = evaluate(self.model, self.eval, self.accelerator)
+        restore(self.model)
+        return {
+            "method": method,
+            "target_bits": f"{bits:g}",
+            "seed": seed,
+            "top1": round(accuracy.top1, 5),
+            "loss": round(accuracy.loss, 5),
+            "cost_ratio": round(bops(self.layers, chosen) / target.resolve(self.table), 4),
+            "steps": steps,
+            "seconds": round(seconds + spent, 1),
+            "peak_mb": round((peak.working_bytes or 0) / 1e6) or "",
+            "allocation": chosen.summary(),
+        }
+
+    def sensitivity(self, method: str, seed: int) -> tuple[torch.Tensor, float]:
+        """Scores [D, K] of the fp32 model and the seconds they took; `seed` chooses the images."""
+        key = f"{method}-{seed}"
+        if key not in self.scores:
+            self.model.load_state_dict(self.original)
+            batch, device = self.arguments.batch_size, self.accelerator.device
+            images = min(self.arguments.prior_images, SCORE_IMAGES.get(method, self.arguments.prior_images))
+            loader = train_loader(self.train, batch, seed, 0, -(-images // batch), 0, 1, 0)
+            batches = [(x.to(device), y.to(device)) for x, y in loader]
+            forward = lambda x: self.model(x).logits  # noqa: E731
+            start = time.perf_counter()
+            if method == "fisher":
+                scores = fisher_scores(self.model, batches, forward, self.space).decision_scores
+            else:
+                measure = {
+                    "loss-delta": loss_delta_scores,
+                    "elementwise": elementwise_scores,
+                    "hessian": hessian_trace_scores,
+                }[method]
+                scores = measure(self.model, batches, forward, self.space)
+            self.scores[key] = scores, time.perf_counter() - start
+        return self.scores[key]
+
+    def fixed(self, name: str, bits: float, target: Target, seed: int) -> Allocation:
+        """The allocation of a method that needs no training to choose one, or chooses by short trainings."""
+        if name in ("uniform-int", "uniform-fp"):
+            return uniform(self.layers, f"int{bits:g}" if name == "uniform-int" else FLOATS[int(bits)])
+        if name == "manual":
+            return manual(self.layers, f"int{bits:g}")
+        if name in ("random", "random-no-int2"):
+            space, table = self.space, self.table
+            if name == "random-no-int2":
+                space = SearchSpace(self.layers, [fmt for fmt in self.space.formats if fmt.name != "int2"])
+                table = CostTable(self.layers, space.formats)
+            return random_allocation(space, table, target.resolve(table), seed)
+        config = self.settings(seed, self.arguments.trial_steps or max(1, self.arguments.max_steps // 4))
+        objective = ShortTraining(self.model, self.layers, self.train, config, self.accelerator)
+        sampler: Any = name.removeprefix("multi-trial-")
+        journal = self.arguments.output.with_suffix(f".{name}-{target.value:g}-{seed}.jsonl")
+        found = multi_trial(
+            self.space,
+            self.table,
+            target,
+            objective,
+            self.arguments.trials,
+            seed=seed,
+            sampler=sampler,
+            journal=journal,
+        )
+        journal.unlink()
+        return found.allocation
+
+    def fixed_training(self, allocation: Allocation, steps: int, name: str, seed: int) -> Allocation:
+        formats = {fmt for pair in allocation.values() for fmt in (pair.weight, pair.activation) if fmt}
+        switch = self.searchable(sorted(formats, key=lambda fmt: fmt.name))
+        switch.set_allocation(allocation)
+        if steps:
+            config = self.settings(seed, steps)
+            train(self.model, self.train, config, self.accelerator, hook=FixedFormats(switch, allocation), name=name)
+        return allocation
+
+    def one_shot(self, name: str, target: Target, seed: int) -> Allocation:
+        config = self.search_config(name)
+        steps, device = self.arguments.max_steps, self.accelerator.device
+        search = OneShotSearch(self.space, self.table, target, config, steps, seed=seed, device=device)
+        if config.prior == "fisher":
+            search.start_from(self.sensitivity("fisher", seed)[0])
+            self.model.load_state_dict(self.original)
+        switch = self.searchable(self.space.formats)
+        hook = SearchHook(search, switch)
+        train(
+            self.model, self.train, self.settings(seed, steps, config.quality), self.accelerator, hook=hook, name=name
+        )
+        allocation = search.finalize().allocation
+        switch.set_allocation(allocation)
+        return allocation
+
+    def differentiable(self, name: str, target: Target, seed: int, label: str) -> Allocation:
+        config = DifferentiableConfig()
+        if name == "gumbel":
+            config = DifferentiableConfig(relaxation="gumbel", temperature_start=5.0, temperature_end=0.5)
+        steps = self.arguments.max_steps
+        run = lambda hook: train(  # noqa: E731
+            self.model, self.train, self.settings(seed, steps), self.accelerator, hook=hook, name=label
+        )
+        return differentiable_search(
+            self.model, self.space, self.table, target, run, steps, config, seed=seed
+        ).allocation
+
+    def searchable(self, formats: Any) -> Any:
+        groups = {layer.name: layer.input_group for layer in self.layers}
+        return make_searchable(self.model, formats, names=list(groups), input_groups=groups)
+
+    def settings(self, seed: int, steps: int, quality: Any = "loss") -> TrainConfig:
+        a = self.arguments
+        return TrainConfig(
+            max_steps=steps, batch_size=a.batch_size, learning_rate=a.learning_rate, seed=seed, quality=quality
+        )
+
+    def search_config(self, method: str) -> SearchConfig:
+        names = {"x": "samples_per_step", "h": "prior_entropy", "k": "prior_strength", "l": "policy_learning_rate"}
+        changes: dict[str, Any] = {}
+        try:
+            for part in method.split("-")[1:]:
+                name = names.get(part[0], "explore_fraction")
+                value = float(part.lstrip("xhkl"))
+                changes[name] = int(value) if name == "samples_per_step" else value
+        except (ValueError, IndexError) as error:
+            raise ConfigError(f"unknown method {method!r}; --help lists them") from error
+        return SearchConfig.preset("paper" if method == "paper" else "default", **changes)
+
+
+def check_methods(methods: list[str]) -> None:
+    """Raises: ConfigError: a method that does not exist, before anything has run."""
+    for method in methods:
+        name = method.removeprefix("ptq-")
+        chosen_untrained = name in (*UNIFORM, *SCORES, "random", "random-no-int2")
+        trained = method in TRAINED or method.partition("-")[0] in ("search", "paper")
+        if not (chosen_untrained or trained):
+            raise ConfigError(f"unknown method {method!r}; --help lists them")
+
+
+def parser(command: str) -> argparse.ArgumentParser:
+    text = (__doc__ or "").replace("{command}", command)
+    made = argparse.ArgumentParser(command, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("model", help="folder of the fp32 checkpoint that everything starts from")
+    made.add_argument("--dataset_name", required=True, help="Hub id, folder, or 'digits'")
+    made.add_argument("--methods", nargs="+", default=list(METHODS))
+    made.add_argument("--target_bits", nargs="+", type=float, default=[3.0])
+    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    made.add_argument("--search_space", default="mixed")
+    made.add_argument("--max_steps", type=int, default=400)
+    made.add_argument("--batch_size", type=int, default=64)
+    made.add_argument("--learning_rate", type=float, default=5e-4)
+    made.add_argument("--prior_images", type=int, default=1536, help="of the sensitivity passes")
+    made.add_argument("--trials", type=int, default=8, help="of the multi-trial searches")
+    made.add_argument("--trial_steps", type=int, help="of one trial; default: a quarter of max_steps")
+    made.add_argument("--max_train_samples", type=int)
+    made.add_argument("--max_eval_samples", type=int)
+    made.add_argument("--use_cpu", action="store_true")
+    made.add_argument("--output", type=Path, required=True, help="CSV to add to; table and figure go beside it")
+    return made
+
+
+def main(argv: list[str], command: str = "fliqs-hf compare") -> None:
+    """Raises: FliqsError: a method, target, model or data set that does not work."""
+    arguments = parser(command).parse_args(argv)
+    check_methods(arguments.methods)
+    hf_logging.disable_progress_bar()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    lines = arguments.output.read_text().splitlines() if arguments.output.exists() else []
+    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
+    done = {(row["method"], row["target_bits"], row["seed"]) for row in rows}
+    todo = [
+        (method, bits, seed)
+        for bits in arguments.target_bits
+        for seed in arguments.seeds
+        for method in arguments.methods
+        if (method, f"{bits:g}", str(seed)) not in done
+        # uniform models have whole bits
+        and (bits in FLOATS or method.removeprefix("ptq-") not in UNIFORM)
+    ]
+    if todo:
+        comparison = Comparison(arguments)
+        with arguments.output.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            file.write(f"# {command} {shlex.join(argv)}\n# {provenance()}\n")
+            if not lines:
+                fp32 = evaluate(comparison.model, comparison.eval, comparison.accelerator)
+                file.write(f"# fp32: top1 {fp32.top1:.4f}, loss {fp32.loss:.4f}, {fp32.n} images\n")
+                writer.writeheader()
+            for method, bits, seed in todo:
+                writer.writerow(row := comparison.run(method, bits, seed))
+                file.flush()
+                print({key: row[key] for key in COLUMNS[:9]}, flush=True)
+    print(write_summary(arguments.output))
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and hardware of a result."""
+    found: dict[str, Any] = dict(versions())
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    if commit:
+        found["commit"] = commit
+    return found | {"hardware": processor_name(), "threads": torch.get_num_threads()}
+
+
+def script(argv: list[str], command: str) -> int:
+    """`main` for a terminal. Returns: the exit status: 0, 2 for an error, 130 for an interruption."""
+    try:
+        main(argv, command)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return 130
+    except FliqsError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
