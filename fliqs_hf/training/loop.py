@@ -6,6 +6,7 @@ images one of (seed, epoch). A run that is interrupted and resumed therefore end
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import threading
@@ -25,7 +26,8 @@ from fliqs_hf.errors import ConfigError, TrainingError
 from fliqs_hf.training.average import WeightAverage
 from fliqs_hf.training.data import ImageData, train_loader
 from fliqs_hf.training.seeds import derived_seed
-from fliqs_hf.training.state import Best, load_state, save_state, states
+from fliqs_hf.training.shards import gathered_into, whole_optimizer, whole_weights
+from fliqs_hf.training.state import Best, load_state, optimizer_tensors, save_state, states
 from fliqs_hf.training.stream import StreamData
 
 #: (images, labels) -> (images, labels or class probabilities), on the device; randomness from the global generator
@@ -152,10 +154,11 @@ def train(
     Raises: TrainingError: the loss or a gradient is not finite, or a state cannot be written. Interrupted: Ctrl-C.
         CheckpointError: `resume` with a state of other settings.
     """
-    _check_support(accelerator)
+    sharding = _check_support(accelerator, config)
     if config.keep_best and (score is None or state_folder is None):
         raise ConfigError("keeping the best weights needs a score and a state_folder")
     optimizer = torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=config.learning_rate)
+    whole = copy.deepcopy(model) if sharding else model  # to return: a sharded model stays one
     wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
     best = Best(state_folder / "best") if config.keep_best and state_folder is not None else None
@@ -182,6 +185,7 @@ def train(
                 group["lr"] = config.learning_rate_at(step)
             loss, quality = _step(wrapped, batches, config, accelerator, hook, augment, teacher, step)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+            norm = norm.full_tensor() if sharding else norm
             optimizer.step()
             optimizer.zero_grad()
             extra = hook.end_step(step, quality) if hook is not None else {}
@@ -211,9 +215,11 @@ def train(
                         on_log(entry | {"seconds": round(time.perf_counter() - started, 3)})
                     if hook is not None:
                         hook.log(step)
-            if state_folder is not None and (stop or save) and accelerator.is_main_process:
-                tensors = {**(hook.state_dict() if hook else {}), **(average.state_dict() if average else {})}
-                save_state(state_folder, step, model, optimizer, tensors, meta)
+            if state_folder is not None and (stop or save):
+                weights, moments = _tensors(model, optimizer, sharding)
+                if accelerator.is_main_process:
+                    tensors = {**(hook.state_dict() if hook else {}), **(average.state_dict() if average else {})}
+                    save_state(state_folder, step, weights, moments, tensors, meta)
             if stop:
                 raise Interrupted(f"stopped after step {step}; add --resume to go on")
     if average is not None:
@@ -222,7 +228,16 @@ def train(
     if best is not None:
         best.load(model)
     accelerator.free_memory()
+    if sharding:
+        return gathered_into(whole, model)
     return accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+
+
+def _tensors(model: nn.Module, optimizer: Any, sharded: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and optimizer states to save; where they are sharded, all processes take part."""
+    if sharded:
+        return whole_weights(model), whole_optimizer(model, optimizer)
+    return model.state_dict(), optimizer_tensors(optimizer)
 
 
 def _check_finite(values: dict[str, float], length: int, step: int, config: TrainConfig, folder: Path | None) -> None:
@@ -354,14 +369,22 @@ def _resume(
     return step
 
 
-def _check_support(accelerator: Any) -> None:
+def _check_support(accelerator: Any, config: TrainConfig) -> bool:
+    """Whether accelerate shards the model (FSDP2). Raises: ConfigError: what this loop cannot do."""
     kind = str(accelerator.distributed_type)
-    if any(name in kind for name in ("FSDP", "DEEPSPEED", "MEGATRON")):
+    if any(name in kind for name in ("DEEPSPEED", "MEGATRON")):
+        raise ConfigError(f"{kind} steps the optimizer by itself, which this loop cannot follow; use DDP or FSDP2")
+    sharding = "FSDP" in kind
+    if sharding and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+        raise ConfigError("FSDP version 1 is not supported: set fsdp_version: 2 in the accelerate config")
+    if sharding and (config.ema_decay or config.eval_steps):
+        name = "ema_decay" if config.ema_decay else "eval_steps"
         raise ConfigError(
-            f"{kind} shards the model, which this loop cannot checkpoint yet; use DDP (MULTI_GPU, MULTI_CPU)"
+            f"{name}={getattr(config, name)} needs the whole model on every process during training: use DDP, or 0"
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ConfigError(
             f"mixed_precision={accelerator.mixed_precision!r} scales the loss, which a resumed run would not repeat; "
             "choose bf16 or no"
         )
+    return sharding

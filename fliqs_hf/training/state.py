@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fliqs_hf.errors import CheckpointError, TrainingError
+from fliqs_hf.training.shards import is_sharded, load_whole
 
 _NAME = "step-{:08d}"
 
@@ -21,13 +22,15 @@ _NAME = "step-{:08d}"
 def save_state(
     folder: Path,
     step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
     extra: dict[str, Tensor],
     meta: dict[str, Any],
 ) -> None:
     """Write the state after `step` steps as `folder/step-…`, then drop older ones.
 
+    Args:
+        optimizer: see `optimizer_tensors`.
     Raises: TrainingError: the disk is full or not writable; the last complete state is untouched.
     """
     final = folder / _NAME.format(step)
@@ -35,10 +38,9 @@ def save_state(
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, draft / "model.safetensors")
-        save_file(_optimizer_tensors(optimizer), draft / "optimizer.safetensors")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in extra.items()}, draft / "extra.safetensors")
+        for file, tensors in (("model", weights), ("optimizer", optimizer), ("extra", extra)):
+            whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+            save_file(whole, draft / f"{file}.safetensors")
         (draft / "meta.json").write_text(json.dumps({**meta, "step": step}, indent=2))
         shutil.rmtree(final, ignore_errors=True)  # of an earlier run in the same folder
         os.replace(draft, final)
@@ -55,9 +57,7 @@ def states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / "meta.json").is_file())
 
 
-def load_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]
-) -> tuple[int, dict[str, Tensor]]:
+def load_state(path: Path, model: nn.Module, optimizer: Any, meta: dict[str, Any]) -> tuple[int, dict[str, Tensor]]:
     """Restore in place. Returns: steps done, and the extra tensors.
 
     Raises: CheckpointError: unreadable, or written with other settings (it names the first that differs).
@@ -70,9 +70,13 @@ def load_state(
                     f"{path} was written with {key}={stored.get(key)!r}, this run has {value!r}; "
                     "resume with the same settings, or start in a new output_dir"
                 )
-        device = next(model.parameters()).device
-        model.load_state_dict(load_file(path / "model.safetensors", device=str(device)))
-        _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
+        optimizer_state = load_file(path / "optimizer.safetensors")
+        if is_sharded(model):
+            load_whole(model, optimizer, load_file(path / "model.safetensors"), optimizer_state)
+        else:
+            device = next(model.parameters()).device
+            model.load_state_dict(load_file(path / "model.safetensors", device=str(device)))
+            _restore_optimizer(optimizer, optimizer_state)
         return int(stored["step"]), load_file(path / "extra.safetensors")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
@@ -118,13 +122,10 @@ class Best:
         self.file.unlink(missing_ok=True)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`number of the parameter.state` -> tensor."""
     state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{key}": value.detach().contiguous().cpu()
-        for index, entry in state.items()
-        for key, value in entry.items()
-    }
+    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -35,8 +35,9 @@ def ranks(folder: Path) -> list[dict[str, torch.Tensor]]:
     return [load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1)]
 
 
-def test_ranks_agree_explore_apart_and_survive_a_crash(tmp_path: Path) -> None:
-    launch(tmp_path / "whole", "-1")
+@pytest.mark.parametrize("how", [[], ["--fsdp"]], ids=["ddp", "fsdp2"])
+def test_ranks_agree_explore_apart_and_survive_a_crash(tmp_path: Path, how: list[str]) -> None:
+    launch(tmp_path / "whole", "-1", *how)
     first, second = ranks(tmp_path / "whole")
     assert torch.equal(first["logits"], second["logits"]) and first["logits"].abs().max() > 0
     assert torch.equal(first["choice"], second["choice"])
@@ -47,9 +48,9 @@ def test_ranks_agree_explore_apart_and_survive_a_crash(tmp_path: Path) -> None:
     assert not torch.equal(first["samples"][searching], second["samples"][searching])
     assert torch.equal(first["samples"][12:], second["samples"][12:])
 
-    assert launch(tmp_path / "crash", "10") != 0
+    assert launch(tmp_path / "crash", "10", *how) != 0
     assert [path.name for path in (tmp_path / "crash" / "state").glob("step-*")] == ["step-00000008"]
-    launch(tmp_path / "crash", "-1", "--resume")
+    launch(tmp_path / "crash", "-1", "--resume", *how)
     resumed = ranks(tmp_path / "crash")
     for before, after in zip((first, second), resumed, strict=True):
         for name in before:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 
 from fliqs_hf.cost import CostTable, Target, trace_layers
-from fliqs_hf.nn import make_searchable
+from fliqs_hf.nn import make_searchable, restore
 from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace
 from fliqs_hf.search.hook import SearchHook
 from fliqs_hf.training import TrainConfig, train
+from fliqs_hf.training.shards import is_sharded
 from tests.models import tiny
 from tests.training.test_loop import Blobs
 
@@ -33,9 +35,20 @@ class Recording(SearchHook):
         return [lambda pair=pair: self.switch.set(*pair) for pair in formats]
 
 
-def main(folder: Path, die_at: int, resume: bool) -> None:
+def shard(accelerator: Accelerator) -> None:
+    """What an accelerate config with FSDP2 does on GPUs; accelerate has no way to ask for it on CPUs."""
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["ViTLayer"],
+        cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+
+
+def main(folder: Path, die_at: int, resume: bool, sharded: bool) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
+    if sharded:
+        shard(accelerator)
     assert accelerator.num_processes == 2
     model, data = tiny("vit"), Blobs(80)
     layers = trace_layers(model)
@@ -47,12 +60,16 @@ def main(folder: Path, die_at: int, resume: bool) -> None:
     hook = Recording(search, make_searchable(model, space.formats))
     hook.die_at = die_at
     training = TrainConfig(max_steps=20, batch_size=8, learning_rate=1e-3, save_steps=4, logging_steps=2)
-    train(model, data, training, accelerator, hook=hook, state_folder=folder / "state", resume=resume)
+    trained = train(model, data, training, accelerator, hook=hook, state_folder=folder / "state", resume=resume)
+    assert not is_sharded(trained)
+    assert is_sharded(model) == sharded
+    restore(trained)
+    assert type(trained.vit.layers[0].mlp.fc1) is torch.nn.Linear
     choice = space.choice(search.finalize().allocation)
     tensors = {"logits": search.policy.logits.detach(), "choice": choice, "samples": torch.stack(hook.samples)}
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    weights = {f"model.{name}": tensor for name, tensor in trained.state_dict().items()}
     save_file(tensors | weights, folder / f"rank-{accelerator.process_index}.safetensors")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), "--resume" in sys.argv)
+    main(Path(sys.argv[1]), int(sys.argv[2]), "--resume" in sys.argv, "--fsdp" in sys.argv)
