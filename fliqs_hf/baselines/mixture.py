@@ -22,8 +22,8 @@ class Mixture:
     keeps its quantized input, quantized weight and output for the backward pass: K times what one format keeps. As in
     a one-shot search, layers that read the same tensor share its quantized copies.
 
-    Source: DNAS (Wu et al. 2018), equation 6, and EdMIPS (Cai and Vasconcelos 2020), section 3, with one mixture for
-    the weight and the input of a layer.
+    Source: DNAS (Wu et al. 2018) and EdMIPS (Cai and Vasconcelos 2020), with one mixture for the weight and the input
+    of a layer.
 
     Attributes:
         probabilities: of the next forward pass, [D][K] scalars. None: layers have the formats of their switch.

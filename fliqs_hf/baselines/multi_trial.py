@@ -78,8 +78,7 @@ def multi_trial(
     Raises: ConfigError: bad `trials` or `sampler`, or Optuna is not installed. TargetError: no allocation meets the
         target. TrainingError: a score is not finite, or the journal cannot be written. CheckpointError: the journal
         is damaged, or of a search with other settings.
-    Source: the multi-trial searches that FLIQS is compared with (Dotzel et al. 2024, section 2); Optuna: Akiba et al.
-        2019; the estimator: Bergstra et al. 2011.
+    Source: Optuna, Akiba et al. 2019; its estimator, Bergstra et al. 2011.
     """
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise ConfigError(f"trials={trials!r} must be a whole number of at least 1")

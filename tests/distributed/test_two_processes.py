@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.distributed
 
 
-def launch(folder: Path, *arguments: str) -> int:
+def launch(folder: Path, *arguments: str, worker: str = "worker") -> int:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.distributed.worker", str(folder), *arguments]
+    command += ["-m", f"tests.distributed.{worker}", str(folder), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    if arguments[0] == "-1" and run.returncode:
+    if arguments[:1] in ((), ("-1",)) and run.returncode:
         raise AssertionError(run.stderr[-3000:])
     return run.returncode
 
@@ -85,3 +85,11 @@ def test_the_recipe_stops_and_goes_on_in_two_processes(tmp_path: Path) -> None:
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output[-3000:]
     assert result_bytes(tmp_path / "run") == result_bytes(tmp_path / "whole")
+
+
+def test_a_differentiable_search_has_one_result(tmp_path: Path) -> None:
+    launch(tmp_path, worker="mixing_worker")
+    first, second = ranks(tmp_path)
+    assert (first["logits"] != 0).any()
+    assert not torch.equal(first.pop("mixed by"), second.pop("mixed by"))  # each rank has Gumbel noise of its own
+    assert all(torch.equal(first[name], second[name]) for name in first)
