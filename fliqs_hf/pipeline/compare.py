@@ -120,7 +120,7 @@ class Comparison:
                 choose = lambda: self.fixed_training(allocation, steps, method, seed)  # noqa: E731
             chosen = choose()
             seconds = time.perf_counter() - start
-        if name.startswith("search") and self.search_config(name).prior == "fisher":
+        if name.startswith("search") and search_config(name).prior == "fisher":
             spent = self.sensitivity("fisher", seed)[1]
         accuracy = evaluate(self.model, self.eval, self.accelerator)
         restore(self.model)
@@ -199,7 +199,7 @@ class Comparison:
         return allocation
 
     def one_shot(self, name: str, target: Target, seed: int) -> Allocation:
-        config = self.search_config(name)
+        config = search_config(name)
         steps, device = self.arguments.max_steps, self.accelerator.device
         search = OneShotSearch(self.space, self.table, target, config, steps, seed=seed, device=device)
         if config.prior == "fisher":
@@ -236,17 +236,19 @@ class Comparison:
             max_steps=steps, batch_size=a.batch_size, learning_rate=a.learning_rate, seed=seed, quality=quality
         )
 
-    def search_config(self, method: str) -> SearchConfig:
-        names = {"x": "samples_per_step", "h": "prior_entropy", "k": "prior_strength", "l": "policy_learning_rate"}
-        changes: dict[str, Any] = {}
-        try:
-            for part in method.split("-")[1:]:
-                name = names.get(part[0], "explore_fraction")
-                value = float(part.lstrip("xhkl"))
-                changes[name] = int(value) if name == "samples_per_step" else value
-        except (ValueError, IndexError) as error:
-            raise ConfigError(f"unknown method {method!r}; --help lists them") from error
-        return SearchConfig.preset("paper" if method == "paper" else "default", **changes)
+
+def search_config(method: str) -> SearchConfig:
+    """The configuration that a method's name means. Raises: ConfigError: it means none."""
+    names = {"x": "samples_per_step", "h": "prior_entropy", "k": "prior_strength", "l": "policy_learning_rate"}
+    changes: dict[str, Any] = {}
+    try:
+        for part in method.split("-")[1:]:
+            name = names.get(part[0], "explore_fraction")
+            value = float(part.lstrip("xhkl"))
+            changes[name] = int(value) if name == "samples_per_step" else value
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"unknown method {method!r}; --help lists them") from error
+    return SearchConfig.preset("paper" if method == "paper" else "default", **changes)
 
 
 def check_methods(methods: list[str]) -> None:
@@ -254,9 +256,11 @@ def check_methods(methods: list[str]) -> None:
     for method in methods:
         name = method.removeprefix("ptq-")
         chosen_untrained = name in (*UNIFORM, *SCORES, "random", "random-no-int2")
-        trained = method in TRAINED or method.partition("-")[0] in ("search", "paper")
-        if not (chosen_untrained or trained):
+        if chosen_untrained or method in TRAINED:
+            continue
+        if method.partition("-")[0] not in ("search", "paper"):
             raise ConfigError(f"unknown method {method!r}; --help lists them")
+        search_config(method)
 
 
 def parser(command: str) -> argparse.ArgumentParser:
@@ -299,6 +303,8 @@ def main(argv: list[str], command: str = "fliqs-hf compare") -> None:
         # uniform models have whole bits
         and (bits in FLOATS or method.removeprefix("ptq-") not in UNIFORM)
     ]
+    if not todo and not lines:
+        raise ConfigError(f"nothing to compare: {', '.join(arguments.methods)} exist for whole bits only")
     if todo:
         comparison = Comparison(arguments)
         with arguments.output.open("a", newline="") as file:

@@ -1,0 +1,109 @@
+"""The comparison: every method runs at the target, costs are recomputed, what is done is not done again."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from fliqs_hf.errors import ConfigError
+from fliqs_hf.pipeline import compare
+from fliqs_hf.pipeline.compare_summary import markdown, summarise, write_summary
+
+METHODS = [
+    "uniform-int", "uniform-fp", "manual", "random", "random-no-int2", "loss-delta", "fisher", "elementwise",
+    "hessian", "ptq-fisher", "differentiable", "gumbel", "multi-trial-random", "multi-trial-optuna", "search",
+    "search-0.1-x2", "paper",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("fp32")
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
+        num_labels=10,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
+def arguments(fp32: Path, output: Path, *methods: str) -> list[str]:
+    return [
+        str(fp32), "--dataset_name", "digits", "--use_cpu", "--seeds", "0", "--target_bits", "4", "--max_steps", "3",
+        "--batch_size", "8", "--prior_images", "16", "--trials", "2", "--max_train_samples", "64",
+        "--max_eval_samples", "32", "--output", str(output), "--methods", *methods,
+    ]  # fmt: skip
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")))
+
+
+def test_every_method_runs_at_the_target(
+    fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
+    compare.main(arguments(fp32, output, *METHODS))
+    found = {row["method"]: row for row in rows(output)}
+    assert list(found) == METHODS
+    for name, row in found.items():
+        if name != "manual":  # people do not aim
+            assert 0.98 - 1e-9 <= float(row["cost_ratio"]) <= 1.02, name
+        assert row["steps"] == ("0" if name.startswith("ptq-") else "3")
+        assert 0 <= float(row["top1"]) <= 1
+    assert float(found["manual"]["cost_ratio"]) > 1
+    assert found["uniform-int"]["allocation"].endswith("W int4 / A int4")
+    text = output.read_text()
+    assert "--target_bits 4" in text.splitlines()[0]
+    assert "torch" in text.splitlines()[1]
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.jsonl"))
+
+    ran: list[Any] = []
+    original = compare.Comparison.run
+    monkeypatch.setattr(compare.Comparison, "run", lambda self, *a: ran.append(a) or original(self, *a))
+    compare.main(arguments(fp32, output, "uniform-int", "ptq-uniform-fp", "fisher"))
+    assert ran == [("ptq-uniform-fp", 4.0, 0)]
+    assert len(rows(output)) == len(METHODS) + 1
+    assert "| 4 | ptq-uniform-fp |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["serach", "search-abc", "ptq-search", "fisher-0.3"])
+def test_unknown_methods_are_refused_before_anything_runs(fp32: Path, tmp_path: Path, method: str) -> None:
+    with pytest.raises(ConfigError, match="unknown method"):
+        compare.main(arguments(fp32, tmp_path / "out.csv", "uniform-int", method))
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_uniform_models_have_whole_bits(fp32: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="whole bits"):
+        compare.main([*arguments(fp32, tmp_path / "out.csv", "uniform-int"), "--target_bits", "2.5"])
+
+
+def test_the_summary_is_mean_and_sample_deviation(tmp_path: Path) -> None:
+    file = tmp_path / "r.csv"
+    head = ",".join(compare.COLUMNS)
+    lines = ["# fp32: top1 0.9000, loss 0.1, 10 images", head]
+    lines += [
+        "a,3,0,0.5,1.0,1.0,4,2.0,10,x",
+        "# another command",
+        "a,3,1,0.7,2.0,0.98,4,4.0,,x",
+        "b,3,0,0.9,0.5,1,4,1,5,x",
+    ]
+    file.write_text("\n".join(lines) + "\n")
+    fp32, (b, a) = summarise(file)
+    assert fp32 == 0.9
+    assert (a["top1"], a["loss"], a["cost"], a["seconds"], a["peak"], a["seeds"]) == (0.6, 1.5, 0.99, 3.0, 10.0, 2)
+    assert a["std"] == pytest.approx(0.02**0.5, rel=1e-12)  # float64 rounding
+    assert (b["method"], b["std"]) == ("b", None)
+    text = markdown(fp32, [b, a])
+    assert "| 3 | b | 90.00 | 0.500 | 1.000 | 1 | 5 | 1 |" in text
+    assert "| 3 | a | 60.00 ± 14.14 |" in text
+    assert write_summary(file) == text == (tmp_path / "r.md").read_text()
