@@ -181,13 +181,15 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start) -> dict[s
     if start.sensitivity is not None:
         search.start_from(start.sensitivity.decision_scores)
     accelerator.wait_for_everyone()
+    first = 0
     if accelerator.is_main_process:
         if not args.resume:
             run.clear()
         saved = states(run.state)
+        first = int(saved[-1].name.removeprefix("step-")) if saved else 0
         run.configure(job.settings, job.search)
         run.begin(start.layers, start.space, start.sensitivity)
-        run.forget_after(int(saved[-1].name.removeprefix("step-")) if saved else 0)
+        run.forget_after(first)
 
     def on_log(entry: dict[str, Any]) -> None:
         run.append({**entry, "phase": search.phase(entry["step"] - 1)})
@@ -211,6 +213,8 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start) -> dict[s
         "checkpoint_bytes": sum(file.stat().st_size for file in run.checkpoint.glob("*.safetensors")),
         "fp32_bytes": start.fp32_bytes,
         "seconds": seconds,
+        "seconds_per_step": seconds / max(1, job.steps - first),
+        "sensitivity_seconds": start.sensitivity.seconds if start.sensitivity is not None else None,
         "repaired": final.repaired,
         "argmax_cost_ratio": final.argmax_cost_ratio,
     }  # fmt: skip
@@ -309,6 +313,9 @@ def summary(result: dict[str, Any]) -> str:
         for name, other in accuracy.items()
         if name.startswith("uniform_")
     ]
+    if result["sensitivity_seconds"] is not None:
+        spent, step = result["sensitivity_seconds"], result["seconds_per_step"]
+        lines.append(f"sensitivity     {spent:9.1f} s, as long as {spent / step:.0f} steps of this search")
     if result["repaired"]:
         lines.insert(
             0,

@@ -52,7 +52,8 @@ class SearchConfig:
     #: Weight of (E[C]/C_target − 1)², whose gradient is exact: the paper's cost term on samples is 6 to 12 times as
     #: noisy as the quality signal.
     cost_weight: float = 1.0
-    #: Allocations per step and rank, each a forward and backward pass over the same batch.
+    #: Allocations per step and rank on the same batch: the first trains the weights, each further one adds a forward
+    #: pass that is only compared with it.
     samples_per_step: int = 1
     #: What a reward is compared with. `leave_one_out`: the mean of the other allocations on the same batch, or, with
     #: one per rank, of the other ranks in the same step; with a single allocation per step there are no others, and

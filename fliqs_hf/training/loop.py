@@ -42,7 +42,8 @@ class StepHook(Protocol):
     """What a search does around a training step."""
 
     def begin_step(self, step: int) -> list[Callable[[], None]]:
-        """One callable per forward pass, each of which sets the formats of that pass."""
+        """One callable per forward pass, each of which sets the formats of that pass. The first pass trains the
+        weights; the others only measure a quality, on the same images, without a backward pass."""
         ...
 
     def end_step(self, step: int, quality: Tensor) -> dict[str, Tensor]:
@@ -275,8 +276,9 @@ def _step(
                 imitated = teacher(images).logits.float().softmax(-1)
         for index, set_formats in enumerate(passes):
             set_formats()
-            last = m == micro - 1 and index == len(passes) - 1
-            with _synchronised(accelerator, model, last):
+            # The first pass trains; the others are there to be compared with it, and need no gradient.
+            training = nullcontext() if index == 0 else torch.no_grad()
+            with training, _synchronised(accelerator, model, index > 0 or m == micro - 1):
                 with accelerator.autocast():
                     logits = model(images).logits
                 logits = logits.float()
@@ -284,17 +286,19 @@ def _step(
                 if imitated is not None:
                     imitation = functional.cross_entropy(logits, imitated)
                     loss = (1 - config.distill_weight) * loss + config.distill_weight * imitation
-                accelerator.backward(loss / (micro * len(passes)))
+                if index == 0:
+                    accelerator.backward(loss / micro)
             with torch.no_grad():
                 measured = -loss if config.quality == "loss" else (logits.argmax(-1) == labels).float().mean()
                 quality[index] += measured / micro
-                losses += loss / (micro * len(passes))
+                if index == 0:
+                    losses += loss / micro
     return losses, quality
 
 
 @contextmanager
 def _synchronised(accelerator: Any, model: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are reduced over processes with the last backward pass of a step only."""
+    """Gradients are reduced over processes with the last backward pass of a step (`last`) only."""
     if last:
         yield
     else:

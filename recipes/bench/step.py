@@ -31,7 +31,8 @@ from fliqs_hf.formats import COMMON
 from fliqs_hf.nn import format_switch, quantizable_layers
 
 UNIFORM = ("int4", "e2m1", "e4m3", "int8")
-CASES = ("fp32", *UNIFORM, "search")
+#: "search": other formats at each step. "pairs": two allocations per step, the second without a backward pass.
+CASES = ("fp32", *UNIFORM, "search", "pairs")
 
 
 def build(path: str, case: str) -> torch.nn.Module:
@@ -39,12 +40,14 @@ def build(path: str, case: str) -> torch.nn.Module:
     if case == "fp32":
         return model
     layers = trace_layers(model)
-    formats = [case] if case != "search" else [fmt.name for fmt in COMMON if fmt.bits <= 8]
+    formats = [case] if case in UNIFORM else [fmt.name for fmt in COMMON if fmt.bits <= 8]
     make_searchable(model, formats, input_groups={layer.name: layer.input_group for layer in layers})
     return model
 
 
-def step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
+def step(
+    model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, case: str
+) -> None:
     try:
         switch = format_switch(model)
     except ValueError:
@@ -53,6 +56,9 @@ def step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, gen
         index = torch.randint(len(switch.formats), (1,), generator=generator).expand(len(switch.names))
         switch.set(index, index)
     model(images, labels=labels).loss.backward()
+    if case == "pairs":
+        with torch.no_grad():
+            model(images, labels=labels)
     for parameter in model.parameters():
         parameter.grad = None
 
@@ -86,7 +92,7 @@ def measure_peak(path: str, case: str, images: torch.Tensor, labels: torch.Tenso
     generator = torch.Generator().manual_seed(0)
     before = resident_peak()
     for _ in range(3):
-        step(model, images, labels, generator)
+        step(model, images, labels, generator, case)
     return resident_peak() - before
 
 
@@ -151,7 +157,7 @@ def main() -> None:
     for round_ in range(arguments.rounds + 1):
         for case, model in models.items():
             start = time.perf_counter()
-            step(model, images, labels, generator)
+            step(model, images, labels, generator, case)
             if round_:  # the first round warms up
                 times[case].append(time.perf_counter() - start)
     saved = {case: saved_bytes(model, images, labels) for case, model in models.items()}
@@ -159,12 +165,14 @@ def main() -> None:
     ratio = {
         case: statistics.median(t / base for t, base in zip(times[case], times["fp32"], strict=True)) for case in CASES
     }
+    uniform = statistics.median(ratio[case] for case in UNIFORM)
     result = {
         "command": " ".join(["python", "recipes/bench/step.py", *sys.argv[1:]]),
         "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "fp32_step_s": statistics.median(times["fp32"]),
         "step_over_fp32": ratio,
+        "step_over_uniform_qat": {case: ratio[case] / uniform for case in ("search", "pairs")},
         "saved_activations_over_fp32": {case: saved[case] / saved["fp32"] for case in CASES},
         "peak_over_fp32": {case: peaks[case] / peaks["fp32"] for case in CASES},
         "search_peak_over_uniform_qat": peaks["search"] / peaks["e4m3"],

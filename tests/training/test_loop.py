@@ -283,3 +283,51 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(accelerator: Acce
 def test_bad_settings_are_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         config(**changes)
+
+
+class TwoPasses:
+    """Says which pass is running, and keeps the qualities. Implements `StepHook`."""
+
+    def __init__(self, passes: int) -> None:
+        self.passes, self.running = passes, -1
+        self.qualities: list[torch.Tensor] = []
+
+    def begin_step(self, step: int) -> list[Any]:
+        def setter(number: int) -> Any:
+            return lambda: setattr(self, "running", number)
+
+        return [setter(number) for number in range(self.passes)]
+
+    def end_step(self, step: int, quality: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.qualities.append(quality)
+        return {}
+
+    def settled(self, step: int) -> bool:
+        return False
+
+    def log(self, step: int) -> None: ...
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_further_passes_of_a_step_are_measured_and_not_trained_with(accelerator: Accelerator, micro: int) -> None:
+    """Weights end as with one pass; each pass has its quality; no gradient is kept for a pass that has none."""
+    ends, hooks, grad_modes = [], [], []
+    for passes in (1, 3):
+        model, hook = tiny("vit"), TwoPasses(passes)
+        modes: list[tuple[int, bool]] = []
+        model.classifier.register_forward_hook(
+            lambda *_, modes=modes, hook=hook: modes.append((hook.running, torch.is_grad_enabled()))
+        )
+        train(model, Blobs(40), config(max_steps=2, gradient_accumulation_steps=micro), accelerator, hook=hook)
+        ends.append(weights(model))
+        hooks.append(hook)
+        grad_modes.append(modes)
+    assert same(*ends)
+    assert grad_modes[1] == [(0, True), (1, False), (2, False)] * micro * 2
+    for one, three in zip(hooks[0].qualities, hooks[1].qualities, strict=True):
+        assert torch.equal(three, one.expand(3))  # here all passes compute the same
