@@ -32,10 +32,8 @@ class Parser(argparse.ArgumentParser):
     """Accepts no abbreviations, which a typo could be. With `pass_through` it leaves every argument to the command."""
 
     def __init__(self, *args: Any, pass_through: bool = False, **kwargs: Any) -> None:
-        super().__init__(
-            *args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-            **{"add_help": not pass_through, **kwargs},
-        )  # fmt: skip
+        settings: dict[str, Any] = {"add_help": not pass_through, "allow_abbrev": False, **kwargs}
+        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
         self.pass_through = pass_through
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
