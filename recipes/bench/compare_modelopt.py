@@ -171,7 +171,6 @@ def compare(arguments: argparse.Namespace) -> None:
     from fliqs_hf.search import SearchSpace, best_choice, fisher_scores
     from fliqs_hf.search.run import versions
 
-    found = json.loads((arguments.folder / "modelopt.json").read_text(encoding="utf-8"))
     calibration, test = (load_file(arguments.folder / f"{name}.safetensors") for name in ("calibration", "test"))
     data = batches(calibration["images"], calibration["labels"], arguments.batch_size)
     model = AutoModelForImageClassification.from_pretrained(arguments.model).eval()
@@ -185,6 +184,7 @@ def compare(arguments: argparse.Namespace) -> None:
     ):
         start = time.perf_counter()
         scores[name] = score(model, data, lambda x: model(x).logits, space), round(time.perf_counter() - start, 1)
+    found = json.loads((arguments.folder / "modelopt.json").read_text(encoding="utf-8"))
     fp32 = logits_of(model, test["images"])
     reference = measures(fp32, test["labels"], fp32)
     groups = {layer.name: layer.input_group for layer in layers}
