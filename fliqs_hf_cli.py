@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
         return _failed(args, f"{type(error).__name__}: {error}", 2)
     except ImportError as error:
         return _failed(args, f"{error}; install what is missing, e.g. pip install 'fliqs-hf[report]'", 2)
-    except KeyboardInterrupt:
-        return _failed(args, "interrupted", 130)
+    except KeyboardInterrupt as stop:
+        return _failed(args, str(stop) or "interrupted; search and compare go on where they were", 130)
     return status
 
 
@@ -188,7 +188,7 @@ def _quantize(parser: Parser) -> None:
         "--calibration", metavar="DATASET", help="images for the sensitivity: Hub id, folder or 'digits'"
     )
     parser.add_argument("--calibration_split", default="train")
-    parser.add_argument("--calibration_images", type=int, default=1536, help="how many (default: %(default)s)")
+    parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label",
                         help="if there is no such column, the model's own answers are the labels")  # fmt: skip

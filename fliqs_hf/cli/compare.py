@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from fliqs_hf.pipeline.compare import script
+from fliqs_hf.cli.output import pass_through
+from fliqs_hf.pipeline.compare import main
 
 
 def compare(args: argparse.Namespace) -> int:
-    return script(args.rest, "fliqs-hf compare")
+    return pass_through(args, main)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 
@@ -30,3 +33,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _number(cell: str) -> bool:
     return bool(cell) and cell[0].isdigit()
+
+
+def pass_through(args: argparse.Namespace, job: Callable[[list[str]], Any]) -> int:
+    """Run a job that has a parser of its own. With --json among its arguments, what it prints goes to stderr, and
+    what it returns to stdout."""
+    rest = [argument for argument in args.rest if argument != "--json"]
+    args.json = len(rest) < len(args.rest)
+    if not args.json:
+        job(rest)
+        return 0
+    with redirect_stdout(sys.stderr):
+        data = job(rest)
+    answer(True, data, "")
+    return 0

@@ -55,7 +55,7 @@ from fliqs_hf.baselines import (
 from fliqs_hf.cost import CostTable, Target, bops, trace_layers
 from fliqs_hf.errors import ConfigError, FliqsError
 from fliqs_hf.nn import make_searchable, restore
-from fliqs_hf.pipeline.compare_summary import write_summary
+from fliqs_hf.pipeline.compare_summary import summarise, write_summary
 from fliqs_hf.report.comparison import peak_memory
 from fliqs_hf.report.validate import processor_name
 from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace, choice_at_target, fisher_scores
@@ -285,8 +285,12 @@ def parser(command: str) -> argparse.ArgumentParser:
     return made
 
 
-def main(argv: list[str], command: str = "fliqs-hf compare") -> None:
-    """Raises: FliqsError: a method, target, model or data set that does not work."""
+def main(argv: list[str], command: str = "fliqs-hf compare") -> list[dict[str, Any]]:
+    """Parse and run.
+
+    Returns: the summary, a row per target and method.
+    Raises: FliqsError: a method, target, model or data set that does not work.
+    """
     arguments = parser(command).parse_args(argv)
     check_methods(arguments.methods)
     hf_logging.disable_progress_bar()
@@ -319,6 +323,7 @@ def main(argv: list[str], command: str = "fliqs-hf compare") -> None:
                 file.flush()
                 print({key: row[key] for key in COLUMNS[:9]}, flush=True)
     print(write_summary(arguments.output))
+    return summarise(arguments.output)[1]
 
 
 def provenance() -> dict[str, Any]:

@@ -52,8 +52,12 @@ class Start:
     uniform: list[str]
 
 
-def main(argv: list[str] | None = None, description: str | None = None) -> None:
-    """Parse and run. Raises: FliqsError: anything that is wrong with arguments, data, model or run folder."""
+def main(argv: list[str] | None = None, description: str | None = None) -> list[dict[str, Any]]:
+    """Parse and run.
+
+    Returns: `results.json` of every target, with its `run` folder.
+    Raises: FliqsError: anything that is wrong with arguments, data, model or run folder.
+    """
     parts = parse(sys.argv[1:] if argv is None else argv, description or __doc__)
     targets, uniform = targets_of(parts[3]), uniform_formats(parts[3])
     job = load(*parts)
@@ -81,12 +85,13 @@ def main(argv: list[str] | None = None, description: str | None = None) -> None:
     results = []
     for target in targets:
         run = folder if len(targets) == 1 else RunFolder(folder.path / f"{target.kind}-{target.value:g}")
-        results.append(search_for(job, run, target, start))
+        results.append({**search_for(job, run, target, start), "run": str(run.path)})
         if job.args.push_to_hub and job.accelerator.is_main_process:
             push(job.args, run, target if len(targets) > 1 else None)
     if len(targets) > 1 and job.accelerator.is_main_process:
         print(f"\n{write_front(folder, results, fp32)}")
     job.accelerator.end_training()
+    return results
 
 
 def script(argv: list[str] | None = None, description: str | None = None) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
@@ -21,6 +22,7 @@ from fliqs_hf_cli import main
 from tests.hf.runs import write_run
 from tests.hub_server import HubServer
 from tests.models import images, tiny
+from tests.recipes.test_vit import write as write_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -215,5 +217,29 @@ def test_search_is_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         main(["search", "--help"])
     assert done.value.code == 0
     assert "--target_bits" in capsys.readouterr().out
+    failed = answer(capsys, "search", "--target_bit", "4", status=2)
+    assert "unknown argument '--target_bit'" in failed["error"]
     assert main(["search", "--target_bit", "4"]) == 2
     assert "did you mean 'target_bits'" in capsys.readouterr().err
+
+
+def test_search_and_compare_answer_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = write_settings(tmp_path, finetune_steps=2, max_steps=2)
+    (result,) = answer(capsys, "search", str(settings))
+    assert result["run"] == str(tmp_path / "run")
+    assert result["accuracy"]["searched"]["n"] == 64
+    arguments = [
+        "--dataset_name",
+        "digits",
+        "--use_cpu",
+        "--methods",
+        "uniform-int",
+        "--target_bits",
+        "4",
+        "--seeds",
+        "0",
+    ]
+    arguments += ["--max_steps", "1", "--max_eval_samples", "16", "--output", str(tmp_path / "out.csv")]
+    (row,) = answer(capsys, "compare", str(tmp_path / "run" / "fp32"), *arguments)
+    assert (row["method"], row["bits"], row["cost"], row["seeds"]) == ("uniform-int", 4.0, 1.0, 1)
