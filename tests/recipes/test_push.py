@@ -36,6 +36,7 @@ def test_the_recipe_publishes_its_run(tmp_path: Path) -> None:
         assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "allocation.json"} <= set(
             published
         )
+        assert {"report.html", "figures/allocation.png"} <= set(published)
         loading = [sys.executable, "-c", LOAD, "user/digits", str(torch.get_num_threads())]
         subprocess.run(loading, cwd=tmp_path, env=environment, check=True)
     local = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "checkpoint")
