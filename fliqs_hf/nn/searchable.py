@@ -24,7 +24,7 @@ WEIGHT, ACTIVATION = 0, 1
 class QuantizerSettings:
     """How scales are made; the formats themselves are in an `Allocation`.
 
-    `activation_granularity="static"` is one number per layer, of packed layers only: `fliqs_hf.ptq.calibrate` finds it.
+    `activation_granularity="static"` is of packed layers only: one number per layer, from `fliqs_hf.ptq.calibrate`.
 
     Raises: FormatError: a setting that does not exist.
     """

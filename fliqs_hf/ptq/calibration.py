@@ -213,13 +213,18 @@ def _pack(packed: _Packed, name: str, layer: nn.Module, x: Tensor, mean: Tensor 
     if mean is not None and packed.bias is not None:
         shift = mean - _channel_mean(layer, output)
         packed.bias = nn.Parameter((packed.bias.double() + shift).to(packed.bias.dtype), packed.bias.requires_grad)
-        output = packed(x)
+        output += shift.to(output.dtype).view(-1, *[1] * (output.dim() - 1 - _channel(layer, output)))
     return output
+
+
+def _channel(layer: nn.Module, output: Tensor) -> int:
+    """The dimension of the output channels."""
+    return 1 if isinstance(layer, nn.Conv2d) else output.dim() - 1
 
 
 def _channel_mean(layer: nn.Module, output: Tensor) -> Tensor:
     """Mean of every output channel over images and positions, float64 [out]."""
-    channel = 1 if isinstance(layer, nn.Conv2d) else output.dim() - 1
+    channel = _channel(layer, output)
     return output.mean([dim for dim in range(output.dim()) if dim != channel], dtype=torch.float64)
 
 

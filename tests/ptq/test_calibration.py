@@ -299,7 +299,7 @@ def test_a_layer_that_is_called_twice_is_named() -> None:
     model = tiny("vit")
     forward = model.vit.forward
     model.vit.forward = lambda *args, **kwargs: (forward(*args, **kwargs), forward(*args, **kwargs))[1]
-    with pytest.raises(DataError, match="more than once.*leave it out"):
+    with pytest.raises(DataError, match=r"more than once.*leave it out"):
         calibrate(model, uniform(model), [images()])
 
 
@@ -307,7 +307,7 @@ def test_layers_that_no_image_reaches() -> None:
     model = tiny("vit")
     model.unused = nn.Linear(4, 4)
     allocation = uniform(model)
-    with pytest.raises(DataError, match="'unused'.*leave it out"):
+    with pytest.raises(DataError, match=r"'unused'.*leave it out"):
         calibrate(model, allocation, [images()], activations="absmax")
     calibrate(model, allocation, [images()])
     assert "unused" in packed_layers(model)
