@@ -4,7 +4,8 @@
         --calibration 256 --output recipes/bench/results/ptq-deit-tiny.csv
 
 A seeded part of the images calibrates, the others are reported on. Every Linear and Conv2d is quantized, weights and
-inputs alike. Rows that the CSV has already are not run again. INT4, where most is at stake, gets every case.
+inputs alike, or as weight/input says. Rows that the CSV has already are not run again. INT4, where most is at stake,
+gets every case.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
 TABLE = {
     "int4": tuple(CASES),
     "e2m1": (*list(CASES)[:5], "gptq + bias, static mse"),
+    "int4/int8": tuple(CASES)[:6],
     **dict.fromkeys(
         ("int8", "int6", "e4m3", "e2m3"), ("nearest, absmax scale", "gptq + bias", "gptq + bias, static mse")
     ),
@@ -96,7 +98,8 @@ def main() -> None:
                 continue
             model = AutoModelForImageClassification.from_pretrained(arguments.model)
             start = time.perf_counter()
-            calibrate(model, Allocation.uniform(quantizable_layers(model), fmt), given.split(32), **CASES[case])
+            allocation = Allocation.uniform(quantizable_layers(model), *fmt.split("/"))
+            calibrate(model, allocation, given.split(32), **CASES[case])
             seconds = time.perf_counter() - start
             found = predict(model, images)
             accuracy, agreement = (float((found == other).float().mean()) for other in (labels, reference))
