@@ -311,3 +311,10 @@ def test_layers_that_no_image_reaches() -> None:
         calibrate(model, allocation, [images()], activations="absmax")
     calibrate(model, allocation, [images()])
     assert "unused" in packed_layers(model)
+
+
+def test_a_bfloat16_model_keeps_its_dtype() -> None:
+    model = tiny("vit").to(torch.bfloat16)
+    calibrate(model, uniform(model), [images()], activations="percentile")
+    assert logits(model).dtype == torch.bfloat16 and logits(model).isfinite().all()
+    assert all(layer.input_scale.dtype == torch.float32 for layer in packed_layers(model).values())
