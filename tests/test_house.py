@@ -24,7 +24,7 @@ LEVELS = {
     "nn": 2, "cost": 2,
     "training": 3,
     "search": 4,
-    "baselines": 5, "hf": 5,
+    "baselines": 5, "hf": 5, "ptq": 5,
     "report": 6,
     "pipeline": 7,
     "cli": 8,

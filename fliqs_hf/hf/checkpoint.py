@@ -75,7 +75,13 @@ def _check_tensor(name: str, expected: torch.Tensor, shape: list[int], dtype: st
         raise CheckpointError(
             f"{name}: the checkpoint has shape {tuple(shape)}, the configured formats need {tuple(expected.shape)}"
         )
-    wanted = {"U8"} if expected.dtype == torch.uint8 else {"F32"} if name.endswith(".weight_scale") else _FLOATS
+    wanted = (
+        {"U8"}
+        if expected.dtype == torch.uint8
+        else {"F32"}
+        if name.endswith((".weight_scale", ".input_scale"))
+        else _FLOATS
+    )
     if (expected.is_floating_point() or expected.dtype == torch.uint8) and dtype not in wanted:
         raise CheckpointError(f"{name}: the checkpoint has type {dtype}, expected {' or '.join(sorted(wanted))}")
 

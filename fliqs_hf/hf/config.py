@@ -44,7 +44,8 @@ class FLIQSConfig(QuantizationConfigMixin):
         search_space: formats to choose from, or the name of a space ("fliqs-s-int", "mixed", …).
         weight_granularity: "per_channel" (output channels) or "per_tensor".
         weight_scale: "absmax", or "mse" for the scale with the least squared error.
-        activation_granularity: "per_token" (per image in convolutions) or "per_tensor" over the whole batch.
+        activation_granularity: "per_token" (per image in convolutions), "per_tensor" over the whole batch, or
+            "static", one number per layer, which only a checkpoint of `fliqs_hf.ptq.calibrate` has.
         format_version: of the checkpoint layout; set by the library.
 
     Raises: ConfigError, FormatError, AllocationError: an unknown argument or a bad value, which they name.
@@ -89,7 +90,9 @@ class FLIQSConfig(QuantizationConfigMixin):
             _override(pattern, value, LayerFormats.of(self.weight_format, self.activation_format))
         if isinstance(self.modules_to_not_convert, str):
             raise ConfigError(f"modules_to_not_convert={self.modules_to_not_convert!r}: give a list of patterns")
-        self.settings  # noqa: B018 - validates
+        settings = self.settings  # validates
+        if self.allocation is None:
+            settings.require_dynamic()
 
     @property
     def settings(self) -> QuantizerSettings:

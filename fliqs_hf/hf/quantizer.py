@@ -51,6 +51,8 @@ class FLIQSHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if self.searchable:
             return
+        if not self.pre_quantized:
+            config.settings.require_dynamic()
         self.allocation = config.resolve(model)
         layers = dict(model.named_modules())
         if self.pre_quantized:
@@ -75,7 +77,7 @@ class FLIQSHfQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         names = [*converter.target_patterns]
-        if not self.searchable and any(name.endswith(".weight_scale") for name in names):
+        if not self.searchable and any(name.endswith((".weight_scale", ".input_scale")) for name in names):
             return torch.float32
         return super().get_new_dtype(converter, param, dtype)
 
@@ -205,12 +207,25 @@ def quantize(model: Any, config: FLIQSConfig | Allocation) -> Any:
         config = FLIQSConfig(allocation=config)
     if config.search_space is not None:
         raise ConfigError("quantize packs a model; a search_space needs a searchable one: use make_searchable")
-    if packed_layers(model):
-        raise ConfigError("the model is packed already; call model.dequantize() first")
+    refuse_packed(model)
     allocation = config.resolve(model)
     pack_model(model, allocation, config.settings)
-    quantizer = FLIQSHfQuantizer(packed_config(config, allocation), pre_quantized=True)
-    quantizer.allocation = allocation
+    return declare_packed(model, packed_config(config, allocation))
+
+
+def refuse_packed(model: Any) -> None:
+    """Raises: ConfigError: the model has packed layers."""
+    if packed_layers(model):
+        raise ConfigError("the model is packed already; call model.dequantize() first")
+
+
+def declare_packed(model: Any, config: FLIQSConfig) -> Any:
+    """Tell Transformers that the layers of `model` are packed as `config` says, so that it can be saved.
+
+    Returns: `model`, in evaluation mode.
+    """
+    quantizer = FLIQSHfQuantizer(config, pre_quantized=True)
+    quantizer.allocation = config.allocation
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized, model.quantization_method, model.config._is_quantized = True, METHOD, True

@@ -18,7 +18,7 @@ from fliqs_hf.formats.packing import pack, packed_bytes, unpack
 from fliqs_hf.formats.rounding import decode, encode
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.quant import quantize_activation
-from fliqs_hf.quant.fake import round_to_grid
+from fliqs_hf.quant.fake import fake_quantize, round_to_grid
 from fliqs_hf.quant.scale import format_data, weight_scale
 
 
@@ -28,13 +28,17 @@ class _Packed(nn.Module):
     Buffers:
         weight_codes: uint8 [`packed_bytes(weight_numel, bits)`], see `formats/packing.py` for the layout.
         weight_scale: float32, [out] per channel or [1] per tensor; absent where the format is used unscaled (BF16).
-            It stays float32 whatever the model is cast to.
+        input_scale: float32 [1], what one code step of the input is worth; only where input scales are static. NaN
+            until it is calibrated or loaded, so that nothing runs on a scale that nobody has chosen.
+
+    The scales stay float32 whatever the model is cast to.
     """
 
     is_fliqs_layer = True
     kind: str
     weight_codes: Tensor
     weight_scale: Tensor | None
+    input_scale: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -60,12 +64,19 @@ class _Packed(nn.Module):
             "weight_scale",
             torch.ones(scales, dtype=torch.float32, device=device) if formats.weight.is_scaled else None,
         )
+        static = settings.activation_granularity == "static" and formats.activation and formats.activation.is_scaled
+        self.register_buffer(
+            "input_scale", torch.full((1,), torch.nan, dtype=torch.float32, device=device) if static else None
+        )
         self.register_parameter("bias", bias)
 
     @torch.no_grad()
-    def pack_(self, weight: Tensor) -> None:
+    def pack_(self, weight: Tensor, scale: Tensor | None = None) -> None:
         """Quantize and pack `weight` [out, ...] on its own device.
 
+        Args:
+            scale: float32 [out, 1, ...] per channel or [1, ...] per tensor, instead of the one that the settings give.
+                A weight that lies on the grid of this scale keeps its values exactly.
         Raises: FormatError: a weight that is not finite.
         """
         if not bool(torch.isfinite(weight).all()):
@@ -73,7 +84,8 @@ class _Packed(nn.Module):
         fmt, settings = self.formats.weight, self.settings
         data = format_data(fmt)
         weight = weight.float()
-        scale = weight_scale(weight, data, settings.weight_granularity, settings.weight_scale)
+        if scale is None:
+            scale = weight_scale(weight, data, settings.weight_granularity, settings.weight_scale)
         # On the grid in units of one code: the very arithmetic of fake quantization, less the final scaling.
         units = round_to_grid(weight / scale, torch.ones_like(scale), data, saturate=True, integer=fmt.is_integer)
         self.weight_codes = pack(encode(units, fmt).flatten(), fmt.bits)
@@ -97,18 +109,26 @@ class _Packed(nn.Module):
             return values
         return values.mul_(self.weight_scale.view(-1, *[1] * (len(self.weight_shape) - 1)))
 
-    def quantized(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def quantized_input(self, input: Tensor) -> Tensor:
+        """`input` on the grid of the activation format, in its own shape and dtype."""
         fmt = self.formats.activation
-        if fmt is not None:
-            granularity = self.settings.activation_granularity
-            input = quantize_activation(input, fmt, self.kind, granularity, integer=fmt.is_integer)
-        return input, self.decoded_weight().to(input.dtype)
+        if fmt is None:
+            return input
+        if self.input_scale is not None:
+            return fake_quantize(input, self.input_scale, fmt, integer=fmt.is_integer)
+        granularity = self.settings.activation_granularity
+        if granularity == "static":  # a format that is used unscaled: there is nothing to calibrate
+            granularity = "per_token"
+        return quantize_activation(input, fmt, self.kind, granularity, integer=fmt.is_integer)
+
+    def quantized(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        return self.quantized_input(input), self.decoded_weight().to(input.dtype)
 
     def check_codes(self, name: str) -> None:
         """Raises: CheckpointError: codes of NaN or infinity, or scales that are not positive numbers."""
-        scale = self.weight_scale
-        if scale is not None and not bool((scale > 0).all() & scale.isfinite().all()):
-            raise CheckpointError(f"{name}.weight_scale holds a value that is no positive number; the file is damaged")
+        for buffer, scale in (("weight_scale", self.weight_scale), ("input_scale", self.input_scale)):
+            if scale is not None and not bool((scale > 0).all() & scale.isfinite().all()):
+                raise CheckpointError(f"{name}.{buffer} holds a value that is no positive number; the file is damaged")
         # A sum is the fastest pass over the values: one that is not finite makes it NaN or infinite.
         if self.formats.weight.has_special_codes and not bool(self.code_values().sum().isfinite()):
             raise CheckpointError(
@@ -117,10 +137,12 @@ class _Packed(nn.Module):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        scale = self.weight_scale
+        before = {name: getattr(self, name) for name in ("weight_scale", "input_scale")}
         super()._apply(fn, recurse)
-        if scale is not None and self.weight_scale is not None and self.weight_scale.dtype != scale.dtype:
-            self.weight_scale = scale.to(self.weight_scale.device)
+        for name, scale in before.items():
+            after = getattr(self, name)
+            if scale is not None and after.dtype != scale.dtype:
+                setattr(self, name, scale.to(after.device))
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 

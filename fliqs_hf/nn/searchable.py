@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.errors import AllocationError, FormatError
+from fliqs_hf.errors import AllocationError, ConfigError, FormatError
 from fliqs_hf.formats import Format
 from fliqs_hf.quant import FormatData, format_table, quantize_activation, quantize_weight
 from fliqs_hf.quant.scale import ActivationGranularity, ScaleMethod, WeightGranularity, check_choice
@@ -23,6 +23,8 @@ WEIGHT, ACTIVATION = 0, 1
 @dataclass(frozen=True)
 class QuantizerSettings:
     """How scales are made; the formats themselves are in an `Allocation`.
+
+    `activation_granularity="static"` is of packed layers only: one number per layer, from `fliqs_hf.ptq.calibrate`.
 
     Raises: FormatError: a setting that does not exist.
     """
@@ -35,6 +37,15 @@ class QuantizerSettings:
         check_choice("weight_granularity", self.weight_granularity, WeightGranularity)
         check_choice("weight_scale", self.weight_scale, ScaleMethod)
         check_choice("activation_granularity", self.activation_granularity, ActivationGranularity)
+
+    def require_dynamic(self) -> None:
+        """Raises: ConfigError: the settings need calibration images, and there are none here."""
+        if self.activation_granularity == "static":
+            raise ConfigError(
+                "activation_granularity='static' needs input scales from calibration images: call "
+                "fliqs_hf.ptq.calibrate(model, allocation, batches, activations='mse') on the plain model, "
+                "or choose 'per_token'"
+            )
 
 
 class FormatSwitch:
@@ -53,6 +64,7 @@ class FormatSwitch:
             raise FormatError("a searchable model needs at least one format to choose from")
         self.names = tuple(names)
         self.formats = tuple(formats)
+        settings.require_dynamic()
         self.settings = settings
         self.enabled = True
         self.input_groups: tuple[int | None, ...] = (None,) * len(self.names)  # layers of one group share their input

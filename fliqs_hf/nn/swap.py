@@ -155,8 +155,11 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def pack_model(model: nn.Module, allocation: Allocation, settings: QuantizerSettings | None = None) -> None:
     """Replace layers by packed ones in the formats of `allocation`, in place; the others become plain layers.
 
-    Raises: AllocationError: a name that is no quantizable layer; nothing is changed then.
+    Raises: AllocationError: a name that is no quantizable layer. ConfigError: static input scales, which only
+        `fliqs_hf.ptq.calibrate` gives. Nothing is changed then.
     """
+    settings = settings or QuantizerSettings()
+    settings.require_dynamic()
     layers = quantizable_layers(model)
     for name in allocation:
         if name not in layers:
@@ -164,7 +167,7 @@ def pack_model(model: nn.Module, allocation: Allocation, settings: QuantizerSett
                 f"the allocation names {name!r}, which is no Linear or Conv2d of {type(model).__name__}"
             )
     for name, formats in allocation.items():
-        packed = packed_like(layers[name], formats, settings or QuantizerSettings())
+        packed = packed_like(layers[name], formats, settings)
         packed.pack_(layers[name].weight)  # type: ignore[arg-type]
         replace(model, name, packed)
     restore(model)

@@ -13,7 +13,7 @@ from fliqs_hf.formats import Format
 
 ScaleMethod = Literal["absmax", "mse"]
 WeightGranularity = Literal["per_channel", "per_tensor"]
-ActivationGranularity = Literal["per_token", "per_tensor"]
+ActivationGranularity = Literal["per_token", "per_tensor", "static"]
 
 #: Smallest scale. Data whose maximum lies below `max_value * 2**-100` rounds to a grid of this step, so that an
 #: all-zero channel gives zeros instead of 0/0, and no scale is a float32 subnormal.
@@ -111,8 +111,12 @@ def activation_scale(x: Tensor, fmt: FormatData, kind: str, granularity: Activat
     per_token: one scale for each vector that a Linear multiplies (`x` [..., features]), one for each image of a
     convolution (`x` [images, channels, height, width]): a result never depends on what else is in the batch.
     per_tensor: one scale for the whole batch, as in the paper; then results depend on how images are batched.
+
+    Raises: FormatError: "static", which no single input can give: those scales come from calibration images.
     """
     check_choice("activation_granularity", granularity, ActivationGranularity)
+    if granularity == "static":
+        raise FormatError("activation_granularity='static': the scale is a number that fliqs_hf.ptq.calibrate finds")
     dims = None if granularity == "per_tensor" else (-1,) if kind == "linear" else tuple(range(-3, 0))
     return absmax_scale(x, fmt, dims)
 

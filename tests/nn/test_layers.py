@@ -14,6 +14,7 @@ from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.errors import AllocationError, ConfigError
 from fliqs_hf.formats import COMMON, parse
 from fliqs_hf.nn import (
+    PackedLinear,
     QuantizerSettings,
     format_switch,
     make_searchable,
@@ -24,7 +25,7 @@ from fliqs_hf.nn import (
     unpack_model,
 )
 from fliqs_hf.quant import quantize_activation, quantize_weight
-from fliqs_hf.quant.scale import ActivationGranularity, ScaleMethod, WeightGranularity
+from fliqs_hf.quant.scale import ScaleMethod, WeightGranularity
 
 CONVOLUTIONS = {
     "plain": nn.Conv2d(4, 6, 3),
@@ -63,7 +64,7 @@ def test_convolution_geometry(name: str) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    list(itertools.product(WeightGranularity.__args__, ScaleMethod.__args__, ActivationGranularity.__args__)),  # type: ignore[attr-defined]
+    list(itertools.product(WeightGranularity.__args__, ScaleMethod.__args__, ("per_token", "per_tensor"))),  # type: ignore[attr-defined]
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -203,3 +204,18 @@ def test_errors_name_the_layer() -> None:
         make_searchable(model, ["int4"])
     with pytest.raises(AllocationError, match=r"'0'.*int5"):
         switch.set_allocation(Allocation.uniform(["0"], "int5"))
+
+
+def test_static_input_scales_need_calibration() -> None:
+    settings = QuantizerSettings(activation_granularity="static")
+    model = one(nn.Linear(4, 4))
+    for turn in (
+        lambda: make_searchable(model, ["int4"], settings=settings),
+        lambda: pack_model(model, Allocation.uniform(["0"], "int4"), settings),
+    ):
+        with pytest.raises(ConfigError, match=r"fliqs_hf\.ptq\.calibrate"):
+            turn()
+        assert type(model[0]) is nn.Linear
+    # Until it has a scale, a layer gives NaN rather than the results of a scale that nobody chose.
+    packed = PackedLinear(torch.Size([4, 4]), LayerFormats.of("int4", "int4"), settings, None)
+    assert packed(torch.ones(1, 4)).isnan().all()

@@ -1,0 +1,7 @@
+"""Post-training quantization beyond rounding to nearest, for any allocation, from a few unlabelled images."""
+
+from fliqs_hf.ptq.calibration import calibrate
+from fliqs_hf.ptq.gptq import gptq_round, input_hessian
+from fliqs_hf.ptq.ranges import static_scale
+
+__all__ = ["calibrate", "gptq_round", "input_hessian", "static_scale"]

@@ -1,0 +1,239 @@
+"""`calibrate`: pack a model in the formats of an allocation, with the help of calibration images.
+
+All images go through the model at once, so that a layer is finished when the pass reaches it: its input is then what
+the layers before it give *quantized*, on every image, and one forward pass does what takes others a pass per layer.
+The price is the memory of one forward pass over all calibration images (DeiT-Tiny: 3.7 MB per image).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fliqs_hf.allocation import Allocation
+from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.hf.config import FLIQSConfig
+from fliqs_hf.hf.quantizer import declare_packed, quantize, refuse_packed
+from fliqs_hf.nn import quantizable_layers, restore
+from fliqs_hf.nn.packed import _Packed
+from fliqs_hf.nn.swap import packed_like, replace
+from fliqs_hf.ptq.gptq import DAMPING, gptq_round, input_hessian
+from fliqs_hf.ptq.ranges import METHODS, PERCENTILE, check_percentile, static_scale
+from fliqs_hf.quant import scale as scales
+
+Rounding = Literal["nearest", "gptq"]
+Activations = Literal["dynamic", "absmax", "percentile", "mse"]
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `calibrate`, checked."""
+
+    rounding: str
+    bias_correction: bool
+    activations: str
+    percentile: float
+    damping: float
+
+    def __post_init__(self) -> None:
+        for name, choices in (("rounding", ("nearest", "gptq")), ("activations", ("dynamic", *METHODS))):
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"{name}={value!r} does not exist; choose from {', '.join(map(repr, choices))}")
+        check_percentile(self.percentile)
+        if not 0 < self.damping < float("inf"):
+            raise ConfigError(f"damping={self.damping!r}: give a positive number, such as {DAMPING}")
+
+    @property
+    def needs_images(self) -> bool:
+        return self.rounding != "nearest" or self.bias_correction or self.activations != "dynamic"
+
+
+@torch.no_grad()
+def calibrate(
+    model: Any,
+    allocation: Allocation | Mapping[str, Any],
+    batches: Iterable[Tensor],
+    *,
+    rounding: Rounding = "gptq",
+    bias_correction: bool = True,
+    activations: Activations = "dynamic",
+    weight_scale: Literal["absmax", "mse"] = "mse",
+    percentile: float = PERCENTILE,
+    damping: float = DAMPING,
+) -> Any:
+    """Pack a Transformers model in the formats of `allocation`, in place, as well as post-training methods can.
+
+    The result saves with `save_pretrained` and loads with `from_pretrained`, bit for bit.
+
+    Args:
+        model: an image classifier, plain or searchable.
+        allocation: layer name -> formats; layers that it does not name stay as they are.
+        batches: images as the model takes them, [batch, channels, height, width], floating-point, without labels;
+            iterated once (not at all where no option needs them). All of them are held in memory; 128 to 512 images
+            are usual.
+        rounding: "nearest", or "gptq" for Linear and for Conv2d without groups (other convolutions: nearest).
+        bias_correction: shift existing biases so that the mean of every output channel is that of the fp32 model.
+        activations: "dynamic" scales each input by itself (per token, per image in convolutions); the others fix one
+            number per layer: "absmax", "percentile" of |x|, or "mse" for the least squared error.
+        weight_scale: "absmax", or "mse" for the scale of an output channel with the least squared error.
+        percentile: with `activations="percentile"`, in (0, 100].
+        damping: of GPTQ, as a part of the mean of the Hessian's diagonal.
+    Returns: `model`, in evaluation mode.
+    Raises: ConfigError: an unknown option, a packed model. AllocationError: a layer that does not exist. DataError: no
+        images, or such that do not fit together or are not finite; a layer that the model calls twice, or one that
+        needs a static scale and is not reached. The model is as it was then, but for being plain and in evaluation
+        mode.
+    Source: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); bias correction, Nagel et al. 2019 (arXiv 1906.04721),
+        section 4.2 and its empirical form in appendix D.
+    """
+    options = _Options(rounding, bias_correction, activations, percentile, damping)
+    refuse_packed(model)
+    config = FLIQSConfig(
+        allocation=allocation,
+        weight_scale=weight_scale,
+        activation_granularity="per_token" if activations == "dynamic" else "static",
+    )
+    if not options.needs_images:
+        return quantize(model, config)
+    config.allocation = config.resolve(model)
+    restore(model)
+    model.eval()
+    layers = {name: layer for name, layer in quantizable_layers(model).items() if name in config.allocation}
+    images, means = _read(model, layers if bias_correction else {}, batches)
+    packed: dict[str, _Packed] = {}
+
+    def hook(name: str) -> Hook:
+        def finish(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if name in packed:
+                raise DataError(
+                    f"the model calls {name!r} more than once, so it has no one input to calibrate on: leave it out "
+                    "of the allocation, or use fliqs_hf.quantize"
+                )
+            packed[name] = packed_like(layer, config.allocation[name], config.settings)
+            return _pack(packed[name], name, layer, inputs[0], means.get(name), options)
+
+        return finish
+
+    with _hooks(layers, hook):
+        model(images)
+    for name, layer in layers.items():
+        if name not in packed:  # no image ever gets there: what it computes matters to none of them
+            packed[name] = packed_like(layer, config.allocation[name], config.settings)
+            packed[name].pack_(layer.weight)  # type: ignore[arg-type]
+            if packed[name].input_scale is not None:
+                raise DataError(
+                    f"the model does not call {name!r} for images, so there is nothing to make its static input scale "
+                    "from: leave it out of the allocation, or choose activations='dynamic'"
+                )
+    for name, module in packed.items():
+        replace(model, name, module)
+    return declare_packed(model, config)
+
+
+def _read(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """All images as one tensor on the model's device, and the mean of every output channel of `layers` in fp32.
+
+    Returns: [images, channels, height, width]; layer -> float64 [out].
+    """
+    device = next(model.parameters()).device
+    kept: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Hook:
+        def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            total = _channel_mean(layer, output) * len(kept[-1])
+            sums[name] = sums[name] + total if name in sums else total
+
+        return add
+
+    with _hooks(layers, hook):
+        for number, batch in enumerate(batches):
+            _check_batch(number, batch, kept)
+            kept.append(batch.to(device))
+            if layers:
+                model(kept[-1])
+    if not kept:
+        raise DataError("batches are empty: give at least one batch of calibration images")
+    images = torch.cat(kept)
+    return images, {name: total / len(images) for name, total in sums.items()}
+
+
+def _check_batch(number: int, batch: Any, others: list[Tensor]) -> None:
+    """Raises: DataError: no images, or none that fit to the other batches."""
+    found = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+    if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point() or not batch.numel():
+        raise DataError(
+            f"batch {number} is {found}: give floating-point images [batch, channels, height, width] as the model "
+            "takes them (pixel_values), without labels"
+        )
+    if others and batch.shape[1:] != others[0].shape[1:]:
+        raise DataError(
+            f"batch {number} is {found}, the first one {list(others[0].shape)}: images must be of one size"
+        )
+    if not bool(batch.isfinite().all()):
+        raise DataError(f"batch {number} holds NaN or infinity: check the images and their processing")
+
+
+def _pack(packed: _Packed, name: str, layer: nn.Module, x: Tensor, mean: Tensor | None, options: _Options) -> Tensor:
+    """Fill `packed` from the fp32 `layer` and what it reads, `x`.
+
+    Args:
+        mean: of the fp32 model's output in every channel, float64 [out]; None leaves the bias alone.
+    Returns: the output of the packed layer.
+    """
+    # A sum is the fastest pass over the values: one that is not finite makes it NaN or infinite.
+    if not bool(x.sum(dtype=torch.float64).isfinite()):
+        raise DataError(
+            f"the input of {name!r} holds NaN or infinity: check the images, the checkpoint and the formats"
+        )
+    formats, settings = packed.formats, packed.settings
+    if packed.input_scale is not None:
+        assert formats.activation is not None
+        packed.input_scale = static_scale(x, formats.activation, options.activations, options.percentile)
+    weight = layer.weight.detach().float()  # type: ignore[operator]
+    if options.rounding == "gptq" and getattr(layer, "groups", 1) == 1:
+        scale = scales.weight_scale(
+            weight, scales.format_data(formats.weight), settings.weight_granularity, settings.weight_scale
+        )
+        hessian = input_hessian(layer, packed.quantized_input(x))
+        rounded = gptq_round(weight.flatten(1), scale.flatten(1), formats.weight, hessian, options.damping)
+        packed.pack_(rounded.view_as(weight), scale)
+    else:
+        packed.pack_(weight)
+    output: Tensor = packed(x)
+    if mean is not None and packed.bias is not None:
+        shift = mean - _channel_mean(layer, output)
+        packed.bias = nn.Parameter((packed.bias.double() + shift).to(packed.bias.dtype), packed.bias.requires_grad)
+        output += shift.to(output.dtype).view(-1, *[1] * (output.dim() - 1 - _channel(layer, output)))
+    return output
+
+
+def _channel(layer: nn.Module, output: Tensor) -> int:
+    """The dimension of the output channels."""
+    return 1 if isinstance(layer, nn.Conv2d) else output.dim() - 1
+
+
+def _channel_mean(layer: nn.Module, output: Tensor) -> Tensor:
+    """Mean of every output channel over images and positions, float64 [out]."""
+    channel = _channel(layer, output)
+    return output.mean([dim for dim in range(output.dim()) if dim != channel], dtype=torch.float64)
+
+
+@contextmanager
+def _hooks(layers: Mapping[str, nn.Module], hook: Callable[[str], Hook]) -> Iterator[None]:
+    """`hook(name)` after every forward pass of each layer, within this context."""
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

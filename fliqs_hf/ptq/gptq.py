@@ -1,0 +1,122 @@
+"""GPTQ: round a weight column by column, and let the columns that follow make up for the error so far.
+
+Of all weights on the grid it looks for one that keeps the layer's *output* on the calibration inputs, where rounding
+to nearest keeps the weight. Nothing in it asks what the grid is: a column is rounded by the routine that serves every
+format, integer or float, on the scale that its row has had from the start.
+
+Source: Frantar et al. 2022, arXiv 2210.17323, algorithm 1. Differs: float64 (a search ends in minutes anyway, and the
+result does not depend on the order of a sum), columns in the order of falling Hessian diagonal always, and damping
+that leaves inputs that are zero throughout alone: their columns are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.formats import Format
+from fliqs_hf.quant.fake import round_to_grid
+from fliqs_hf.quant.scale import format_data
+
+#: Added to the Hessian's diagonal, as a part of its mean (the paper's 1 %).
+DAMPING = 0.01
+#: Columns after which an error reaches the columns beyond its block, as one matrix product (the paper's lazy batch).
+BLOCK = 128
+#: Elements of a layer's input that are in work at once while the Hessian is summed.
+_CHUNK = 2**24
+
+
+def input_hessian(layer: nn.Module, x: Tensor) -> Tensor:
+    """Hessian of the squared output error in one row of the weight, mean over inputs: 2·XᵀX / n.
+
+    Args:
+        layer: `nn.Linear`, or `nn.Conv2d` with `groups=1`, whose patches are the inputs.
+        x: what the layer reads, [..., in] or [images, channels, height, width].
+    Returns: float64 [k, k] on the device of `x`, k the weights of an output channel.
+    Raises: ConfigError: a convolution with groups, whose channels do not share one Hessian.
+    """
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups != 1:
+            raise ConfigError(
+                f"groups={layer.groups}: GPTQ takes convolutions without groups; round this one to nearest"
+            )
+        rows_per_image = x[0].numel() * layer.kernel_size[0] * layer.kernel_size[1]
+    else:
+        x = x.reshape(-1, x.shape[-1])
+        rows_per_image = x.shape[1]
+    hessian = torch.zeros(0, 0, dtype=torch.float64, device=x.device)
+    count = 0
+    for chunk in x.split(max(1, _CHUNK // rows_per_image)):
+        rows = (_patches(layer, chunk) if isinstance(layer, nn.Conv2d) else chunk).float()
+        # The sum of a chunk in float32 is off by 1e-5 of its value at most: far less than the damping.
+        product = (rows.T @ rows).double()
+        hessian = product if not count else hessian.add_(product)
+        count += len(rows)
+    return hessian.mul_(2 / max(count, 1))
+
+
+def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """The inputs of every output position, [images * positions, channels * kernel height * kernel width]."""
+    if any(layer._reversed_padding_repeated_twice):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = functional.pad(x, layer._reversed_padding_repeated_twice, mode)
+    patches = functional.unfold(x.float(), layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+
+
+def gptq_round(weight: Tensor, scale: Tensor, fmt: Format, hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """The weight on the grid `fmt` × `scale`, rounded so that the error in the output stays small.
+
+    Ties go to even, overflow saturates at ±max_value × scale, zeros come out as +0. With a diagonal Hessian this is
+    rounding to nearest, bit for bit.
+
+    Args:
+        weight: [out, k], floating-point, finite.
+        scale: float32 [out, 1] or [1, 1], positive; real value = code value × scale.
+        hessian: [k, k] of the inputs, as `input_hessian` gives it; its scale does not matter.
+        damping: added to the diagonal, as a part of its mean.
+    Returns: float32 [out, k], on the grid.
+    Raises: DataError: a Hessian that is not finite, of another shape, or not positive definite even with damping.
+        ConfigError: damping that is not a positive number.
+    """
+    if not 0 < damping < float("inf"):
+        raise ConfigError(f"damping={damping!r}: give a positive number, such as {DAMPING}")
+    columns = weight.shape[1]
+    if hessian.shape != (columns, columns) or not bool(hessian.isfinite().all()):
+        raise DataError(
+            f"the Hessian is {list(hessian.shape)} and must be [{columns}, {columns}] without NaN or infinity: "
+            "check the calibration images"
+        )
+    hessian = hessian.double()
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor = _inverse_factor(hessian[order][:, order], damping)
+    data = format_data(fmt)
+    left = weight[:, order].double()
+    rounded = torch.empty_like(weight, dtype=torch.float32)
+    scale = scale.float()
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        errors = torch.empty(len(left), end - start, dtype=torch.float64, device=left.device)
+        for j in range(start, end):
+            column = left[:, j : j + 1]
+            nearest = round_to_grid(column.float(), scale, data, saturate=True, integer=fmt.is_integer)
+            rounded[:, order[j]] = nearest[:, 0]
+            error = (column - nearest) / factor[j, j]
+            left[:, j + 1 : end] -= error * factor[j, j + 1 : end]
+            errors[:, j - start] = error[:, 0]
+        left[:, end:] -= errors @ factor[start:end, end:]
+    return rounded
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper triangular U with UᵀU = (H + damping)⁻¹. Row j of U says how the columns after j answer an error in j."""
+    mean = hessian.diagonal().mean()
+    hessian = hessian.clone()
+    # Inputs that are all zero have no Hessian at all: then every column is on its own.
+    hessian.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if bool(failed):
+        raise DataError(f"the Hessian is not positive definite with damping={damping:g}: raise it, to 0.1 say")
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)

@@ -1,0 +1,162 @@
+"""GPTQ against a naive implementation of its own, and against rounding to nearest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fliqs_hf.allocation import LayerFormats
+from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.formats import COMMON, parse
+from fliqs_hf.formats.rounding import code_values
+from fliqs_hf.nn import PackedLinear, QuantizerSettings
+from fliqs_hf.ptq import gptq_round, input_hessian
+from fliqs_hf.quant import quantize_weight
+from fliqs_hf.quant.scale import format_data, weight_scale
+
+FORMATS = ["int2", "int4", "int8", "e2m1", "e2m3", "e4m3"]
+
+
+def problem(seed: int, rows: int = 6, columns: int = 150) -> tuple[Tensor, Tensor]:
+    """A weight [rows, columns], more columns than a block, and correlated inputs [500, columns]."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + 0.3
+    return (
+        torch.randn(rows, columns, generator=generator),
+        torch.randn(500, columns, generator=generator) @ mixing * torch.rand(columns, generator=generator),
+    )
+
+
+def hessian_of(x: Tensor) -> Tensor:
+    return input_hessian(nn.Linear(x.shape[-1], 1), x)
+
+
+def scale_of(weight: Tensor, name: str, method: str = "mse", granularity: str = "per_channel") -> Tensor:
+    return weight_scale(weight, format_data(parse(name)), granularity, method)  # type: ignore[arg-type]
+
+
+def naive(weight: Tensor, scale: Tensor, name: str, hessian: Tensor, damping: float) -> NDArray[np.float64]:
+    """Optimal brain quantization in a fixed order: the inverse of what is left of the Hessian anew for each column."""
+    grid = code_values(parse(name)).numpy().astype(np.float64)
+    grid = np.unique(grid[np.isfinite(grid)])
+    w, h, s = weight.double().numpy().copy(), hessian.double().numpy(), scale.double().numpy()
+    h = h + damping * h.diagonal().mean() * np.eye(len(h))
+    result = np.zeros_like(w)
+    remaining = sorted(range(len(h)), key=lambda j: -h[j, j])
+    while remaining:
+        j, *remaining = remaining
+        inverse = np.linalg.inv(h[np.ix_([j, *remaining], [j, *remaining])])
+        result[:, j] = grid[np.abs(w[:, j, None] / s - grid).argmin(1)] * s[:, 0]
+        w[:, remaining] -= np.outer((w[:, j] - result[:, j]) / inverse[0, 0], inverse[0, 1:])
+    return result
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_equals_the_naive_implementation(name: str) -> None:
+    weight, x = problem(0)
+    scale, hessian = scale_of(weight, name), hessian_of(x)
+    expected = naive(weight, scale, name, hessian, 0.01)
+    # Values of the grid times the scale, rounded to float32 once here and not there: the codes are the same.
+    np.testing.assert_allclose(gptq_round(weight, scale, parse(name), hessian).double(), expected, rtol=2**-23)
+    assert (gptq_round(weight, scale, parse(name), hessian) != quantize_weight(weight, parse(name))).any()
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+@pytest.mark.parametrize("method", ["absmax", "mse"])
+@pytest.mark.parametrize("name", [fmt.name for fmt in COMMON])
+def test_uncorrelated_inputs_give_rounding_to_nearest(name: str, method: str, granularity: str) -> None:
+    weight, _ = problem(1)
+    nearest = quantize_weight(weight, parse(name), granularity, method)  # type: ignore[arg-type]
+    scale = scale_of(weight, name, method, granularity)
+    for diagonal in (torch.ones(150), torch.linspace(0, 7, 150), torch.zeros(150)):
+        rounded = gptq_round(weight, scale, parse(name), diagonal.diag())
+        assert torch.equal(rounded.view(torch.int32), nearest.view(torch.int32))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", FORMATS)
+def test_output_error_is_below_that_of_nearest(name: str, seed: int) -> None:
+    weight, x = problem(seed)
+    scale = scale_of(weight, name)
+    nearest = quantize_weight(weight, parse(name), "per_channel", "mse")
+    rounded = gptq_round(weight, scale, parse(name), hessian_of(x))
+    error, reference = (((weight - w).double() @ x.double().T).square().sum() for w in (rounded, nearest))
+    assert error < 0.7 * reference  # correlated inputs leave much to make up for; the weights themselves are further
+    assert (weight - rounded).square().sum() > (weight - nearest).square().sum()
+
+
+@pytest.mark.parametrize("name", [fmt.name for fmt in COMMON])
+def test_packing_keeps_the_rounded_weight_bit_for_bit(name: str) -> None:
+    weight, x = problem(2)
+    scale = scale_of(weight, name)
+    rounded = gptq_round(weight, scale, parse(name), hessian_of(x))
+    packed = PackedLinear(weight.shape, LayerFormats.of(name, None), QuantizerSettings(), None)
+    packed.pack_(rounded, scale)
+    assert torch.equal(packed.decoded_weight(), rounded)
+
+
+def test_an_input_that_is_always_zero_changes_nothing_else() -> None:
+    weight, x = problem(3)
+    x[:, 7] = 0
+    fmt = parse("int4")
+    scale = scale_of(weight, "int4")
+    rounded = gptq_round(weight, scale, fmt, hessian_of(x))
+    weight[:, 7] = 0
+    other = gptq_round(weight, scale, fmt, hessian_of(x))
+    changed = (rounded != other).any(0)
+    assert changed[7] and changed.sum() == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"stride": (1, 2), "padding": (2, 0), "dilation": (2, 1)},
+        {"padding": "same"},
+        {"padding": 1, "padding_mode": "reflect"},
+        {"padding": 1, "padding_mode": "circular"},
+    ],
+)
+def test_hessian_of_a_convolution_is_that_of_its_output(settings: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, (3, 5), bias=False, **settings).double()  # type: ignore[arg-type]
+    x = torch.randn(5, 3, 8, 9, dtype=torch.float64)
+    output = layer(x)
+    rows = layer.weight.flatten(1)
+    energy = (rows @ input_hessian(layer, x) * rows).sum(1)  # wᵀHw = 2/n · Σ output²
+    expected = 2 * output.square().sum((0, 2, 3)) / output[:, 0].numel()
+    torch.testing.assert_close(energy, expected, rtol=1e-5, atol=0)  # the products are summed in float32
+
+
+def test_hessian_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randint(-8, 9, (6, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    layers = [(nn.Conv2d(3, 4, 3, padding=1), x), (nn.Linear(8, 4), x)]
+    whole = [input_hessian(*pair) for pair in layers]
+    monkeypatch.setattr("fliqs_hf.ptq.gptq._CHUNK", 1)
+    for pair, expected in zip(layers, whole, strict=True):
+        assert torch.equal(input_hessian(*pair), expected)  # small integers: every sum is exact
+
+
+def test_groups_are_refused() -> None:
+    with pytest.raises(ConfigError, match="groups=3"):
+        input_hessian(nn.Conv2d(3, 3, 3, groups=3), torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_damping_is_named(damping: float) -> None:
+    with pytest.raises(ConfigError, match=f"damping={damping!r}"):
+        gptq_round(torch.ones(1, 2), torch.ones(1, 1), parse("int4"), torch.eye(2), damping)
+
+
+def test_bad_hessians_are_named() -> None:
+    weight, scale, fmt = torch.ones(1, 2), torch.ones(1, 1), parse("int4")
+    with pytest.raises(DataError, match=r"\[3, 3\] and must be \[2, 2\]"):
+        gptq_round(weight, scale, fmt, torch.eye(3))
+    with pytest.raises(DataError, match="NaN"):
+        gptq_round(weight, scale, fmt, torch.full((2, 2), float("nan")))
+    with pytest.raises(DataError, match="raise it"):
+        gptq_round(weight, scale, fmt, torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
