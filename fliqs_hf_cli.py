@@ -157,6 +157,7 @@ def _estimate(parser: Parser) -> None:
 _QUANTIZE = """  fliqs-hf quantize MODEL runs/w8a8                                      uniform INT8
   fliqs-hf quantize MODEL runs/w4 --weight_format int4 --activation_format none
   fliqs-hf quantize MODEL runs/mine --allocation allocation.json
+  fliqs-hf quantize MODEL runs/w4a8 --weight_format int4 --activation_format int8 --calibration photos/
   fliqs-hf quantize MODEL runs/pilot --target_bits 4 --calibration photos/
 The last one measures how sensitive the loss is to every format of every layer (one backward pass per image) and solves
 for the best allocation at the target. OUTPUT is a run folder: the model is in OUTPUT/checkpoint."""
@@ -185,13 +186,25 @@ def _quantize(parser: Parser) -> None:
     parser.add_argument("--activation", choices=("same", "separate"), default="same",
                         help="formats of weights and inputs: the same, or chosen apart")  # fmt: skip
     parser.add_argument(
-        "--calibration", metavar="DATASET", help="images for the sensitivity: Hub id, folder or 'digits'"
+        "--calibration",
+        metavar="DATASET",
+        help="images that choose formats and improve rounding: Hub id, folder, digits",
     )
     parser.add_argument("--calibration_split", default="train")
     parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label",
                         help="if there is no such column, the model's own answers are the labels")  # fmt: skip
+    parser.add_argument(
+        "--rounding", choices=("nearest", "gptq"), help="default: gptq with --calibration, else nearest"
+    )
+    parser.add_argument("--bias_correction", choices=("true", "false"),
+                        help="keep the mean of every output channel (default: true with --calibration)")  # fmt: skip
+    parser.add_argument("--activations", choices=("dynamic", "absmax", "percentile", "mse"),
+                        help="input scales: of each input itself (default), or one per layer")  # fmt: skip
+    parser.add_argument(
+        "--weight_scale", choices=("absmax", "mse"), help="default: mse with --calibration, else absmax"
+    )
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--modules_to_not_convert", nargs="+", metavar="PATTERN", help="layers that stay in fp32")
     parser.add_argument("--device", help="cpu, cuda, …; default: cuda if there is one")

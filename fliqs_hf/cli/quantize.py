@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
-
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cli.data import load_split
+from fliqs_hf.cli.calibration import Calibration, check, pack
 from fliqs_hf.cli.output import answer
 from fliqs_hf.cost import LayerInfo, Target, trace_layers, unlisted_bytes
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf import FLIQSConfig
-from fliqs_hf.hf import quantize as pack
 from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config
 from fliqs_hf.pipeline.post_training import Found, allocate
-from fliqs_hf.report.validation_data import label_reader
 from fliqs_hf.search.run import RunFolder, cost_summary, layer_table
-from fliqs_hf.training.images import pixels
 
 TARGETS = ("target_bits", "target_bops", "target_size_mb", "target_ratio")
 
@@ -37,11 +29,13 @@ def quantize(args: argparse.Namespace) -> int:
     processor = load_processor(args.model, args.revision)
     model = load_model(args.model, args.revision).to(device_of(args.device))
     start = time.perf_counter()
+    calibration = Calibration(args, model, processor) if args.calibration else None
     found = None
     if target is not None:
+        assert calibration is not None, "checked with the target"
         found = allocate(
             model,
-            lambda: calibration_batches(args, model, processor),
+            calibration.labelled,
             target,
             search_space=args.search_space[0] if len(args.search_space) == 1 else args.search_space,
             activation=args.activation,
@@ -51,9 +45,23 @@ def quantize(args: argparse.Namespace) -> int:
     else:
         allocation = _config(args).resolve(model)
         layers = tuple(layer for layer in trace_layers(model) if layer.name in allocation)
-    result = _save(args, model, processor, layers, allocation, found)
+    state = model.state_dict().values()
+    fp32_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state)
+    cost: dict[str, float] = cost_summary(layers, allocation, unlisted_bytes(model, layers))
+    if found is not None:
+        cost |= {"target_ratio": found.cost / found.target_cost, "expected_loss_increase": found.loss_increase}
+    pack(args, model, allocation, calibration)
+    run = _save(args, model, processor, layers, allocation, found)
+    result: dict[str, Any] = {
+        "target": {
+            name.removeprefix("target_"): value for name in TARGETS if (value := getattr(args, name)) is not None
+        },
+        "cost": cost,
+        "fp32_bytes": fp32_bytes,
+        "checkpoint_bytes": sum(file.stat().st_size for file in run.checkpoint.glob("*.safetensors")),
+    }
+    run.write("results.json", result)
     result["seconds"] = time.perf_counter() - start
-    cost = result["cost"]
     ratio = f" ({cost['target_ratio']:.1%} of the target)" if "target_ratio" in cost else ""
     text = (
         f"{layer_table(layers, allocation)}\n\n"
@@ -64,33 +72,6 @@ def quantize(args: argparse.Namespace) -> int:
     )
     answer(args.json, {**result, "allocation": allocation.to_dict(), "output": args.output}, text)
     return 0
-
-
-def calibration_batches(args: argparse.Namespace, model: Any, processor: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random images of the calibration split with their labels, or the model's own answers where it has none."""
-    split = load_split(args.calibration, args.calibration_split)
-    count = min(args.calibration_images, len(split))
-    split = split.shuffle(seed=0).select(range(count))
-    labelled = args.label_column in split.column_names
-    read = None
-    if labelled:
-        names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-        read = label_reader(split.features[args.label_column], names, len(names), "name")
-    device = next(model.parameters()).device
-    bar = tqdm(range(0, count, args.batch_size), desc="sensitivity" + ("" if labelled else " (without labels)"))
-    for first in bar:
-        rows = [split[i] for i in range(first, min(first + args.batch_size, count))]
-        images = torch.stack(
-            [pixels(row[args.image_column], processor, f"image {first + i}") for i, row in enumerate(rows)]
-        ).to(device)
-        if read is None:
-            with torch.no_grad():
-                labels = model(images).logits.argmax(-1)
-        else:
-            labels = torch.tensor(
-                [read(row[args.label_column], first + i) for i, row in enumerate(rows)], device=device
-            )
-        yield images, labels
 
 
 def _target(args: argparse.Namespace) -> Target | None:
@@ -106,8 +87,7 @@ def _target(args: argparse.Namespace) -> Target | None:
         raise ConfigError(
             f"--{given[0]} chooses formats by their effect on images: give some with --calibration DATASET"
         )
-    if args.calibration and not given:
-        raise ConfigError("--calibration is for choosing formats: give a target too, such as --target_bits 4")
+    check(args)
     for name in ("calibration_images", "batch_size"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)} must be at least 1")
@@ -134,31 +114,19 @@ def _save(
     layers: tuple[LayerInfo, ...],
     allocation: Allocation,
     found: Found | None,
-) -> dict[str, Any]:
-    """Pack the model and write the run folder. Returns: its results.json."""
+) -> RunFolder:
+    """Write the run folder of the packed model, but for its results."""
     run = RunFolder(args.output)
     run.clear()
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "fliqs_command", "func")}
     settings |= {"model_name_or_path": args.model, "dataset_name": args.calibration}
     run.configure(settings)
-    state = model.state_dict().values()
-    fp32_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state)
-    cost: dict[str, float] = cost_summary(layers, allocation, unlisted_bytes(model, layers))
-    if found is not None:
-        run.begin(layers, found.space, found.sensitivity)
-        cost |= {"target_ratio": found.cost / found.target_cost, "expected_loss_increase": found.loss_increase}
-    else:
+    if found is None:
         run.begin(layers)
+    else:
+        run.begin(layers, found.space, found.sensitivity)
     with run.replacing(run.checkpoint.name) as draft:
-        pack(model, allocation).save_pretrained(draft)
+        model.save_pretrained(draft)
         processor.save_pretrained(draft)
     allocation.save(run.path / "allocation.json")
-    target = {name.removeprefix("target_"): value for name in TARGETS if (value := getattr(args, name)) is not None}
-    result = {
-        "target": target,
-        "cost": cost,
-        "fp32_bytes": fp32_bytes,
-        "checkpoint_bytes": sum(file.stat().st_size for file in run.checkpoint.glob("*.safetensors")),
-    }
-    run.write("results.json", result)
-    return result
+    return run

@@ -12,12 +12,16 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image
-from transformers import AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
 import fliqs_hf
 from fliqs_hf.allocation import Allocation
+from fliqs_hf.cli.data import load_split
 from fliqs_hf.cost import bops, trace_layers, weight_bytes
 from fliqs_hf.hf.card import model_card
+from fliqs_hf.nn import quantizable_layers
+from fliqs_hf.ptq import calibrate
+from fliqs_hf.training.images import pixels
 from fliqs_hf_cli import main
 from tests.hf.runs import write_run
 from tests.hub_server import HubServer
@@ -148,13 +152,44 @@ def test_quantize_to_a_target_reports_why(
     assert again != {}
 
 
+NEAREST: dict[str, Any] = {"rounding": "nearest", "bias_correction": False}
+
+
+def test_quantize_calibrates(fp32: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    allocation = Allocation.uniform(quantizable_layers(tiny("vit", 0)), "int3")
+    split = load_split(str(photos), "train").shuffle(seed=0)
+    processor = AutoImageProcessor.from_pretrained(fp32)
+    batch = torch.stack([pixels(row["image"], processor, "") for row in split])
+    x = images(2)
+    for number, (given, expected) in enumerate(
+        (
+            ([], {}),
+            (
+                ["--rounding", "nearest", "--bias_correction", "false"],
+                {"rounding": "nearest", "bias_correction": False},
+            ),
+            (["--activations", "mse", "--weight_scale", "absmax"], {"activations": "mse", "weight_scale": "absmax"}),
+        )
+    ):
+        out = tmp_path / str(number)
+        formats = ["--weight_format", "int3", "--activation_format", "int3"]
+        answer(capsys, "quantize", str(fp32), str(out), *formats, "--calibration", str(photos), *given)
+        found = AutoModelForImageClassification.from_pretrained(out / "checkpoint")
+        wanted = calibrate(tiny("vit", 0), allocation, [batch], **expected)
+        with torch.no_grad():
+            assert torch.equal(found(x).logits, wanted(x).logits), given
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--target_bits", "4"], "--calibration"),
-        (["--calibration", "x"], "give a target too"),
+        (["--calibration", "x"], "cannot load the data set 'x'"),
+        (["--rounding", "gptq"], "--rounding gptq needs images"),
+        (["--bias_correction", "true"], "--bias_correction true needs images"),
+        (["--activations", "mse"], "--activations mse needs images"),
         (["--weight_format", "int4", "--target_bits", "4", "--calibration", "x"], "give one of"),
-        (["--target_bits", "1", "--calibration", "x"], "below the cheapest"),
+        (["--target_bits", "1", "--calibration", "digits"], "below the cheapest"),
         (["--weight_format", "int1"], "int1"),
         (["--calibration_images", "0"], "at least 1"),
         (["--device", "toaster"], "toaster"),
