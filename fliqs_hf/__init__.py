@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fliqs_hf.hf.card import model_card
     from fliqs_hf.hf.hub import push
     from fliqs_hf.pipeline.post_training import allocate
+    from fliqs_hf.ptq import calibrate
     from fliqs_hf.report.run_report import write_report
     from fliqs_hf.report.validate import validate
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "Target": "fliqs_hf.cost",
     "allocate": "fliqs_hf.pipeline.post_training",
+    "calibrate": "fliqs_hf.ptq",
     "model_card": "fliqs_hf.hf.card",
     "push": "fliqs_hf.hf.hub",
     "validate": "fliqs_hf.report.validate",
@@ -37,6 +39,7 @@ __all__ = [
     "Target",
     "__version__",
     "allocate",
+    "calibrate",
     "make_searchable",
     "model_card",
     "parse",

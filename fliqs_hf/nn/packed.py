@@ -22,7 +22,7 @@ from fliqs_hf.quant.fake import fake_quantize, round_to_grid
 from fliqs_hf.quant.scale import format_data, weight_scale
 
 
-class _Packed(nn.Module):
+class PackedLayer(nn.Module):
     """Bit-packed weight of one layer.
 
     Buffers:
@@ -150,7 +150,7 @@ class _Packed(nn.Module):
         return f"{tuple(self.weight_shape)}, {self.formats}, bias={self.bias is not None}"
 
 
-class PackedLinear(_Packed):
+class PackedLinear(PackedLayer):
     """`nn.Linear` with a bit-packed weight. Input [..., in], output [..., out]."""
 
     kind = "linear"
@@ -168,7 +168,7 @@ class PackedLinear(_Packed):
         return functional.linear(x, weight, self.bias)
 
 
-class PackedConv2d(_Packed):
+class PackedConv2d(PackedLayer):
     """`nn.Conv2d` with a bit-packed weight; geometry as the layer it replaces."""
 
     kind = "conv2d"

@@ -13,7 +13,7 @@ from torch import nn
 from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.errors import AllocationError, ConfigError
 from fliqs_hf.formats import Format, parse
-from fliqs_hf.nn.packed import PackedConv2d, PackedLinear, _Packed
+from fliqs_hf.nn.packed import PackedConv2d, PackedLinear, PackedLayer
 from fliqs_hf.nn.searchable import (
     FormatSwitch,
     QuantizerSettings,
@@ -138,7 +138,7 @@ def restore(model: nn.Module) -> None:
 
 def packed_like(
     layer: nn.Module, formats: LayerFormats, settings: QuantizerSettings, dtype: torch.dtype | None = None
-) -> _Packed:
+) -> PackedLayer:
     """An empty packed layer with the geometry, bias and device of `layer`."""
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, torch.Tensor)
@@ -173,8 +173,8 @@ def pack_model(model: nn.Module, allocation: Allocation, settings: QuantizerSett
     restore(model)
 
 
-def packed_layers(model: nn.Module) -> dict[str, _Packed]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, _Packed)}
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
 def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:

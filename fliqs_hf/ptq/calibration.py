@@ -20,7 +20,7 @@ from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.hf.config import FLIQSConfig
 from fliqs_hf.hf.quantizer import declare_packed, quantize, refuse_packed
 from fliqs_hf.nn import quantizable_layers, restore
-from fliqs_hf.nn.packed import _Packed
+from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.swap import packed_like, replace
 from fliqs_hf.ptq.gptq import DAMPING, gptq_round, input_hessian
 from fliqs_hf.ptq.ranges import METHODS, PERCENTILE, check_percentile, static_scale
@@ -107,7 +107,7 @@ def calibrate(
     model.eval()
     layers = {name: layer for name, layer in quantizable_layers(model).items() if name in config.allocation}
     images, means = _read(model, layers if bias_correction else {}, batches)
-    packed: dict[str, _Packed] = {}
+    packed: dict[str, PackedLayer] = {}
 
     def hook(name: str) -> Hook:
         def finish(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -183,7 +183,9 @@ def _check_batch(number: int, batch: Any, others: list[Tensor]) -> None:
         raise DataError(f"batch {number} holds NaN or infinity: check the images and their processing")
 
 
-def _pack(packed: _Packed, name: str, layer: nn.Module, x: Tensor, mean: Tensor | None, options: _Options) -> Tensor:
+def _pack(
+    packed: PackedLayer, name: str, layer: nn.Module, x: Tensor, mean: Tensor | None, options: _Options
+) -> Tensor:
     """Fill `packed` from the fp32 `layer` and what it reads, `x`.
 
     Args:

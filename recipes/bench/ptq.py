@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gptq + bias, static 99.99 %": {"activations": "percentile", "percentile": 99.99},
     "gptq + bias, static 99.9 %": {"activations": "percentile", "percentile": 99.9},
 }
-ENDS = ("nearest, absmax scale", "gptq + bias")
+ENDS = ("nearest, absmax scale", "gptq", "gptq + bias")
 #: Cases of each format.
 TABLE = {
     "int4": tuple(CASES),
