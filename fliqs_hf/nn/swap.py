@@ -13,7 +13,7 @@ from torch import nn
 from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.errors import AllocationError, ConfigError
 from fliqs_hf.formats import Format, parse
-from fliqs_hf.nn.packed import PackedConv2d, PackedLinear, PackedLayer
+from fliqs_hf.nn.packed import PackedConv2d, PackedLayer, PackedLinear
 from fliqs_hf.nn.searchable import (
     FormatSwitch,
     QuantizerSettings,
