@@ -92,7 +92,7 @@ class Comparison:
         )
         self.original = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.layers = trace_layers(self.model, self.train[0][0][None].to(self.accelerator.device))
-        self.space = SearchSpace(self.layers, arguments.search_space)
+        self.space = SearchSpace(self.layers, arguments.search_space, arguments.activation)
         self.table = CostTable(self.layers, self.space.formats)
         self.scores: dict[str, tuple[torch.Tensor, float]] = {}
 
@@ -251,9 +251,11 @@ def search_config(method: str) -> SearchConfig:
     return SearchConfig.preset("paper" if method == "paper" else "default", **changes)
 
 
-def check_methods(methods: list[str]) -> None:
-    """Raises: ConfigError: a method that does not exist, before anything has run."""
+def check_methods(methods: list[str], activation: str = "same") -> None:
+    """Raises: ConfigError: a method that does not exist, or not for such a space, before anything has run."""
     for method in methods:
+        if activation == "separate" and method in ("differentiable", "gumbel"):
+            raise ConfigError(f"{method} takes --activation same only: branches would be squared in number")
         name = method.removeprefix("ptq-")
         chosen_untrained = name in (*UNIFORM, *SCORES, "random", "random-no-int2")
         if chosen_untrained or method in TRAINED:
@@ -272,6 +274,9 @@ def parser(command: str) -> argparse.ArgumentParser:
     made.add_argument("--target_bits", nargs="+", type=float, default=[3.0])
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--search_space", default="mixed")
+    made.add_argument(
+        "--activation", choices=("same", "separate"), default="same", help="formats of weights and inputs"
+    )
     made.add_argument("--max_steps", type=int, default=400)
     made.add_argument("--batch_size", type=int, default=64)
     made.add_argument("--learning_rate", type=float, default=5e-4)
@@ -292,7 +297,7 @@ def main(argv: list[str], command: str = "fliqs-hf compare") -> list[dict[str, A
     Raises: FliqsError: a method, target, model or data set that does not work.
     """
     arguments = parser(command).parse_args(argv)
-    check_methods(arguments.methods)
+    check_methods(arguments.methods, arguments.activation)
     hf_logging.disable_progress_bar()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     lines = arguments.output.read_text().splitlines() if arguments.output.exists() else []

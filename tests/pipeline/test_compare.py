@@ -82,6 +82,18 @@ def test_unknown_methods_are_refused_before_anything_runs(fp32: Path, tmp_path: 
     assert not (tmp_path / "out.csv").exists()
 
 
+def test_weights_and_inputs_apart(fp32: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.csv"
+    apart = ["--activation", "separate"]
+    with pytest.raises(ConfigError, match="gumbel takes --activation same only"):
+        compare.main([*arguments(fp32, output, "fisher", "gumbel"), *apart])
+    compare.main([*arguments(fp32, output, "fisher", "search"), *apart])
+    for row in rows(output):
+        pairs = [part.split(" × ")[1].split(" / ") for part in row["allocation"].split(", ")]
+        assert any(weight.removeprefix("W ") != inputs.removeprefix("A ") for weight, inputs in pairs)
+        assert 0.98 - 1e-9 <= float(row["cost_ratio"]) <= 1.02
+
+
 def test_uniform_models_have_whole_bits(fp32: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="whole bits"):
         compare.main([*arguments(fp32, tmp_path / "out.csv", "uniform-int"), "--target_bits", "2.5"])
