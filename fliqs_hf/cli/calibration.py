@@ -66,14 +66,15 @@ class Calibration:
 
 def check(args: argparse.Namespace) -> None:
     """Raises: ConfigError: an option that needs calibration images, without them."""
-    for name, without in (("rounding", "nearest"), ("bias_correction", "false"), ("activations", "dynamic")):
+    for name, without in (("rounding", "nearest"), ("bias_correction", False), ("activations", "dynamic")):
         value = getattr(args, name)
         if value not in (None, without) and not args.calibration:
-            raise ConfigError(f"--{name} {value} needs images: give some with --calibration DATASET")
+            option = name if value is True else f"{name} {value}"
+            raise ConfigError(f"--{option} needs images: give some with --calibration DATASET")
 
 
 def pack(args: argparse.Namespace, model: Any, allocation: Allocation, calibration: Calibration | None) -> Any:
-    """Pack `model` in place, by GPTQ with bias correction where there are images and nothing else is asked for."""
+    """Pack `model` in place, by GPTQ where there are images and nothing else is asked for."""
     if calibration is None:
         return round_to_nearest(model, FLIQSConfig(allocation=allocation, weight_scale=args.weight_scale or "absmax"))
     return calibrate(
@@ -81,7 +82,7 @@ def pack(args: argparse.Namespace, model: Any, allocation: Allocation, calibrati
         allocation,
         calibration.images(),
         rounding=args.rounding or "gptq",
-        bias_correction=args.bias_correction != "false",
+        bias_correction=args.bias_correction,
         activations=args.activations or "dynamic",
         weight_scale=args.weight_scale or "mse",
     )

@@ -62,7 +62,7 @@ def calibrate(
     batches: Iterable[Tensor],
     *,
     rounding: Rounding = "gptq",
-    bias_correction: bool = True,
+    bias_correction: bool = False,
     activations: Activations = "dynamic",
     weight_scale: Literal["absmax", "mse"] = "mse",
     percentile: float = PERCENTILE,

@@ -29,23 +29,25 @@ from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.ptq import calibrate
 from fliqs_hf.search.run import versions
 
-NEAREST: dict[str, Any] = {"rounding": "nearest", "bias_correction": False}
+NEAREST: dict[str, Any] = {"rounding": "nearest"}
+BIAS: dict[str, Any] = {"bias_correction": True}
 CASES: dict[str, dict[str, Any]] = {
     "nearest, absmax scale": {**NEAREST, "weight_scale": "absmax"},
     "nearest": NEAREST,
-    "nearest + bias": {"rounding": "nearest"},
-    "gptq": {"bias_correction": False},
-    "gptq + bias": {},
-    "gptq + bias, static mse": {"activations": "mse"},
-    "gptq + bias, static absmax": {"activations": "absmax"},
-    "gptq + bias, static 99.99 %": {"activations": "percentile", "percentile": 99.99},
-    "gptq + bias, static 99.9 %": {"activations": "percentile", "percentile": 99.9},
+    "nearest + bias": NEAREST | BIAS,
+    "gptq": {},
+    "gptq + bias": BIAS,
+    "gptq, static mse": {"activations": "mse"},
+    "gptq, static absmax": {"activations": "absmax"},
+    "gptq, static 99.99 %": {"activations": "percentile", "percentile": 99.99},
+    "gptq, static 99.9 %": {"activations": "percentile", "percentile": 99.9},
 }
 ENDS = ("nearest, absmax scale", "gptq", "gptq + bias")
+STATIC = tuple(case for case in CASES if "static" in case)
 #: Cases of each format.
 TABLE = {
     "int4": tuple(CASES),
-    "int8": (*ENDS, "gptq + bias, static mse", "gptq + bias, static 99.99 %"),
+    "int8": (*ENDS, *STATIC),
     "e2m1": tuple(CASES)[:5],
     "int4/int8": (*ENDS, "nearest"),
     "int6": ENDS,

@@ -152,9 +152,6 @@ def test_quantize_to_a_target_reports_why(
     assert again != {}
 
 
-NEAREST: dict[str, Any] = {"rounding": "nearest", "bias_correction": False}
-
-
 def test_quantize_calibrates(fp32: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     allocation = Allocation.uniform(quantizable_layers(tiny("vit", 0)), "int3")
     split = load_split(str(photos), "train").shuffle(seed=0)
@@ -165,8 +162,8 @@ def test_quantize_calibrates(fp32: Path, photos: Path, tmp_path: Path, capsys: p
         (
             ([], {}),
             (
-                ["--rounding", "nearest", "--bias_correction", "false"],
-                {"rounding": "nearest", "bias_correction": False},
+                ["--rounding", "nearest", "--bias_correction"],
+                {"rounding": "nearest", "bias_correction": True},
             ),
             (["--activations", "mse", "--weight_scale", "absmax"], {"activations": "mse", "weight_scale": "absmax"}),
         )
@@ -186,7 +183,7 @@ def test_quantize_calibrates(fp32: Path, photos: Path, tmp_path: Path, capsys: p
         (["--target_bits", "4"], "--calibration"),
         (["--calibration", "x"], "cannot load the data set 'x'"),
         (["--rounding", "gptq"], "--rounding gptq needs images"),
-        (["--bias_correction", "true"], "--bias_correction true needs images"),
+        (["--bias_correction"], "--bias_correction needs images"),
         (["--activations", "mse"], "--activations mse needs images"),
         (["--weight_format", "int4", "--target_bits", "4", "--calibration", "x"], "give one of"),
         (["--target_bits", "1", "--calibration", "digits"], "below the cheapest"),

@@ -75,7 +75,7 @@ def test_saved_and_loaded_models_are_bit_identical(architecture: str, activation
 def test_no_option_is_quantize(method: Any) -> None:
     model = tiny("vit")
     expected = quantize(copy.deepcopy(model), FLIQSConfig(allocation=mixed(model), weight_scale=method))
-    options: Any = {"rounding": "nearest", "bias_correction": False, "weight_scale": method}
+    options: Any = {"rounding": "nearest", "weight_scale": method}
     calibrate(model, mixed(model), iter(()), **options)
     assert torch.equal(logits(model), logits(expected))
     assert model.config.quantization_config.to_dict() == expected.config.quantization_config.to_dict()
@@ -130,7 +130,7 @@ def test_layers_without_bias_get_none() -> None:
     model = tiny("resnet")
     before = {name: layer.bias is None for name, layer in quantizable_layers(model).items()}
     assert any(before.values())
-    calibrate(model, uniform(model), [images()])
+    calibrate(model, uniform(model), [images()], bias_correction=True)
     assert {name: layer.bias is None for name, layer in packed_layers(model).items()} == before
 
 
@@ -138,7 +138,7 @@ def test_the_original_bias_is_not_changed_in_place() -> None:
     model = tiny("vit")
     bias = model.classifier.bias
     before = bias.detach().clone()
-    calibrate(model, uniform(model), [images()])
+    calibrate(model, uniform(model), [images()], bias_correction=True)
     assert torch.equal(bias, before) and not torch.equal(model.classifier.bias, before)
 
 
@@ -149,7 +149,7 @@ def test_gptq_brings_a_layer_closer_to_its_output() -> None:
     only = Allocation({LAYER: LayerFormats.of("int3", None)})
     errors = {}
     for rounding in ("nearest", "gptq"):
-        options: Any = {"rounding": rounding, "bias_correction": False}
+        options: Any = {"rounding": rounding}
         weight = packed_layers(calibrate(tiny("vit"), only, [x], **options))[LAYER].decoded_weight()
         original = plain.get_submodule(LAYER).weight.detach()
         errors[rounding] = float(((weight - original) @ seen.flatten(0, 1).T).square().sum())
@@ -163,7 +163,7 @@ def test_gptq_reads_what_the_quantized_layers_before_give() -> None:
         model = tiny("vit")
         names = list(quantizable_layers(model))
         formats = {name: LayerFormats.of(first if name != names[-1] else "int3", None) for name in names}
-        calibrate(model, Allocation(formats), [images(16)], bias_correction=False)
+        calibrate(model, Allocation(formats), [images(16)])
         scores.append(packed_layers(model)[names[-1]].weight_codes)
     assert not torch.equal(*scores)
 
@@ -184,7 +184,7 @@ def test_absmax_scale_is_that_of_all_calibration_images() -> None:
     model, x = tiny("vit"), images(8)
     seen = inputs_of(tiny("vit"), x)
     first = next(iter(seen))
-    options: Any = {"rounding": "nearest", "bias_correction": False, "activations": "absmax"}
+    options: Any = {"rounding": "nearest", "activations": "absmax"}
     calibrate(model, uniform(model, "int8"), x.split(3), **options)
     layer = packed_layers(model)[first]
     assert torch.equal(layer.input_scale, (seen[first].abs().max() / 127).reshape(1))

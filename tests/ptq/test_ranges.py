@@ -49,6 +49,12 @@ def test_mse_clips_outliers_of_coarse_grids() -> None:
     assert static_scale(x, fmt, "mse") < static_scale(x, fmt, "absmax") / 2
 
 
+def test_mse_sees_every_channel_of_a_large_input() -> None:
+    x = torch.randn(128, 64, 192, generator=torch.Generator().manual_seed(0))
+    x[..., 1] *= 50  # of 192 channels; most of the squares are there
+    assert static_scale(x, parse("int8"), "mse") > static_scale(x, parse("int8"), "absmax") / 2
+
+
 @pytest.mark.parametrize(("percentile", "kept"), [(100, 1000), (99.9, 999), (50, 500), (0.1, 1), (1e-6, 1)])
 def test_percentile_keeps_that_part(percentile: float, kept: int) -> None:
     x = torch.arange(-1000, 0)[torch.randperm(1000, generator=torch.Generator().manual_seed(0))].float()
