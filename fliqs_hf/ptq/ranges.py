@@ -14,7 +14,7 @@ METHODS = ("absmax", "percentile", "mse")
 PERCENTILE = 99.99
 #: The MSE search tries absmax · 2**(-i / STEPS_PER_OCTAVE). Inputs of transformers have outliers of 50 times the rest.
 STEPS_PER_OCTAVE, OCTAVES = 8, 6
-#: Elements that the MSE search looks at, drawn at random: evenly spaced ones can miss channels, and outliers with them.
+#: Elements that the MSE search looks at, drawn at random: evenly spaced ones miss channels, and outliers with them.
 SAMPLE = 2**18
 
 
