@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from PIL import Image
+from transformers import ViTImageProcessor
 
 import fliqs_hf
 import fliqs_hf_cli
@@ -18,6 +21,7 @@ from fliqs_hf import FLIQSConfig
 from fliqs_hf.pipeline import compare
 from fliqs_hf.search import SearchConfig
 from fliqs_hf.training.arguments import parse
+from tests.hub_server import HubServer, Repo
 from tests.models import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +92,38 @@ def test_the_quick_start_runs(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     for name in ("report.html", "validation.html", "checkpoint/model.safetensors"):
         assert (tmp_path / "runs" / "quickstart" / name).is_file()
+
+
+def test_the_pilot_of_the_readme_runs(tmp_path: Path) -> None:
+    """Its commands as they stand, with a small model under that name on a Hub of our own, and a folder of images."""
+    (pilot,) = re.findall(r"```\n(fliqs-hf estimate .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    (name,) = set(re.findall(r"facebook/\S+", pilot))
+    model, generator = tiny("vit"), torch.Generator().manual_seed(0)
+    model.config.id2label = {i: f"kind {i}" for i in range(model.config.num_labels)}
+    model.config.label2id = {label: i for i, label in model.config.id2label.items()}
+    for split in ("train", "test"):
+        for label in model.config.label2id:
+            (folder := tmp_path / "photos" / split / label).mkdir(parents=True)
+            for number in range(4):
+                pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    model.save_pretrained(tmp_path / "original")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "original")
+    with HubServer() as hub:
+        hub.repos[name] = Repo(private=False)
+        files = {file.name: (file.read_bytes(), False) for file in (tmp_path / "original").iterdir()}
+        hub.repos[name].commit("main", files, "theirs")
+        commands = [line.split("#")[0].split() for line in pilot.splitlines()]
+        assert [command[1] for command in commands] == ["estimate", "quantize", "validate", "report", "push"]
+        for command in commands:
+            run = subprocess.run(
+                [sys.executable, "-m", "fliqs_hf_cli", *command[1:]], cwd=tmp_path, capture_output=True, text=True,
+                env=hub.environment(tmp_path / "home"), check=False,
+            )  # fmt: skip
+            # Twenty images cannot open the gate.
+            assert run.returncode == 0 or (command[1] == "validate" and "Undecided" in run.stdout), run.stderr[-2000:]
+        assert {"report.html", "README.md", "model.safetensors"} <= set(hub.repos[commands[-1][3]].files())
+        assert hub.repos[commands[-1][3]].private
 
 
 def test_every_public_name_is_documented() -> None:
