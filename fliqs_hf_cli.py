@@ -198,7 +198,8 @@ def _quantize(parser: Parser) -> None:
     parser.add_argument(
         "--rounding", choices=("nearest", "gptq"), help="default: gptq with --calibration, else nearest"
     )
-    parser.add_argument("--bias_correction", action="store_true", help="keep the mean of every output channel")
+    parser.add_argument("--bias_correction", choices=("true", "false"),
+                        help="keep the mean of every output channel; default: with one scale per layer")  # fmt: skip
     parser.add_argument("--activations", choices=("dynamic", "absmax", "percentile", "mse"),
                         help="input scales: of each input itself (default), or one per layer")  # fmt: skip
     parser.add_argument(

@@ -66,11 +66,10 @@ class Calibration:
 
 def check(args: argparse.Namespace) -> None:
     """Raises: ConfigError: an option that needs calibration images, without them."""
-    for name, without in (("rounding", "nearest"), ("bias_correction", False), ("activations", "dynamic")):
+    for name, without in (("rounding", "nearest"), ("bias_correction", "false"), ("activations", "dynamic")):
         value = getattr(args, name)
         if value not in (None, without) and not args.calibration:
-            option = name if value is True else f"{name} {value}"
-            raise ConfigError(f"--{option} needs images: give some with --calibration DATASET")
+            raise ConfigError(f"--{name} {value} needs images: give some with --calibration DATASET")
 
 
 def pack(args: argparse.Namespace, model: Any, allocation: Allocation, calibration: Calibration | None) -> Any:
@@ -82,7 +81,7 @@ def pack(args: argparse.Namespace, model: Any, allocation: Allocation, calibrati
         allocation,
         calibration.images(),
         rounding=args.rounding or "gptq",
-        bias_correction=args.bias_correction,
+        bias_correction=None if args.bias_correction is None else args.bias_correction == "true",
         activations=args.activations or "dynamic",
         weight_scale=args.weight_scale or "mse",
     )

@@ -62,7 +62,7 @@ def calibrate(
     batches: Iterable[Tensor],
     *,
     rounding: Rounding = "gptq",
-    bias_correction: bool = False,
+    bias_correction: bool | None = None,
     activations: Activations = "dynamic",
     weight_scale: Literal["absmax", "mse"] = "mse",
     percentile: float = PERCENTILE,
@@ -79,7 +79,8 @@ def calibrate(
             iterated once (not at all where no option needs them). All of them are held in memory; 128 to 512 images
             are usual.
         rounding: "nearest", or "gptq" for Linear and for Conv2d without groups (other convolutions: nearest).
-        bias_correction: shift existing biases so that the mean of every output channel is that of the fp32 model.
+        bias_correction: shift existing biases so that the mean of every output channel is that of the fp32 model;
+            takes a second pass. Default: where input scales are fixed, which is where it pays (docs/ptq.md).
         activations: "dynamic" scales each input by itself (per token, per image in convolutions); the others fix one
             number per layer: "absmax", "percentile" of |x|, or "mse" for the least squared error.
         weight_scale: "absmax", or "mse" for the scale of an output channel with the least squared error.
@@ -93,6 +94,8 @@ def calibrate(
     Source: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); bias correction, Nagel et al. 2019 (arXiv 1906.04721),
         section 4.2 and its empirical form in appendix D.
     """
+    if bias_correction is None:
+        bias_correction = activations != "dynamic"
     options = _Options(rounding, bias_correction, activations, percentile, damping)
     refuse_packed(model)
     config = FLIQSConfig(

@@ -30,12 +30,13 @@ from fliqs_hf.ptq import calibrate
 from fliqs_hf.search.run import versions
 
 NEAREST: dict[str, Any] = {"rounding": "nearest"}
+GPTQ: dict[str, Any] = {"bias_correction": False}
 BIAS: dict[str, Any] = {"bias_correction": True}
 CASES: dict[str, dict[str, Any]] = {
     "nearest, absmax scale": {**NEAREST, "weight_scale": "absmax"},
     "nearest": NEAREST,
     "nearest + bias": NEAREST | BIAS,
-    "gptq": {},
+    "gptq": GPTQ,
     "gptq + bias": BIAS,
 }
 ENDS = ("nearest, absmax scale", "gptq", "gptq + bias")

@@ -162,7 +162,7 @@ def test_quantize_calibrates(fp32: Path, photos: Path, tmp_path: Path, capsys: p
         (
             ([], {}),
             (
-                ["--rounding", "nearest", "--bias_correction"],
+                ["--rounding", "nearest", "--bias_correction", "true"],
                 {"rounding": "nearest", "bias_correction": True},
             ),
             (["--activations", "mse", "--weight_scale", "absmax"], {"activations": "mse", "weight_scale": "absmax"}),
@@ -183,7 +183,7 @@ def test_quantize_calibrates(fp32: Path, photos: Path, tmp_path: Path, capsys: p
         (["--target_bits", "4"], "--calibration"),
         (["--calibration", "x"], "cannot load the data set 'x'"),
         (["--rounding", "gptq"], "--rounding gptq needs images"),
-        (["--bias_correction"], "--bias_correction needs images"),
+        (["--bias_correction", "true"], "--bias_correction true needs images"),
         (["--activations", "mse"], "--activations mse needs images"),
         (["--weight_format", "int4", "--target_bits", "4", "--calibration", "x"], "give one of"),
         (["--target_bits", "1", "--calibration", "digits"], "below the cheapest"),

@@ -126,6 +126,15 @@ def test_bias_correction_covers_what_earlier_layers_do() -> None:
     torch.testing.assert_close(logits(corrected, x).mean(0), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("activations", "corrected"), [("dynamic", False), ("absmax", True)])
+def test_bias_correction_is_on_where_input_scales_are_fixed(activations: Any, corrected: bool) -> None:
+    options: Any = {"activations": activations, "rounding": "nearest"}
+    default = calibrate(tiny("vit"), uniform(tiny("vit")), [images()], **options)
+    said = calibrate(tiny("vit"), uniform(tiny("vit")), [images()], bias_correction=corrected, **options)
+    other = calibrate(tiny("vit"), uniform(tiny("vit")), [images()], bias_correction=not corrected, **options)
+    assert torch.equal(logits(default), logits(said)) and not torch.equal(logits(default), logits(other))
+
+
 def test_layers_without_bias_get_none() -> None:
     model = tiny("resnet")
     before = {name: layer.bias is None for name, layer in quantizable_layers(model).items()}
