@@ -166,8 +166,10 @@ def compare(arguments: argparse.Namespace) -> None:
     """Our allocation at no more than the cost of each of ModelOpt's, and all of them in our quantizers."""
     from fliqs_hf.allocation import Allocation, LayerFormats
     from fliqs_hf.baselines import elementwise_scores, uniform
+    from fliqs_hf.cli.calibration import ROUNDING_IMAGES
     from fliqs_hf.cost import CostTable, bops, trace_layers, weight_bytes
     from fliqs_hf.nn import make_searchable
+    from fliqs_hf.ptq import calibrate
     from fliqs_hf.search import SearchSpace, best_choice, fisher_scores
     from fliqs_hf.search.run import versions
 
@@ -192,16 +194,31 @@ def compare(arguments: argparse.Namespace) -> None:
     file = arguments.folder / "measured.json"  # by allocation, so that a second run measures only what is new
     known: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
-    def row(head: dict[str, Any], method: str, allocation: Allocation, seconds: float, solve: float) -> dict[str, Any]:
-        key = json.dumps(allocation.to_dict())
+    def measured(allocation: Allocation, rounding: str) -> dict[str, float]:
+        key = json.dumps(allocation.to_dict()) + ("" if rounding == "nearest" else rounding)
         if key not in known:
-            switch.set_allocation(allocation)
-            known[key] = measures(logits_of(model, test["images"]), test["labels"], fp32)
+            if rounding == "nearest":
+                switch.set_allocation(allocation)
+                packed = model
+            else:
+                packed = AutoModelForImageClassification.from_pretrained(arguments.model)
+                calibrate(packed, allocation, calibration["images"][:ROUNDING_IMAGES].split(32))
+            known[key] = measures(logits_of(packed, test["images"]), test["labels"], fp32)
             file.write_text(json.dumps(known), encoding="utf-8")
+        return known[key]
+
+    def row(
+        head: dict[str, Any],
+        method: str,
+        allocation: Allocation,
+        seconds: float,
+        solve: float,
+        rounding: str = "nearest",
+    ) -> dict[str, Any]:
         return {
-            **head, "method": method, "quantizers": "fliqs-hf",
+            **head, "method": method, "quantizers": "fliqs-hf" if rounding == "nearest" else f"fliqs-hf, {rounding}",
             "gbops": round(bops(layers, allocation) / 1e9, 3),
-            "weight_kb": round(weight_bytes(layers, allocation) / 1e3, 1), **known[key],
+            "weight_kb": round(weight_bytes(layers, allocation) / 1e3, 1), **measured(allocation, rounding),
             "search_s": seconds, "solve_s": round(solve, 4), "allocation": allocation.summary(),
         }  # fmt: skip
 
@@ -222,7 +239,10 @@ def compare(arguments: argparse.Namespace) -> None:
             start = time.perf_counter()
             choice = best_choice(part, table, -values[:, columns], low=-torch.inf, high=table.of(theirs))
             solve = time.perf_counter() - start
-            rows.append(row(head, name, part.allocation(choice), seconds, solve))
+            rows.append(row(head, name, ours := part.allocation(choice), seconds, solve))
+            if name == "fisher" and result["granularity"] == "per-token" and len(part.formats) == len(CANDIDATES):
+                rows.append(row(head, "modelopt", theirs, result["search_s"], result["solve_s"], "gptq"))
+                rows.append(row(head, name, ours, seconds, solve, "gptq"))
             print({key: rows[-1][key] for key in COLUMNS[:10]}, flush=True)
     hardware = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
