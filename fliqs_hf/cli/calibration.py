@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,8 +21,6 @@ from fliqs_hf.training.images import pixels
 
 #: Images that GPTQ and bias correction see at most: they hold all of them in memory, and more did not help.
 ROUNDING_IMAGES = 128
-
-Read = Callable[[int, Any], Tensor]
 
 
 class Calibration:
@@ -45,9 +43,9 @@ class Calibration:
             return
         names = [self._model.config.id2label[i] for i in range(self._model.config.num_labels)]
         read = label_reader(self._split.features[column], names, len(names), "name")
-        done = 0
+        answers, done = self._split.select_columns(column), 0  # of all columns a slice would decode the images again
         for images in self._batches("sensitivity", len(self._split)):
-            values = self._split[done : done + len(images)][column]
+            values = answers[done : done + len(images)][column]
             labels = torch.tensor([read(value, done + i) for i, value in enumerate(values)], device=self._device)
             done += len(images)
             yield images, labels

@@ -78,7 +78,7 @@ def fisher_scores(
     layers = {layer.name: model.get_submodule(layer.name) for layer in space.layers}
     same = space.activation == "same"
     roles: tuple[tuple[bool, bool], ...] = ((True, True),) if same else ((True, False), (False, True))
-    total = torch.zeros(len(roles), len(layers), len(space.formats), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)  # becomes [roles, L, K] on the device of the labels
     count, start = 0, time.perf_counter()
     with frozen(model):
         for inputs, labels in batches:
@@ -88,14 +88,14 @@ def fisher_scores(
                     loss = functional.cross_entropy(forward(inputs).float(), labels, reduction="sum")
                 loss.backward()
             sums = changes.double()
-            total += (sums.square() / 2 if reduction == "image" else sums).sum(-1).cpu()
+            total = total + (sums.square() / 2 if reduction == "image" else sums).sum(-1)
             count += len(labels)
     if not count:
         raise DataError("the sensitivity pass got no images: give it a split that is not empty")
     scores = torch.zeros(len(space.decisions), len(space.formats), dtype=torch.float64)
     decisions = (space.weight_decision,) if same else (space.weight_decision, space.activation_decision)
     for role, index in enumerate(decisions):
-        scores.index_add_(0, index, total[role])
+        scores.index_add_(0, index, total[role].cpu())
     if not scores.isfinite().all():
         raise DataError("the sensitivity pass met a loss or gradient that is not finite: check images and model")
     return Sensitivity((scores / count).float(), count, time.perf_counter() - start)
