@@ -6,7 +6,6 @@ images one of (seed, epoch). A run that is interrupted and resumed therefore end
 
 from __future__ import annotations
 
-import copy
 import math
 import signal
 import threading
@@ -24,11 +23,12 @@ from tqdm.auto import tqdm
 
 from fliqs_hf.errors import ConfigError, TrainingError
 from fliqs_hf.training.average import WeightAverage
+from fliqs_hf.training.backends import Backend, ShardedBackend
 from fliqs_hf.training.data import ImageData, train_loader
 from fliqs_hf.training.seeds import derived_seed
-from fliqs_hf.training.shards import gathered_into, whole_optimizer, whole_weights
-from fliqs_hf.training.state import Best, load_state, optimizer_tensors, save_state, states
+from fliqs_hf.training.state import Best, load_state, save_state, states
 from fliqs_hf.training.stream import StreamData
+from fliqs_hf.training.zero import ZeroBackend, check_zero
 
 #: (images, labels) -> (images, labels or class probabilities), on the device; randomness from the global generator
 Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -155,16 +155,15 @@ def train(
     Raises: TrainingError: the loss or a gradient is not finite, or a state cannot be written. Interrupted: Ctrl-C.
         CheckpointError: `resume` with a state of other settings.
     """
-    sharding = _check_support(accelerator, config)
+    _check_support(accelerator, config)
     if config.keep_best and (score is None or state_folder is None):
         raise ConfigError("keeping the best weights needs a score and a state_folder")
     optimizer = torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=config.learning_rate)
-    whole = copy.deepcopy(model) if sharding else model  # to return: a sharded model stays one
-    wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
+    backend = _backend(accelerator, model, optimizer, config)
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
     best = Best(state_folder / "best") if config.keep_best and state_folder is not None else None
     meta = {"config": repr(config), "world_size": accelerator.num_processes, "name": name}
-    step = _resume(state_folder, wrapped, optimizer, meta, hook, average, accelerator) if resume else 0
+    step = _resume(state_folder, backend, meta, hook, average, data) if resume else 0
     if best is not None and step == 0 and accelerator.is_main_process:
         best.forget()
     if teacher is not None:
@@ -182,13 +181,9 @@ def train(
     with _signal_flag(accelerator.num_processes == 1) as interrupted, bar:
         while step < config.max_steps:
             torch.manual_seed(derived_seed("step", config.seed, step, accelerator.process_index))
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate_at(step)
-            loss, quality = _step(wrapped, batches, config, accelerator, hook, augment, teacher, step)
-            norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
-            norm = norm.full_tensor() if sharding else norm
-            optimizer.step()
-            optimizer.zero_grad()
+            backend.set_learning_rate(config.learning_rate_at(step))
+            loss, quality = _step(backend, batches, config, accelerator, hook, augment, teacher, step)
+            norm = backend.step(config.max_grad_norm)
             extra = hook.end_step(step, quality) if hook is not None else {}
             if average is not None:
                 average.update()
@@ -217,7 +212,7 @@ def train(
                     if hook is not None:
                         hook.log(step)
             if state_folder is not None and (stop or save):
-                weights, moments = _tensors(model, optimizer, sharding)
+                weights, moments = backend.tensors()
                 if accelerator.is_main_process:
                     tensors = {**(hook.state_dict() if hook else {}), **(average.state_dict() if average else {})}
                     save_state(state_folder, step, weights, moments, tensors, meta)
@@ -228,17 +223,7 @@ def train(
     accelerator.wait_for_everyone()
     if best is not None:
         best.load(model)
-    accelerator.free_memory()
-    if sharding:
-        return gathered_into(whole, model)
-    return accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-
-
-def _tensors(model: nn.Module, optimizer: Any, sharded: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and optimizer states to save; where they are sharded, all processes take part."""
-    if sharded:
-        return whole_weights(model), whole_optimizer(model, optimizer)
-    return model.state_dict(), optimizer_tensors(optimizer)
+    return backend.finish()
 
 
 def _check_finite(values: dict[str, float], length: int, step: int, config: TrainConfig, folder: Path | None) -> None:
@@ -253,7 +238,7 @@ def _check_finite(values: dict[str, float], length: int, step: int, config: Trai
 
 
 def _step(
-    model: nn.Module,
+    backend: Backend,
     batches: Iterator[Any],
     config: TrainConfig,
     accelerator: Any,
@@ -277,33 +262,20 @@ def _step(
         for index, set_formats in enumerate(passes):
             set_formats()
             # The first pass trains; the others are there to be compared with it, and need no gradient.
-            training = nullcontext() if index == 0 else torch.no_grad()
-            with training, _synchronised(accelerator, model, index > 0 or m == micro - 1):
-                with accelerator.autocast():
-                    logits = model(images).logits
-                logits = logits.float()
+            with backend.training_pass(last=m == micro - 1) if index == 0 else torch.no_grad():
+                logits = backend.logits(images)
                 loss = functional.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
                 if imitated is not None:
                     imitation = functional.cross_entropy(logits, imitated)
                     loss = (1 - config.distill_weight) * loss + config.distill_weight * imitation
                 if index == 0:
-                    accelerator.backward(loss / micro)
+                    backend.backward(loss / micro)
             with torch.no_grad():
                 measured = -loss if config.quality == "loss" else (logits.argmax(-1) == labels).float().mean()
                 quality[index] += measured / micro
                 if index == 0:
                     losses += loss / micro
     return losses, quality
-
-
-@contextmanager
-def _synchronised(accelerator: Any, model: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are reduced over processes with the last backward pass of a step (`last`) only."""
-    if last:
-        yield
-    else:
-        with accelerator.no_sync(model):
-            yield
 
 
 class _Window:
@@ -355,17 +327,21 @@ def _signal_flag(alone: bool) -> Iterator[threading.Event]:
 
 def _resume(
     folder: Path | None,
-    model: nn.Module,
-    optimizer: Any,
+    backend: Backend,
     meta: dict[str, Any],
     hook: StepHook | None,
     average: WeightAverage | None,
-    accelerator: Any,
+    data: ImageData | StreamData,
 ) -> int:
     saved = states(folder) if folder is not None else []
     if not saved:
         return 0
-    step, extra = load_state(saved[-1], accelerator.unwrap_model(model), optimizer, meta)
+
+    def image() -> Tensor:
+        first: Tensor = next(iter(train_loader(data, 1, 0, 0, 1, 0, 1, 0)))[0]
+        return first
+
+    step, extra = load_state(saved[-1], lambda weights, moments: backend.load(weights, moments, image), meta)
     if hook is not None:
         hook.load_state_dict(extra)
     if average is not None:
@@ -373,15 +349,26 @@ def _resume(
     return step
 
 
-def _check_support(accelerator: Any, config: TrainConfig) -> bool:
-    """Whether accelerate shards the model (FSDP2). Raises: ConfigError: what this loop cannot do."""
+def _backend(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Backend:
     kind = str(accelerator.distributed_type)
-    if any(name in kind for name in ("DEEPSPEED", "MEGATRON")):
+    if "DEEPSPEED" in kind:
+        return ZeroBackend(
+            accelerator, model, optimizer, batch_size=config.batch_size,
+            accumulation=config.gradient_accumulation_steps, max_norm=config.max_grad_norm,
+        )  # fmt: skip
+    return (ShardedBackend if "FSDP" in kind else Backend)(accelerator, model, optimizer)
+
+
+def _check_support(accelerator: Any, config: TrainConfig) -> None:
+    """Raises: ConfigError: what this loop cannot do."""
+    kind = str(accelerator.distributed_type)
+    if "MEGATRON" in kind:
         raise ConfigError(f"{kind} steps the optimizer by itself, which this loop cannot follow; use DDP or FSDP2")
-    sharding = "FSDP" in kind
-    if sharding and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+    if "FSDP" in kind and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
         raise ConfigError("FSDP version 1 is not supported: set fsdp_version: 2 in the accelerate config")
-    if sharding and (config.ema_decay or config.eval_steps):
+    if "DEEPSPEED" in kind:
+        check_zero(accelerator)
+    if ("FSDP" in kind or "DEEPSPEED" in kind) and (config.ema_decay or config.eval_steps):
         name = "ema_decay" if config.ema_decay else "eval_steps"
         raise ConfigError(
             f"{name}={getattr(config, name)} needs the whole model on every process during training: use DDP, or 0"
@@ -391,4 +378,3 @@ def _check_support(accelerator: Any, config: TrainConfig) -> bool:
             f"mixed_precision={accelerator.mixed_precision!r} scales the loss, which a resumed run would not repeat; "
             "choose bf16 or no"
         )
-    return sharding

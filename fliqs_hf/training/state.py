@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fliqs_hf.errors import CheckpointError, TrainingError
-from fliqs_hf.training.shards import is_sharded, load_whole
 
 _NAME = "step-{:08d}"
 
@@ -30,7 +29,7 @@ def save_state(
     """Write the state after `step` steps as `folder/step-…`, then drop older ones.
 
     Args:
-        optimizer: see `optimizer_tensors`.
+        weights, optimizer: see `Backend.tensors`.
     Raises: TrainingError: the disk is full or not writable; the last complete state is untouched.
     """
     final = folder / _NAME.format(step)
@@ -57,9 +56,14 @@ def states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / "meta.json").is_file())
 
 
-def load_state(path: Path, model: nn.Module, optimizer: Any, meta: dict[str, Any]) -> tuple[int, dict[str, Tensor]]:
-    """Restore in place. Returns: steps done, and the extra tensors.
+def load_state(
+    path: Path, load: Callable[[dict[str, Tensor], dict[str, Tensor]], None], meta: dict[str, Any]
+) -> tuple[int, dict[str, Tensor]]:
+    """Restore in place.
 
+    Args:
+        load: takes weights and optimizer states, on the CPU.
+    Returns: steps done, and the extra tensors.
     Raises: CheckpointError: unreadable, or written with other settings (it names the first that differs).
     """
     try:
@@ -70,13 +74,7 @@ def load_state(path: Path, model: nn.Module, optimizer: Any, meta: dict[str, Any
                     f"{path} was written with {key}={stored.get(key)!r}, this run has {value!r}; "
                     "resume with the same settings, or start in a new output_dir"
                 )
-        optimizer_state = load_file(path / "optimizer.safetensors")
-        if is_sharded(model):
-            load_whole(model, optimizer, load_file(path / "model.safetensors"), optimizer_state)
-        else:
-            device = next(model.parameters()).device
-            model.load_state_dict(load_file(path / "model.safetensors", device=str(device)))
-            _restore_optimizer(optimizer, optimizer_state)
+        load(load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"))
         return int(stored["step"]), load_file(path / "extra.safetensors")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
@@ -120,17 +118,3 @@ class Best:
 
     def forget(self) -> None:
         self.file.unlink(missing_ok=True)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`number of the parameter.state` -> tensor."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

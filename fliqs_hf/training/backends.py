@@ -1,0 +1,105 @@
+"""Where a model and its optimizer live while they are trained: whole on every process, or sharded by FSDP2."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fliqs_hf.training.shards import gathered_into, load_whole, whole_optimizer, whole_weights
+
+
+class Backend:
+    """A model and an optimizer that accelerate has prepared; here whole on every process (one process, or DDP).
+
+    Attributes:
+        model, optimizer: the prepared ones.
+        given: the model as it was handed in, whose weights these are.
+    """
+
+    def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.accelerator, self.given = accelerator, model
+        self.model, self.optimizer = accelerator.prepare(model.train(), optimizer)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """float32 [batch, classes], in the precision that accelerate is configured for."""
+        with self.accelerator.autocast():
+            logits: Tensor = self.model(images).logits
+        return logits.float()
+
+    @contextmanager
+    def training_pass(self, last: bool) -> Iterator[None]:
+        """Around a forward and a backward pass; processes exchange gradients with the `last` one of a step only."""
+        if last:
+            yield
+        else:
+            with self.accelerator.no_sync(self.model):
+                yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, a scalar."""
+        self.accelerator.backward(loss)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def step(self, max_norm: float) -> Tensor:
+        """Clip gradients, take an optimizer step, forget the gradients. Returns: their norm before clipping."""
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and optimizer states as whole tensors, on the main process at least. All processes take part."""
+        state = self.optimizer.state_dict()["state"]
+        moments = {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+        return self.given.state_dict(), moments
+
+    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor], image: Callable[[], Tensor]) -> None:
+        """Continue where `tensors` was taken.
+
+        Args:
+            image: one image, [1, C, H, W], for backends that make their optimizer's state in a step.
+        """
+        self.given.load_state_dict(weights)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in moments.items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def finish(self) -> nn.Module:
+        """End training. Returns: a plain whole model with the trained weights, on every process."""
+        self.accelerator.free_memory()
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return model
+
+
+class ShardedBackend(Backend):
+    """A model that FSDP2 shards."""
+
+    def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.whole = copy.deepcopy(model)  # to return: a sharded model stays one
+        super().__init__(accelerator, model, optimizer)
+
+    def step(self, max_norm: float) -> Tensor:
+        norm: Any = super().step(max_norm)
+        whole: Tensor = norm.full_tensor()
+        return whole
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return whole_weights(self.given), whole_optimizer(self.given, self.optimizer)
+
+    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor], image: Callable[[], Tensor]) -> None:
+        load_whole(self.given, self.optimizer, weights, moments)
+
+    def finish(self) -> nn.Module:
+        self.accelerator.free_memory()
+        return gathered_into(self.whole, self.given)
