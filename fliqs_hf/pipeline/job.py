@@ -20,6 +20,7 @@ from fliqs_hf.training.augment import BatchAugment
 from fliqs_hf.training.data import held_in_memory, labelled
 from fliqs_hf.training.models import label_ids, load_classifier
 from fliqs_hf.training.stream import StreamData
+from fliqs_hf.training.zero import load_models_whole
 
 
 @dataclass
@@ -93,6 +94,7 @@ def load(
     accelerator = Accelerator(
         cpu=args.use_cpu, mixed_precision=args.mixed_precision, log_with=trackers, project_dir=args.output_dir
     )
+    load_models_whole()
     hf_logging.disable_progress_bar()
     if not accelerator.is_main_process:
         hf_logging.set_verbosity_error()

@@ -143,7 +143,7 @@ def train(
     on_log: Callable[[dict[str, Any]], None] | None = None,
     name: str = "training",
 ) -> nn.Module:
-    """Train `model` in place.
+    """Train `model`, in place where it is whole on every process.
 
     Args:
         model: takes `pixel_values`, returns an output with `.logits`.
@@ -151,7 +151,7 @@ def train(
         score: evaluates the model, higher is better, the same on every process; called every `eval_steps` steps.
         state_folder: where states for `resume` go; none are written without it.
         on_log: gets the metrics of every `logging_steps`-th step, on the main process.
-    Returns: the model, unwrapped.
+    Returns: the model, unwrapped; with FSDP2 or DeepSpeed another one, whole, as theirs stays sharded.
     Raises: TrainingError: the loss or a gradient is not finite, or a state cannot be written. Interrupted: Ctrl-C.
         CheckpointError: `resume` with a state of other settings.
     """

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.training.backends import Backend
@@ -50,6 +52,11 @@ class ZeroBackend(Backend):
             raise ConfigError(
                 "the model was loaded in shards (deepspeed.zero.Init), but costs and checkpoints need it whole: load "
                 "it before the Accelerator is made, or call fliqs_hf.training.zero.load_models_whole() after that"
+            )
+        if accelerator.mixed_precision == "bf16" and any(isinstance(module, _BatchNorm) for module in model.modules()):
+            raise ConfigError(
+                "DeepSpeed's bf16 leaves the statistics of batch norms in float32, which torch cannot mix: "
+                "set mixed_precision: 'no', or use DDP"
             )
         settings = {
             "train_micro_batch_size_per_gpu": batch_size,
@@ -112,7 +119,7 @@ class ZeroBackend(Backend):
         return self.whole
 
     def _gather(self) -> None:
-        """Give `whole` the trained weights and the buffers."""
+        """Give `whole` the trained weights, and the main process's buffers."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         plain = dict(self.whole.named_parameters())
@@ -120,7 +127,7 @@ class ZeroBackend(Backend):
             for name, parameter in self._trained():
                 plain[name].copy_(safe_get_full_fp32_param(parameter))
             for mine, theirs in zip(self.whole.buffers(), self.given.buffers(), strict=True):
-                mine.copy_(theirs)
+                mine.copy_(broadcast(theirs.clone()))
 
     def _set_weights(self, weights: dict[str, Tensor]) -> None:
         """Inverse of `_gather`, in the float32 weights and in those that the model computes with."""
@@ -190,7 +197,10 @@ class ZeroBackend(Backend):
 
 
 def load_models_whole() -> None:
-    """Have `from_pretrained` load whole models: with ZeRO 3 configured it would give each process a share."""
+    """Have `from_pretrained` load whole models: with ZeRO 3 configured it would give each process a share.
+
+    To be called when the Accelerator is made; without DeepSpeed it does nothing.
+    """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()

@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.distributed
 
 
-def launch(folder: Path, *arguments: str, worker: str = "worker") -> int:
+def launch(folder: Path, *arguments: str, worker: str = "worker", more: dict[str, str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", f"tests.distributed.{worker}", str(folder), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(more or {"ACCELERATE_USE_CPU": "true"})}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     if arguments[:1] in ((), ("-1",)) and run.returncode:
         raise AssertionError(run.stderr[-3000:])

@@ -1,13 +1,13 @@
-"""Searches under DeepSpeed in one of several processes; writes what this rank has seen.
+"""Trainings with DeepSpeed in one of several processes; writes what this rank has seen.
 
-All of them in one start: importing DeepSpeed and its companions takes longer than all that is done here.
+All in one start, as importing DeepSpeed and its companions takes longer than what is done here.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,19 @@ from torch import nn
 from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.errors import FliqsError
 from fliqs_hf.nn import make_searchable, restore
+from fliqs_hf.pipeline import job as recipe_job
+from fliqs_hf.pipeline.search import main as recipe
 from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace
 from fliqs_hf.search.hook import SearchHook
 from fliqs_hf.training import TrainConfig, train
 from tests.models import tiny
+from tests.recipes.test_vit import write
 from tests.training.test_loop import Blobs
 
+NO_CLIPPING = 1e9
 
-class Crash(Exception):
+
+class CrashError(Exception):
     pass
 
 
@@ -36,72 +41,141 @@ class Crashing(SearchHook):
 
     at = -1
 
-    def begin_step(self, step: int) -> Any:
+    def begin_step(self, step: int) -> list[Callable[[], None]]:
         if step == self.at:
-            raise Crash
+            raise CrashError
         return super().begin_step(step)
 
 
-def configure(accelerator: Accelerator, stage: int | None, precision: str = "no", **more: Any) -> None:
-    """What another accelerate config would have done; stage None is DDP."""
-    kind = DistributedType.DEEPSPEED if stage is not None else DistributedType.MULTI_CPU
+def configure(accelerator: Accelerator, stage: int | None, precision: str = "no", **config: Any) -> None:
+    """What another accelerate config would have led to; stage None is DDP."""
+    kind = DistributedType.MULTI_CPU if stage is None else DistributedType.DEEPSPEED
     PartialState().distributed_type = accelerator.state.distributed_type = kind
-    zero = {"stage": stage or 0, **more.pop("zero", {})}
-    plugin = DeepSpeedPlugin({"zero_optimization": zero, "gradient_accumulation_steps": "auto", **more})
+    zero = {"stage": stage or 0, **config.pop("zero_optimization", {})}
+    plugin = DeepSpeedPlugin({"zero_optimization": zero, "gradient_accumulation_steps": "auto", **config})
     plugin.set_mixed_precision(precision)
-    plugin._set_selected(True)
     accelerator.state.deepspeed_plugins = {"default": plugin}
+    plugin.select(_from_accelerator_state=True)
 
 
 def search(
     accelerator: Accelerator, state: Path | None = None, crash_at: int = -1, resume: bool = False, **changes: Any
 ) -> dict[str, torch.Tensor]:
-    """Weights before and after `restore`, choice and logits."""
-    model, data = tiny("vit", seed=3 if resume else 0), Blobs(80)
+    """Weights, allocation and logits after a search; a resumed one starts from a model that it must not keep."""
+    model, data = tiny("vit", seed=int(resume)), Blobs(80)
     layers = trace_layers(model)
     space = SearchSpace(layers, ["int3", "int4", "e2m1", "int8"])
     config = SearchConfig(prior="none", explore_fraction=0.6, samples_per_step=2)
     ranks: dict[str, Any] = {"rank": accelerator.process_index, "world_size": 2, "gather": accelerator.gather}
-    table = CostTable(layers, space.formats)
-    found = OneShotSearch(space, table, Target.of(target_bits=4.5), config, 12, seed=1, **ranks)
+    settings: dict[str, Any] = {"max_steps": 6, "batch_size": 4, "learning_rate": 1e-3, "save_steps": 3}
+    training = TrainConfig(**settings | {"logging_steps": 2} | changes)
+    table, target = CostTable(layers, space.formats), Target.of(target_bits=4.5)
+    found = OneShotSearch(space, table, target, config, training.max_steps, seed=1, **ranks)
     hook = Crashing(found, make_searchable(model, space.formats))
     hook.at = crash_at
-    settings: dict[str, Any] = {"max_steps": 12, "batch_size": 4, "learning_rate": 1e-3, "gradient_accumulation_steps": 2}
-    training = TrainConfig(**settings | {"save_steps": 4, "logging_steps": 2} | changes)
     trained = train(model, data, training, accelerator, hook=hook, state_folder=state, resume=resume)
-    assert all(type(parameter) is nn.Parameter and parameter.dtype is torch.float32 for parameter in trained.parameters())
     restore(trained)
     assert type(trained.vit.layers[0].mlp.fc1) is nn.Linear
+    assert {type(p) for p in trained.parameters()} == {nn.Parameter}
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
     tensors = {"logits": found.policy.logits.detach(), "choice": space.choice(found.finalize().allocation)}
     return {**tensors, **{f"model.{name}": tensor for name, tensor in trained.state_dict().items()}}
 
 
+def interrupted(accelerator: Accelerator, state: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    try:
+        search(accelerator, state, crash_at=5, **changes)
+    except CrashError:
+        accelerator.free_memory()
+    else:
+        raise AssertionError("it did not crash")
+    accelerator.wait_for_everyone()
+    assert [path.name for path in state.iterdir()] == ["step-00000003"]
+    return search(accelerator, state, resume=True, **changes)
+
+
+def poisoned(accelerator: Accelerator, state: Path) -> None:
+    """The gradient of the second step is not a number on this rank alone, its loss is."""
+    calls: list[None] = []
+
+    def poison(grad: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        return grad * float("nan") if len(calls) == 2 and accelerator.process_index else grad
+
+    model = tiny("vit")
+    model.classifier.weight.register_hook(poison)
+    settings = TrainConfig(max_steps=4, batch_size=4, save_steps=1, logging_steps=100)
+    try:
+        train(model, Blobs(40), settings, accelerator, state_folder=state)
+    finally:
+        accelerator.free_memory()
+
+
+def refusals(accelerator: Accelerator, folder: Path) -> dict[str, str]:
+    """What is said to settings that contradict each other, and to gradients that are not numbers."""
+    said: dict[str, str] = {}
+
+    def ask(name: str, stage: int, what: Callable[[], object], precision: str = "no", **config: Any) -> None:
+        configure(accelerator, stage, precision, **config)
+        try:
+            what()
+        except FliqsError as error:
+            said[name] = f"{type(error).__name__}: {error}"
+
+    def one_step(architecture: str = "vit", **changes: Any) -> None:
+        train(tiny(architecture), Blobs(40), TrainConfig(max_steps=1, batch_size=4, **changes), accelerator)
+
+    ask("stage", 0, one_step)
+    ask("batch", 2, one_step, train_micro_batch_size_per_gpu=16)
+    ask("accumulation", 2, one_step, gradient_accumulation_steps=8)
+    ask("clipping", 2, one_step, gradient_clipping=0.5)
+    ask("optimizer", 2, one_step, optimizer={"type": "AdamW"})
+    ask("scheduler", 2, one_step, scheduler={"type": "WarmupLR"})
+    ask("offload", 2, one_step, zero_optimization={"offload_optimizer": {"device": "cpu"}})
+    ask("fp16", 2, one_step, "fp16")
+    ask("batch norm", 2, lambda: one_step("resnet"), "bf16")
+    ask("ema", 2, lambda: one_step(ema_decay=0.9))
+    ask("evaluation", 2, lambda: one_step(eval_steps=1))
+    for stage in (2, 3):
+        ask(f"not finite {stage}", stage, lambda stage=stage: poisoned(accelerator, folder / f"poisoned-{stage}"))
+    return said
+
+
+def run_recipe(accelerator: Accelerator, folder: Path) -> None:
+    """Fine-tuning, then a search from its result: two trainings with one Accelerator. Ends its processes' group."""
+    configure(accelerator, 3)
+    if accelerator.is_main_process:
+        write(folder, use_cpu=False, finetune_steps=2, max_steps=3, gradient_accumulation_steps=2, save_steps=1)
+    accelerator.wait_for_everyone()
+    recipe_job.Accelerator = lambda **_: accelerator  # type: ignore[assignment,misc]
+    recipe([str(folder / "settings.yaml")])
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    # With `cpu` accelerate would not look for DeepSpeed.
+    # With `cpu` accelerate would not look for DeepSpeed, and without a backend not for several processes.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
     assert accelerator.num_processes == 2
     rank = accelerator.process_index
-    import time
-    for stage, precision in [(None, "no"), (1, "no"), (2, "no"), (3, "no"), (1, "bf16"), (2, "bf16"), (3, "bf16")]:
-        for clip in [1.0, 1e9]:
-            t = time.time()
-            configure(accelerator, stage, precision)
-            a = search(accelerator, max_grad_norm=clip)
-            save_file(a, folder / f"{stage}-{precision}-{clip}-{rank}.safetensors")
-            if stage and clip == 1.0:
-                state = folder / f"state-{stage}-{precision}"
-                try:
-                    search(accelerator, state, 10)
-                except Crash:
-                    pass
-                else:
-                    raise AssertionError
-                accelerator.wait_for_everyone()
-                print(list(state.iterdir()))
-                b = search(accelerator, state, resume=True)
-                print("RESUME", stage, precision, [n for n in a if not torch.equal(a[n], b[n])])
-            print("TIME", stage, precision, time.time() - t)
+
+    def keep(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / f"{name}-rank-{rank}.safetensors")
+
+    for stage in (None, 1, 2, 3):
+        configure(accelerator, stage)
+        keep(f"unclipped-{stage}", search(accelerator, max_grad_norm=NO_CLIPPING))
+    usual = {"gradient_accumulation_steps": 2}
+    configure(accelerator, None)
+    keep("usual-None-no", search(accelerator, **usual))
+    for stage, precision in ((2, "bf16"), (3, "no")):
+        configure(accelerator, stage, precision)
+        keep(f"usual-{stage}-{precision}", search(accelerator, **usual))
+        keep(f"resumed-{stage}-{precision}", interrupted(accelerator, folder / f"state-{stage}", **usual))
+    for stage in (2, 3):
+        configure(accelerator, stage, "bf16")
+        keep(f"still-{stage}", search(accelerator, max_steps=1, learning_rate=1e-20, weight_decay=0.0))
+    (folder / f"refused-rank-{rank}.json").write_text(json.dumps(refusals(accelerator, folder)))
+    run_recipe(accelerator, folder)
 
 
 if __name__ == "__main__":
