@@ -21,6 +21,17 @@ from fliqs_hf.training.backends import Backend
 
 #: Adam's moments, as torch names them.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Settings of `zero_optimization` with the one value that is supported. `round_robin_gradients` stores weights in
+#: another order than DeepSpeed's access to whole ones reads (0.19.8); the others are untried.
+_FIXED = {
+    "round_robin_gradients": False,
+    "compute_grad_norm": True,
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_gradients": False,
+    "mics_shard_size": -1,
+    "zenflow": None,
+}
 #: The number of optimizer steps, beside `<parameter>|<moment>`; no parameter's name has the separator.
 _SEPARATOR, _STEPS = "|", "|step"
 
@@ -220,6 +231,9 @@ def check_zero(accelerator: Any) -> None:
         if given.get(section):
             raise ConfigError(f"the DeepSpeed config has a section {section!r}: {remedy}")
     zero = given.get("zero_optimization", {})
+    for key, value in _FIXED.items():
+        if zero.get(key, value) != value:
+            raise ConfigError(f"zero_optimization.{key}={zero[key]!r} is not supported: remove it from the config")
     for section in ("offload_optimizer", "offload_param"):
         device = (zero.get(section) or {}).get("device", "none")
         if device not in ("none", None):

@@ -99,6 +99,7 @@ def test_what_contradicts_itself_is_refused(folder: Path) -> None:
         "optimizer": f"{says} has a section 'optimizer'",
         "scheduler": f"{says} has a section 'scheduler'",
         "offload": "ConfigError: offload_optimizer to 'cpu'",
+        "order": "ConfigError: zero_optimization.round_robin_gradients=True",
         "fp16": "ConfigError: mixed_precision='fp16'",
         "batch norm": "ConfigError: DeepSpeed's bf16 leaves the statistics of batch norms",
         "ema": "ConfigError: ema_decay=0.9",

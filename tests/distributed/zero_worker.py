@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
@@ -132,6 +133,7 @@ def refusals(accelerator: Accelerator, folder: Path) -> dict[str, str]:
     ask("optimizer", 2, one_step, optimizer={"type": "AdamW"})
     ask("scheduler", 2, one_step, scheduler={"type": "WarmupLR"})
     ask("offload", 2, one_step, zero_optimization={"offload_optimizer": {"device": "cpu"}})
+    ask("order", 2, one_step, zero_optimization={"round_robin_gradients": True})
     ask("fp16", 2, one_step, "fp16")
     ask("batch norm", 2, lambda: one_step("resnet"), "bf16")
     ask("ema", 2, lambda: one_step(ema_decay=0.9))
@@ -153,6 +155,8 @@ def run_recipe(accelerator: Accelerator, folder: Path) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    # Gloo alone: DeepSpeed would first compile a communication of its own, for a minute and with a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # With `cpu` accelerate would not look for DeepSpeed, and without a backend not for several processes.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
     assert accelerator.num_processes == 2
@@ -163,12 +167,13 @@ def main(folder: Path) -> None:
 
     for stage in (None, 1, 2, 3):
         configure(accelerator, stage)
-        keep(f"unclipped-{stage}", search(accelerator, max_grad_norm=NO_CLIPPING))
+        keep(f"unclipped-{stage}", search(accelerator, max_grad_norm=NO_CLIPPING, max_steps=4))
     usual = {"gradient_accumulation_steps": 2}
     configure(accelerator, None)
     keep("usual-None-no", search(accelerator, **usual))
-    for stage, precision in ((2, "bf16"), (3, "no")):
-        configure(accelerator, stage, precision)
+    for stage, precision, zero in ((2, "bf16", {}), (3, "no", {"stage3_param_persistence_threshold": 0})):
+        # At 0 small parameters are sharded too: by default a model of this size has none that are.
+        configure(accelerator, stage, precision, zero_optimization=zero)
         keep(f"usual-{stage}-{precision}", search(accelerator, **usual))
         keep(f"resumed-{stage}-{precision}", interrupted(accelerator, folder / f"state-{stage}", **usual))
     for stage in (2, 3):
