@@ -68,7 +68,7 @@ def search(
     space = SearchSpace(layers, ["int3", "int4", "e2m1", "int8"])
     config = SearchConfig(prior="none", explore_fraction=0.6, samples_per_step=2)
     ranks: dict[str, Any] = {"rank": accelerator.process_index, "world_size": 2, "gather": accelerator.gather}
-    settings: dict[str, Any] = {"max_steps": 6, "batch_size": 4, "learning_rate": 1e-3, "save_steps": 3}
+    settings: dict[str, Any] = {"max_steps": 5, "batch_size": 4, "learning_rate": 1e-3, "save_steps": 3}
     training = TrainConfig(**settings | {"logging_steps": 2} | changes)
     table, target = CostTable(layers, space.formats), Target.of(target_bits=4.5)
     found = OneShotSearch(space, table, target, config, training.max_steps, seed=1, **ranks)
@@ -85,7 +85,7 @@ def search(
 
 def interrupted(accelerator: Accelerator, state: Path, **changes: Any) -> dict[str, torch.Tensor]:
     try:
-        search(accelerator, state, crash_at=5, **changes)
+        search(accelerator, state, crash_at=4, **changes)
     except CrashError:
         accelerator.free_memory()
     else:
@@ -147,7 +147,8 @@ def run_recipe(accelerator: Accelerator, folder: Path) -> None:
     """Fine-tuning, then a search from its result: two trainings with one Accelerator. Ends its processes' group."""
     configure(accelerator, 3)
     if accelerator.is_main_process:
-        write(folder, use_cpu=False, finetune_steps=2, max_steps=3, gradient_accumulation_steps=2, save_steps=1)
+        steps = {"finetune_steps": 2, "max_steps": 3, "save_steps": 1, "gradient_accumulation_steps": 2}
+        write(folder, use_cpu=False, **steps, max_eval_samples=16, search_overrides={"prior_images": 16})
     accelerator.wait_for_everyone()
     recipe_job.Accelerator = lambda **_: accelerator  # type: ignore[assignment,misc]
     recipe([str(folder / "settings.yaml")])
