@@ -28,7 +28,7 @@ from fliqs_hf.quant.scale import (
     weight_scale,
 )
 
-_EXPONENT_MASK = 0x7F800000
+EXPONENT_MASK = 0x7F800000
 _CHUNK = 2**20  # elements
 
 
@@ -69,7 +69,7 @@ def _round(
         offset = fmt.min_normal * fmt.magic
         return y.add_(offset).sub_(offset).mul_(scale)
     bits = y.view(torch.int32)
-    exponent = torch.bitwise_and(bits, _EXPONENT_MASK, out=None if scratch is None else scratch[: y.shape[0]])
+    exponent = torch.bitwise_and(bits, EXPONENT_MASK, out=None if scratch is None else scratch[: y.shape[0]])
     p = exponent.view(torch.float32).clamp_(min=fmt.min_normal).mul_(fmt.magic)
     return y.add_(p).sub_(p).mul_(scale)
 

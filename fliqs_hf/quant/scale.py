@@ -114,11 +114,19 @@ def activation_scale(x: Tensor, fmt: FormatData, kind: str, granularity: Activat
 
     Raises: FormatError: "static", which no single input can give: those scales come from calibration images.
     """
+    return absmax_scale(x, fmt, _activation_dims(kind, granularity))
+
+
+def activation_peak(x: Tensor, kind: str, granularity: ActivationGranularity) -> Tensor:
+    """What `activation_scale` divides by a format's largest value: max |x| of a token, an image or everything."""
+    return absmax(x, _activation_dims(kind, granularity))
+
+
+def _activation_dims(kind: str, granularity: ActivationGranularity) -> tuple[int, ...] | None:
     check_choice("activation_granularity", granularity, ActivationGranularity)
     if granularity == "static":
         raise FormatError("activation_granularity='static': the scale is a number that fliqs_hf.ptq.calibrate finds")
-    dims = None if granularity == "per_tensor" else (-1,) if kind == "linear" else tuple(range(-3, 0))
-    return absmax_scale(x, fmt, dims)
+    return None if granularity == "per_tensor" else (-1,) if kind == "linear" else tuple(range(-3, 0))
 
 
 def check_choice(setting: str, value: object, choices: object) -> None:
