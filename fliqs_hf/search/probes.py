@@ -79,6 +79,7 @@ class Probes:
         self.names, self.layers = list(layers), list(layers.values())
         self.formats, self.roles, self.settings, self.reduction = formats, roles, settings, reduction
         self.changes = torch.empty(0)
+        self._images, self._chosen = 0, torch.empty(0, dtype=torch.int64)
         self._readings: list[_Reading] = []
         self._calls: dict[int, _Reading] = {}
         self._scales: dict[int, list[Tensor]] = {}
@@ -98,18 +99,18 @@ class Probes:
         for handle in self._handles:
             handle.remove()
 
-    def run(self, labels: Tensor, loss: Callable[[], Tensor]) -> Tensor:
-        """Σ g_i·ΔY_i of one batch, Σ (g_i·ΔY_i)² with the reduction "element": float32 [roles, L, K, batch].
+    def backward(self, loss: Tensor, images: int, chosen: Tensor) -> Tensor:
+        """Go backward through a forward pass that ran within the hooks.
 
         Args:
-            loss: the forward pass; the sum over the images.
+            loss: the sum over the images of the batch. chosen: int64, the images to measure.
+        Returns: their Σ g_i·ΔY_i, Σ (g_i·ΔY_i)² with the reduction "element": float32 [roles, L, K, chosen].
         """
-        shape = len(self.roles), len(self.layers), len(self.formats), len(labels)
-        self.changes = torch.zeros(shape, device=labels.device)
+        self._images, self._chosen = images, chosen
+        shape = len(self.roles), len(self.layers), len(self.formats), len(chosen)
+        self.changes = torch.zeros(shape, device=loss.device)
         try:
-            with torch.enable_grad():
-                value = loss()
-            value.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
             for reading in self._readings:  # where the output of one of the readers is not used
                 if reading.backs:
                     self._measure(reading)
@@ -187,22 +188,30 @@ class Probes:
         self._check(rows[0], reading.x, reading.version)
         peak = activation_peak(reading.x.detach(), "linear", self.settings.activation_granularity)
         values = (reading.x.detach(), *(reading.gradients[row] for row in rows), *(reading.backs[row] for row in rows))
-        # The images are the slowest dimension of every input, also where windows or tokens join them.
-        batch = self.changes.shape[-1]
-        x, *others = (value.float().reshape(batch, -1, value.shape[-1]) for value in values)
-        peak = peak.expand(*reading.x.shape[:-1], 1).reshape(batch, -1, 1)
+        x, *others = (self._select(value.float()).flatten(1, -2) for value in values)
+        peak = self._select(peak.expand(*reading.x.shape[:-1], 1)).flatten(1, -2)
         self._add(rows, x, peak, others[: len(rows)], others[len(rows) :])
+
+    def _select(self, value: Tensor) -> Tensor:
+        """The chosen images: [chosen, …, features].
+
+        The images are the slowest dimension of every input, also where windows or tokens join them.
+        """
+        return value.unflatten(0, (self._images, -1)).index_select(0, self._chosen)
 
     @torch.no_grad()
     def _measure_patches(self, row: int, layer: Any, x: Tensor, gradient: Tensor) -> None:
-        x, gradient = x.float(), gradient.float()
-        peak = activation_peak(x, "conv2d", self.settings.activation_granularity).expand(len(x), 1, 1, 1).flatten(1)
+        peak = activation_peak(x.float(), "conv2d", self.settings.activation_granularity).expand(len(x), 1, 1, 1)
+        x, gradient, peak = (self._select(value.float()).flatten(0, 1) for value in (x, gradient, peak))
         (height, width), (down, right) = gradient.shape[2:], layer.kernel_size
         x = x[:, :, : height * down, : width * right].reshape(len(x), -1, height, down, width, right)
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(len(x), height * width, -1)
         gradient = gradient.flatten(2).transpose(1, 2)
         back = gradient @ layer.weight.float().flatten(1)
-        self._add([row], x, peak[:, :, None].expand(-1, x.shape[1], 1), [gradient], [back])
+        peak = peak.flatten(1)[:, None].expand(-1, x.shape[1], 1)
+        images = len(self._chosen)  # an image may be several inputs, as windows of it
+        x, peak, gradient, back = (value.reshape(images, -1, value.shape[-1]) for value in (x, peak, gradient, back))
+        self._add([row], x, peak, [gradient], [back])
 
     def _add(
         self, rows: list[int], x: Tensor, peak: Tensor, gradients: Sequence[Tensor], backs: Sequence[Tensor]
@@ -284,12 +293,14 @@ class Probes:
         changes, settings = self.changes[:, row], self.settings
         conv = isinstance(layer, nn.Conv2d)
         kind, apply = ("conv2d", layer._conv_forward) if conv else ("linear", functional.linear)
-        output = apply(x, layer.weight, None)  # without bias, which cancels
+        select = lambda value: self._select(value).flatten(0, 1)  # noqa: E731
+        chosen, gradient = select(x), select(gradient)
+        output = apply(chosen, layer.weight, None)  # without bias, which cancels
         for k, fmt in enumerate(self.formats):
             for role, (with_weight, with_input) in enumerate(self.roles):
-                value, weight = x, layer.weight
-                if with_input:
-                    value = quantize_activation(x, fmt, kind, settings.activation_granularity, fmt.is_integer)
+                value, weight = chosen, layer.weight
+                if with_input:  # rounded before the choice: a scale may be that of the whole batch
+                    value = select(quantize_activation(x, fmt, kind, settings.activation_granularity, fmt.is_integer))
                 if with_weight:
                     granularity, method = settings.weight_granularity, settings.weight_scale
                     weight = quantize_weight(weight, fmt, granularity, method, fmt.is_integer)
