@@ -19,6 +19,7 @@ import fliqs_hf
 import fliqs_hf_cli
 from fliqs_hf import FLIQSConfig
 from fliqs_hf.pipeline import compare
+from fliqs_hf.pipeline.compare_methods import check_methods
 from fliqs_hf.search import SearchConfig
 from fliqs_hf.training.arguments import parse
 from tests.hub_server import HubServer, Repo
@@ -75,7 +76,7 @@ def test_commands_have_arguments_that_exist() -> None:
             continue
         arguments = parser.parse_args(re.split(r"#|\|\|", command)[0].split())
         if hasattr(arguments, "rest") and command.startswith("compare"):
-            compare.check_methods(compare.parser("compare").parse_args(arguments.rest).methods)
+            check_methods(compare.parser("compare").parse_args(arguments.rest).methods)
         elif hasattr(arguments, "rest"):
             parse([str(ROOT / a) if a.endswith(".yaml") else a for a in arguments.rest])
 

@@ -7,6 +7,8 @@ recomputed by one cost model. Rows that the CSV has already are not run again, s
 
 Methods (those with ptq- in front do the same without training):
     uniform-int, uniform-fp        INTk, and the smallest float of k bits (k whole)
+    uniform-FORMAT                 any format, such as uniform-e4m3: whatever the targets are, it is run once per
+                                   seed, and its row is one for a target of the format's own bits
     manual                         first and last layer 8 bits, the rest INTk; it costs what it costs
     random, random-no-int2         a random allocation at the target
     loss-delta                     sensitivity by the change of the loss, one evaluation per layer and format
@@ -55,20 +57,25 @@ from fliqs_hf.baselines import (
 from fliqs_hf.cost import CostTable, Target, bops, trace_layers
 from fliqs_hf.errors import ConfigError, FliqsError
 from fliqs_hf.nn import make_searchable, restore
+from fliqs_hf.pipeline.compare_methods import (
+    FLOATS,
+    METHODS,
+    RANDOM,
+    SCORES,
+    check_methods,
+    runs,
+    search_config,
+    uniform_format,
+)
 from fliqs_hf.pipeline.compare_summary import summarise, write_summary
 from fliqs_hf.report.comparison import peak_memory
 from fliqs_hf.report.validate import processor_name
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace, choice_at_target, fisher_scores
+from fliqs_hf.search import OneShotSearch, SearchSpace, choice_at_target, fisher_scores
 from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.search.run import versions
 from fliqs_hf.training import ImageData, TrainConfig, evaluate, load_splits, train
 from fliqs_hf.training.data import train_loader
 
-METHODS = ("uniform-int", "uniform-fp", "random-no-int2", "loss-delta", "fisher", "search", "paper")
-UNIFORM = ("uniform-int", "uniform-fp", "manual")
-SCORES = ("loss-delta", "fisher", "elementwise", "hessian")
-TRAINED = ("differentiable", "gumbel", "multi-trial-random", "multi-trial-optuna")
-FLOATS = {3: "e2m0", 4: "e2m1", 5: "e2m2", 6: "e2m3", 7: "e3m3", 8: "e4m3"}
 COLUMNS = ("method", "target_bits", "seed", "top1", "loss", "cost_ratio", "steps", "seconds", "peak_mb", "allocation")
 #: Images that the dearer scores are measured on, at most.
 SCORE_IMAGES = {"loss-delta": 512, "hessian": 512}
@@ -130,12 +137,17 @@ class Comparison:
             "seed": seed,
             "top1": round(accuracy.top1, 5),
             "loss": round(accuracy.loss, 5),
-            "cost_ratio": round(bops(self.layers, chosen) / target.resolve(self.table), 4),
+            "cost_ratio": round(bops(self.layers, chosen) / self.wanted(method, target), 4),
             "steps": steps,
             "seconds": round(seconds + spent, 1),
             "peak_mb": round((peak.working_bytes or 0) / 1e6) or "",
             "allocation": chosen.summary(),
         }
+
+    def wanted(self, method: str, target: Target) -> float:
+        """What the row's target costs. A uniform model may cost what the search space cannot."""
+        reachable = None if uniform_format(method) is None else (0.0, self.table.fp32)
+        return target.resolve(self.table, reachable)
 
     def sensitivity(self, method: str, seed: int) -> tuple[torch.Tensor, float]:
         """Scores [D, K] of the fp32 model and the seconds they took; `seed` chooses the images."""
@@ -162,11 +174,13 @@ class Comparison:
 
     def fixed(self, name: str, bits: float, target: Target, seed: int) -> Allocation:
         """The allocation of a method that needs no training to choose one, or chooses by short trainings."""
+        if (fmt := uniform_format(name)) is not None:
+            return uniform(self.layers, fmt)
         if name in ("uniform-int", "uniform-fp"):
             return uniform(self.layers, f"int{bits:g}" if name == "uniform-int" else FLOATS[int(bits)])
         if name == "manual":
             return manual(self.layers, f"int{bits:g}")
-        if name in ("random", "random-no-int2"):
+        if name in RANDOM:
             space, table = self.space, self.table
             if name == "random-no-int2":
                 space = SearchSpace(self.layers, [fmt for fmt in self.space.formats if fmt.name != "int2"])
@@ -237,34 +251,6 @@ class Comparison:
         )
 
 
-def search_config(method: str) -> SearchConfig:
-    """The configuration that a method's name means. Raises: ConfigError: it means none."""
-    names = {"x": "samples_per_step", "h": "prior_entropy", "k": "prior_strength", "l": "policy_learning_rate"}
-    changes: dict[str, Any] = {}
-    try:
-        for part in method.split("-")[1:]:
-            name = names.get(part[0], "explore_fraction")
-            value = float(part.lstrip("xhkl"))
-            changes[name] = int(value) if name == "samples_per_step" else value
-    except (ValueError, IndexError) as error:
-        raise ConfigError(f"unknown method {method!r}; --help lists them") from error
-    return SearchConfig.preset("paper" if method == "paper" else "default", **changes)
-
-
-def check_methods(methods: list[str], activation: str = "same") -> None:
-    """Raises: ConfigError: a method that does not exist, or not for such a space, before anything has run."""
-    for method in methods:
-        if activation == "separate" and method in ("differentiable", "gumbel"):
-            raise ConfigError(f"{method} takes --activation same only: branches would be squared in number")
-        name = method.removeprefix("ptq-")
-        chosen_untrained = name in (*UNIFORM, *SCORES, "random", "random-no-int2")
-        if chosen_untrained or method in TRAINED:
-            continue
-        if method.partition("-")[0] not in ("search", "paper"):
-            raise ConfigError(f"unknown method {method!r}; --help lists them")
-        search_config(method)
-
-
 def parser(command: str) -> argparse.ArgumentParser:
     text = (__doc__ or "").replace("{command}", command)
     made = argparse.ArgumentParser(command, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -305,12 +291,8 @@ def main(argv: list[str], command: str = "fliqs-hf compare") -> list[dict[str, A
     done = {(row["method"], row["target_bits"], row["seed"]) for row in rows}
     todo = [
         (method, bits, seed)
-        for bits in arguments.target_bits
-        for seed in arguments.seeds
-        for method in arguments.methods
+        for method, bits, seed in runs(arguments.methods, arguments.target_bits, arguments.seeds)
         if (method, f"{bits:g}", str(seed)) not in done
-        # uniform models have whole bits
-        and (bits in FLOATS or method.removeprefix("ptq-") not in UNIFORM)
     ]
     if not todo and not lines:
         raise ConfigError(f"nothing to compare: {', '.join(arguments.methods)} exist for whole bits only")

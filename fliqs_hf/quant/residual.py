@@ -31,7 +31,7 @@ def code_errors(z: Tensor, fmt: Format, out: Tensor, scratch: Tensor) -> Tensor:
         out.round_()
     else:  # see `quant.fake`; K · p is exact, so nothing is lost where it is multiplied within the addition
         torch.bitwise_and(out.view(torch.int32), EXPONENT_MASK, out=scratch)
-        p = scratch.view(torch.float32).clamp_(min=data.min_normal)  # type: ignore[arg-type]
+        p = scratch.view(torch.float32).clamp_(min=data.min_normal)
         torch.add(out, p, alpha=data.magic, out=out)  # type: ignore[arg-type]
         torch.sub(out, p, alpha=data.magic, out=out)  # type: ignore[arg-type]
     return torch.add(out, z, alpha=-factor, out=out)

@@ -26,6 +26,7 @@ from fliqs_hf.quant import format_data, quantize_activation, quantize_weight
 from fliqs_hf.quant.fake import round_to_grid
 from fliqs_hf.quant.residual import code_errors
 from fliqs_hf.quant.scale import MIN_SCALE, activation_peak, weight_scale
+from fliqs_hf.search.workers import Workers
 
 #: What is squared: the sum of g·ΔY over an image, or each element of it.
 Reduction = Literal["image", "element"]
@@ -43,7 +44,7 @@ JOINT_BITS = 2
 
 #: Elements of an input, and of gradients of a weight, that are worked on at once. On a CPU an input is gone through
 #: some hundred times, in its caches; elsewhere parts only bound the memory.
-_INPUT_PART, _GRADIENT_PART, _DEVICE_PART = 2**17, 2**22, 2**26
+_INPUT_PART, _GRADIENT_PART, _DEVICE_PART = 2**17, 2**21, 2**26
 
 
 @dataclass
@@ -83,10 +84,12 @@ class Probes:
         self._readings: list[_Reading] = []
         self._calls: dict[int, _Reading] = {}
         self._scales: dict[int, list[Tensor]] = {}
+        self._workers = Workers()
         self._buffer = torch.empty(0)
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Probes:
+        self._workers.start(self.layers[0].get_parameter("weight").device)
         for row, layer in enumerate(self.layers):
             if self.reduction == "image" and isinstance(layer, nn.Linear):
                 self._handles.append(layer.register_forward_pre_hook(self._before(row)))
@@ -96,6 +99,7 @@ class Probes:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._workers.stop()
         for handle in self._handles:
             handle.remove()
 
@@ -110,7 +114,7 @@ class Probes:
         shape = len(self.roles), len(self.layers), len(self.formats), len(chosen)
         self.changes = torch.zeros(shape, device=loss.device)
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             for reading in self._readings:  # where the output of one of the readers is not used
                 if reading.backs:
                     self._measure(reading)
@@ -197,7 +201,8 @@ class Probes:
 
         The images are the slowest dimension of every input, also where windows or tokens join them.
         """
-        return value.unflatten(0, (self._images, -1)).index_select(0, self._chosen)
+        images = value.reshape(self._images, -1, *value.shape[1:])
+        return images.index_select(0, self._chosen)
 
     @torch.no_grad()
     def _measure_patches(self, row: int, layer: Any, x: Tensor, gradient: Tensor) -> None:
@@ -228,7 +233,7 @@ class Probes:
             errors = self._weight_errors(row)
             for k in joint:
                 kept[k].append(errors[k].clone())
-            by_weight = _weight_products(errors, gradient, x)
+            by_weight = self._weight_products(errors.flatten(1), gradient, x)
             for role, (with_weight, _) in enumerate(self.roles):
                 if with_weight:
                     self.changes[role, row] += by_weight
@@ -249,11 +254,10 @@ class Probes:
         peak = peak.clamp(min=MIN_SCALE)  # where all is 0
         by_input = x.new_zeros(len(backs), len(self.formats), len(x))
         by_both = torch.zeros_like(by_input)
-        buffers: tuple[Tensor, ...] = ()
-        for part in _parts(x, _INPUT_PART, x[0].numel()):
+
+        def work(part: slice) -> None:
             values, peaks = x[part], peak[part]
-            if not buffers or buffers[0].shape != values.shape:
-                buffers = torch.empty_like(values), torch.empty_like(values, dtype=torch.int32)
+            buffers = torch.empty_like(values), torch.empty_like(values, dtype=torch.int32)
             unscaled = torch.stack([back[part] for back in backs], 1)
             scaled, z = unscaled * peaks[:, None], values / peaks
             for k, fmt in enumerate(self.formats):
@@ -265,6 +269,8 @@ class Probes:
                     for layer, (gradient, error) in enumerate(zip(gradients, weight_errors[k], strict=True)):
                         through = gradient[part] @ error
                         by_both[layer, k, part] = _dots(change, through[:, None])[:, 0] * factor
+
+        self._workers.each(work, _parts(x, _INPUT_PART, x[0].numel()))
         return by_input, by_both
 
     def _weight_errors(self, row: int) -> Tensor:
@@ -278,10 +284,24 @@ class Probes:
         if self._buffer.numel() < count:  # fresh memory would take as long as the arithmetic
             self._buffer = weight.new_empty(count)
         errors = self._buffer[:count].view(len(self.formats), *weight.shape)
-        for error, fmt, scale in zip(errors, self.formats, self._scales[row], strict=True):
-            saturate = settings.weight_scale != "absmax"
-            torch.sub(round_to_grid(weight, scale, format_data(fmt), saturate, fmt.is_integer), weight, out=error)
+
+        def work(part: slice) -> None:
+            for error, fmt, scale in zip(errors[part], self.formats[part], self._scales[row][part], strict=True):
+                saturate = settings.weight_scale != "absmax"
+                torch.sub(round_to_grid(weight, scale, format_data(fmt), saturate, fmt.is_integer), weight, out=error)
+
+        self._workers.each(work, (slice(k, k + 1) for k in range(len(self.formats))))
         return errors.flatten(2)
+
+    def _weight_products(self, errors: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+        """Inner products of `errors` [K, out·in] with the gradient of the weight of each image: [K, batch]."""
+        found = errors.new_empty(len(errors), len(x))
+
+        def work(part: slice) -> None:
+            found[:, part] = errors @ torch.bmm(gradient[part].transpose(1, 2), x[part]).flatten(1).T
+
+        self._workers.each(work, _parts(x, _GRADIENT_PART, errors.shape[1]))
+        return found
 
     def _weight(self, row: int) -> Tensor:
         weight: Tensor = self.layers[row].get_parameter("weight").detach().float()
@@ -293,7 +313,10 @@ class Probes:
         changes, settings = self.changes[:, row], self.settings
         conv = isinstance(layer, nn.Conv2d)
         kind, apply = ("conv2d", layer._conv_forward) if conv else ("linear", functional.linear)
-        select = lambda value: self._select(value).flatten(0, 1)  # noqa: E731
+
+        def select(value: Tensor) -> Tensor:
+            return self._select(value).flatten(0, 1)
+
         chosen, gradient = select(x), select(gradient)
         output = apply(chosen, layer.weight, None)  # without bias, which cancels
         for k, fmt in enumerate(self.formats):
@@ -324,15 +347,6 @@ def _parts(x: Tensor, elements: int, per_image: int) -> Iterator[slice]:
     """Slices of the images of `x` with about so many elements each, `per_image` of an image; more off the CPU."""
     step = max(1, (elements if x.device.type == "cpu" else _DEVICE_PART) // per_image)
     yield from (slice(start, start + step) for start in range(0, len(x), step))
-
-
-def _weight_products(errors: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
-    """Inner products of `errors` [K, out, in] with the gradient of the weight of each image: [K, batch]."""
-    errors = errors.flatten(1)
-    found = errors.new_empty(len(errors), len(x))
-    for part in _parts(x, _GRADIENT_PART, errors.shape[1]):
-        found[:, part] = errors @ torch.bmm(gradient[part].transpose(1, 2), x[part]).flatten(1).T
-    return found
 
 
 def _dots(change: Tensor, weights: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ def fisher_scores(
             format (mean over the images of both).
         share: of each batch's images, those with the largest gradients, to measure in the layers; the others count
             through their gradient at the logits (see the module). 1 measures all.
-    Cost: COSTLINE
+    Cost: with 14 formats and half the images about 0.8 forward and backward passes on top of the one (DeiT-Tiny, one
+        CPU thread): 0.5 of a forward pass for the gradients of the weights and again for the product of the errors at
+        2 bits, the rest for rounding. 1.6 on top where all images are measured.
     Raises: DataError: no batch, a gradient that is not finite, or a layer whose input is overwritten before backward.
         A layer that the forward pass does not reach scores 0. ConfigError: `share` is not above 0 and at most 1.
     """

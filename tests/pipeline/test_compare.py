@@ -12,6 +12,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.pipeline import compare
+from fliqs_hf.pipeline.compare_methods import METHODS as DEFAULTS
+from fliqs_hf.pipeline.compare_methods import check_methods, runs, uniform_format
 from fliqs_hf.pipeline.compare_summary import markdown, summarise, write_summary
 
 METHODS = [
@@ -80,6 +82,52 @@ def test_unknown_methods_are_refused_before_anything_runs(fp32: Path, tmp_path: 
     with pytest.raises(ConfigError, match="unknown method"):
         compare.main(arguments(fp32, tmp_path / "out.csv", "uniform-int", method))
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_uniform_models_in_any_format_are_run_once(
+    fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also in formats that the search space does not have, and under one name whatever alias was given."""
+    output = tmp_path / "out.csv"
+    methods = ["uniform-e4m3", "ptq-uniform-fp8", "ptq-uniform-int8", "ptq-uniform-bf16", "ptq-fisher"]
+    targets = ["--target_bits", "4", "8"]
+    compare.main([*arguments(fp32, output, *methods), *targets])
+    found = rows(output)
+    assert [(row["method"], row["target_bits"], row["steps"]) for row in found] == [
+        ("uniform-e4m3", "8", "3"), ("ptq-uniform-e4m3", "8", "0"), ("ptq-uniform-int8", "8", "0"),
+        ("ptq-uniform-bf16", "16", "0"), ("ptq-fisher", "4", "0"), ("ptq-fisher", "8", "0"),
+    ]  # fmt: skip
+    for row in found[:4]:
+        fmt = row["method"].rpartition("-")[2]
+        assert row["allocation"].endswith(f"W {fmt} / A {fmt}")
+        assert float(row["cost_ratio"]) == 1
+    assert "| 16 | ptq-uniform-bf16 |" in capsys.readouterr().out
+    compare.main([*arguments(fp32, output, *methods), *targets])  # nothing is left to do
+    assert rows(output) == found
+
+
+def test_the_runs_of_a_comparison() -> None:
+    assert runs(["uniform-int4", "fisher"], [3, 2.5], [0, 1]) == [
+        ("uniform-int4", 4.0, 0), ("fisher", 3, 0), ("uniform-int4", 4.0, 1), ("fisher", 3, 1), ("fisher", 2.5, 0),
+        ("fisher", 2.5, 1),
+    ]  # fmt: skip
+    assert runs(["uniform-fp", "manual", "uniform-fp4"], [2.5], [0]) == [("uniform-e2m1", 4.0, 0)]
+    assert runs(["uniform-e2m1", "uniform-fp4"], [3], [0]) == [("uniform-e2m1", 4.0, 0)]
+
+
+@pytest.mark.parametrize("method", [*METHODS, *DEFAULTS, "ptq-uniform-int"])
+def test_other_methods_follow_the_target(method: str) -> None:
+    assert uniform_format(method) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "meant"),
+    [("uniform-e9m4", "uniform-e4m"), ("ptq-uniform-itn8", "ptq-uniform-int"), ("serach", "search"),
+     ("fischer", "fisher"), ("ptq-hesian", "ptq-hessian")],
+)  # fmt: skip
+def test_the_nearest_method_is_named(method: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown method '{method}'; did you mean '{meant}"):
+        check_methods([method])
 
 
 def test_weights_and_inputs_apart(fp32: Path, tmp_path: Path) -> None:

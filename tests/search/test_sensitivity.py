@@ -169,7 +169,10 @@ def test_an_image_in_several_parts_and_tokens_of_zeros(monkeypatch: pytest.Monke
     monkeypatch.setattr(probes, "_INPUT_PART", 100)
     monkeypatch.setattr(probes, "_GRADIENT_PART", 100)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 6, 8, stride=8), nn.ReLU(), nn.Flatten(2), nn.Linear(16, 6, bias=False), nn.Flatten(), nn.Linear(36, 5))  # fmt: skip
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 8, stride=8), nn.ReLU(), nn.Flatten(2),
+        nn.Linear(16, 6, bias=False), nn.Flatten(), nn.Linear(36, 5),
+    )  # fmt: skip
     with torch.no_grad():
         model[0].bias[0] = -100
     space = SearchSpace(trace_layers(model, images(1)), FORMATS)

@@ -1,0 +1,84 @@
+"""The names of methods that a comparison knows, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from fliqs_hf.errors import ConfigError, FormatError
+from fliqs_hf.formats import COMMON, Format, parse
+from fliqs_hf.search import SearchConfig
+
+METHODS = ("uniform-int", "uniform-fp", "random-no-int2", "loss-delta", "fisher", "search", "paper")
+UNIFORM = ("uniform-int", "uniform-fp", "manual")
+SCORES = ("loss-delta", "fisher", "elementwise", "hessian")
+RANDOM = ("random", "random-no-int2")
+TRAINED = ("differentiable", "gumbel", "multi-trial-random", "multi-trial-optuna")
+FLOATS = {3: "e2m0", 4: "e2m1", 5: "e2m2", 6: "e2m3", 7: "e3m3", 8: "e4m3"}
+
+
+def uniform_format(method: str) -> Format | None:
+    """The format that a method gives every layer whatever the target is: `ptq-uniform-e4m3` -> E4M3, others none.
+
+    Raises: ConfigError: `uniform-` and something that is no format.
+    """
+    name = method.removeprefix("ptq-")
+    if not name.startswith("uniform-") or name in UNIFORM:
+        return None
+    try:
+        return parse(name.removeprefix("uniform-"))
+    except FormatError as error:
+        raise ConfigError(f"{_unknown(method)} ({error})") from error
+
+
+def runs(methods: Iterable[str], targets: Iterable[float], seeds: Iterable[int]) -> list[tuple[str, float, int]]:
+    """(method, bits, seed) of the rows of a comparison, in order, each once.
+
+    A method that gives every layer one format ignores the targets: its bits are those of the format. `uniform-int`,
+    `uniform-fp` and `manual` exist for whole bits only.
+    """
+    methods, seeds, found = list(methods), list(seeds), []
+    for bits in targets:
+        for seed in seeds:
+            for method in methods:
+                if (fmt := uniform_format(method)) is not None:
+                    prefix = "ptq-" if method.startswith("ptq-") else ""
+                    found.append((f"{prefix}uniform-{fmt.name}", float(fmt.bits), seed))
+                elif bits in FLOATS or method.removeprefix("ptq-") not in UNIFORM:
+                    found.append((method, bits, seed))
+    return list(dict.fromkeys(found))
+
+
+def search_config(method: str) -> SearchConfig:
+    """The configuration that a method's name means. Raises: ConfigError: it means none."""
+    names = {"x": "samples_per_step", "h": "prior_entropy", "k": "prior_strength", "l": "policy_learning_rate"}
+    changes: dict[str, Any] = {}
+    try:
+        for part in method.split("-")[1:]:
+            name = names.get(part[0], "explore_fraction")
+            value = float(part.lstrip("xhkl"))
+            changes[name] = int(value) if name == "samples_per_step" else value
+    except (ValueError, IndexError) as error:
+        raise ConfigError(_unknown(method)) from error
+    return SearchConfig.preset("paper" if method == "paper" else "default", **changes)
+
+
+def check_methods(methods: Iterable[str], activation: str = "same") -> None:
+    """Raises: ConfigError: a method that does not exist, or not for such a space, before anything has run."""
+    for method in methods:
+        if activation == "separate" and method in ("differentiable", "gumbel"):
+            raise ConfigError(f"{method} takes --activation same only: branches would be squared in number")
+        chosen_untrained = method.removeprefix("ptq-") in (*UNIFORM, *SCORES, *RANDOM)
+        if chosen_untrained or method in TRAINED or uniform_format(method) is not None:
+            continue
+        if method.partition("-")[0] not in ("search", "paper"):
+            raise ConfigError(_unknown(method))
+        search_config(method)
+
+
+def _unknown(method: str) -> str:
+    untrained = (*UNIFORM, *SCORES, *RANDOM, *(f"uniform-{fmt.name}" for fmt in COMMON))
+    known = (*untrained, *(f"ptq-{name}" for name in untrained), *TRAINED, "search", "paper")
+    close = get_close_matches(method, known, 1)
+    return f"unknown method {method!r}; " + (f"did you mean {close[0]!r}? " if close else "") + "--help lists them"
