@@ -83,7 +83,7 @@ class Probes:
         self._images, self._chosen = 0, torch.empty(0, dtype=torch.int64)
         self._readings: list[_Reading] = []
         self._calls: dict[int, _Reading] = {}
-        self._scales: dict[int, list[Tensor]] = {}
+        self._scales: dict[int, dict[int, Tensor]] = {}  # of rows and formats
         self._workers = Workers()
         self._buffer = torch.empty(0)
         self._handles: list[RemovableHandle] = []
@@ -190,10 +190,11 @@ class Probes:
     def _measure(self, reading: _Reading) -> None:
         rows = [row for row in reading.rows if row in reading.backs]
         self._check(rows[0], reading.x, reading.version)
-        peak = activation_peak(reading.x.detach(), "linear", self.settings.activation_granularity)
-        values = (reading.x.detach(), *(reading.gradients[row] for row in rows), *(reading.backs[row] for row in rows))
-        x, *others = (self._select(value.float()).flatten(1, -2) for value in values)
-        peak = self._select(peak.expand(*reading.x.shape[:-1], 1)).flatten(1, -2)
+        source, granularity = reading.x.detach(), self.settings.activation_granularity
+        (peak,) = self._workers.each(lambda x: activation_peak(x, "linear", granularity), [source])
+        values = [source, peak.expand(*source.shape[:-1], 1)]
+        values += [table[row] for table in (reading.gradients, reading.backs) for row in rows]
+        x, peak, *others = self._workers.each(lambda value: self._select(value.float()).flatten(1, -2), values)
         self._add(rows, x, peak, others[: len(rows)], others[len(rows) :])
 
     def _select(self, value: Tensor) -> Tensor:
@@ -231,8 +232,8 @@ class Probes:
         kept: dict[int, list[Tensor]] = {k: [] for k in joint}
         for row, gradient in zip(rows, gradients, strict=True):
             errors = self._weight_errors(row)
-            for k in joint:
-                kept[k].append(errors[k].clone())
+            for k, error in zip(joint, self._workers.each(Tensor.clone, [errors[k] for k in joint]), strict=True):
+                kept[k].append(error)
             by_weight = self._weight_products(errors.flatten(1), gradient, x)
             for role, (with_weight, _) in enumerate(self.roles):
                 if with_weight:
@@ -277,20 +278,21 @@ class Probes:
         """Wq − W of a layer in all formats, float32 [K, out, in], until the next call. Scales, which may be dear, are
         kept from batch to batch."""
         settings, weight = self.settings, self._weight(row)
-        if row not in self._scales:
-            granularity, method = settings.weight_granularity, settings.weight_scale
-            self._scales[row] = [weight_scale(weight, format_data(fmt), granularity, method) for fmt in self.formats]
+        scales = self._scales.setdefault(row, {})
         count = len(self.formats) * weight.numel()
         if self._buffer.numel() < count:  # fresh memory would take as long as the arithmetic
             self._buffer = weight.new_empty(count)
         errors = self._buffer[:count].view(len(self.formats), *weight.shape)
 
-        def work(part: slice) -> None:
-            for error, fmt, scale in zip(errors[part], self.formats[part], self._scales[row][part], strict=True):
-                saturate = settings.weight_scale != "absmax"
-                torch.sub(round_to_grid(weight, scale, format_data(fmt), saturate, fmt.is_integer), weight, out=error)
+        def work(k: int) -> None:
+            data = format_data(self.formats[k])
+            if k not in scales:
+                scales[k] = weight_scale(weight, data, settings.weight_granularity, settings.weight_scale)
+            saturate = settings.weight_scale != "absmax"
+            rounded = round_to_grid(weight, scales[k], data, saturate, self.formats[k].is_integer)
+            torch.sub(rounded, weight, out=errors[k])
 
-        self._workers.each(work, (slice(k, k + 1) for k in range(len(self.formats))))
+        self._workers.each(work, range(len(self.formats)))
         return errors.flatten(2)
 
     def _weight_products(self, errors: Tensor, gradient: Tensor, x: Tensor) -> Tensor:

@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Workers:
@@ -39,11 +43,11 @@ class Workers:
             self._pool.shutdown()
         self._pool = None
 
-    def each(self, work: Callable[[slice], None], parts: Iterable[slice]) -> None:
-        """`work` of every part, without gradients; its first error."""
+    def each(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """`work` of every item, without gradients, in order; its first error."""
 
         @torch.no_grad()  # a setting of each thread
-        def run(part: slice) -> None:
-            work(part)
+        def run(item: T) -> R:
+            return work(item)
 
-        list((map if self._pool is None else self._pool.map)(run, parts))
+        return list((map if self._pool is None else self._pool.map)(run, items))
