@@ -11,6 +11,7 @@ Convolutions whose patches do not overlap are a Linear on patches. Other convolu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,25 +87,32 @@ class Probes:
         self._scales: dict[int, dict[int, Tensor]] = {}  # of rows and formats
         self._workers = Workers()
         self._buffer = torch.empty(0)
-        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Probes:
         self._workers.start(self.layers[0].get_parameter("weight").device)
-        for row, layer in enumerate(self.layers):
-            if self.reduction == "image" and isinstance(layer, nn.Linear):
-                self._handles.append(layer.register_forward_pre_hook(self._before(row)))
-                self._handles.append(layer.register_forward_hook(self._after(row)))
-            else:
-                self._handles.append(layer.register_forward_hook(self._around(row)))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._workers.stop()
-        for handle in self._handles:
-            handle.remove()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around the forward pass: others, such as one that finds the labels, are not watched."""
+        handles: list[RemovableHandle] = []
+        try:
+            for row, layer in enumerate(self.layers):
+                if self.reduction == "image" and isinstance(layer, nn.Linear):
+                    handles.append(layer.register_forward_pre_hook(self._before(row)))
+                    handles.append(layer.register_forward_hook(self._after(row)))
+                else:
+                    handles.append(layer.register_forward_hook(self._around(row)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def backward(self, loss: Tensor, images: int, chosen: Tensor) -> Tensor:
-        """Go backward through a forward pass that ran within the hooks.
+        """Go backward through a forward pass that was watched.
 
         Args:
             loss: the sum over the images of the batch. chosen: int64, the images to measure.

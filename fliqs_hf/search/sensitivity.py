@@ -72,9 +72,10 @@ def fisher_scores(
             format (mean over the images of both).
         share: of each batch's images, those with the largest gradients, to measure in the layers; the others count
             through their gradient at the logits (see the module). 1 measures all.
-    Cost: with 14 formats and half the images about 0.8 forward and backward passes on top of the one (DeiT-Tiny, one
-        CPU thread): 0.5 of a forward pass for the gradients of the weights and again for the product of the errors at
-        2 bits, the rest for rounding. 1.6 on top where all images are measured.
+    Cost: with 14 formats about twice the forward and backward pass in all, 2.7 times with `share` 1 (DeiT-Tiny, one
+        CPU thread). The arithmetic is that of the gradients of the weights (half a forward and backward pass with
+        `share` 1), of a product as large as a forward pass for each format of up to `probes.JOINT_BITS` bits, and
+        three to six passes over each layer's input per format.
     Raises: DataError: no batch, a gradient that is not finite, or a layer whose input is overwritten before backward.
         A layer that the forward pass does not reach scores 0. ConfigError: `share` is not above 0 and at most 1.
     """
@@ -89,7 +90,7 @@ def fisher_scores(
     count, start = 0, time.perf_counter()
     with frozen(model), Probes(layers, space.formats, roles, settings, reduction) as probes:
         for inputs, labels in batches:
-            with torch.enable_grad():
+            with probes.watching(), torch.enable_grad():
                 logits = forward(inputs).float()
                 loss = functional.cross_entropy(logits, labels, reduction="sum")
             with torch.no_grad():

@@ -122,7 +122,7 @@ def test_other_methods_follow_the_target(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "meant"),
-    [("uniform-e9m4", "uniform-e4m"), ("ptq-uniform-itn8", "ptq-uniform-int"), ("serach", "search"),
+    [("uniform-e9m4", "uniform-e"), ("ptq-uniform-itn8", "ptq-uniform-int"), ("serach", "search"),
      ("fischer", "fisher"), ("ptq-hesian", "ptq-hessian")],
 )  # fmt: skip
 def test_the_nearest_method_is_named(method: str, meant: str) -> None:

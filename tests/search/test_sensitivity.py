@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -269,6 +270,22 @@ def test_a_searchable_model_with_its_switch_off_scores_the_same() -> None:
     expected = fisher_scores(plain, batches, plain, space).decision_scores
     with switch.disabled():
         assert torch.equal(fisher_scores(searchable, batches, searchable, space).decision_scores, expected)
+
+
+def test_a_forward_pass_between_batches_does_not_matter() -> None:
+    model, pixels = small_network(), images(len(LABELS))
+    space = SearchSpace(trace_layers(model, images(1)), FORMATS)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in zip(pixels.split(2), LABELS.split(2), strict=True):
+            model(x)
+            with torch.no_grad():
+                model(x)
+            yield x, y
+
+    found = fisher_scores(model, batches(), model, space).decision_scores
+    plain = zip(pixels.split(2), LABELS.split(2), strict=True)
+    assert torch.equal(found, fisher_scores(model, plain, model, space).decision_scores)
 
 
 def test_no_images() -> None:
