@@ -87,6 +87,18 @@ def test_the_recipe_stops_and_goes_on_in_two_processes(tmp_path: Path) -> None:
     assert result_bytes(tmp_path / "run") == result_bytes(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_parameters_without_a_gradient_do_not_stop_ddp(tmp_path: Path, checkpointing: bool) -> None:
+    """DINOv2's mask token is one: images of a classifier are not masked."""
+    sizes = {"patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    changes = {"model_type": "dinov2", "config_overrides": sizes, "gradient_checkpointing": checkpointing}
+    file = write(tmp_path, finetune_steps=0, max_steps=4, **changes)
+    process = recipe(file)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-3000:]
+    assert (tmp_path / "run" / "results.json").exists()
+
+
 def test_a_differentiable_search_has_one_result(tmp_path: Path) -> None:
     launch(tmp_path, worker="mixing_worker")
     first, second = ranks(tmp_path)
