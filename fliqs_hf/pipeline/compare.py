@@ -56,13 +56,14 @@ from fliqs_hf.baselines import (
     uniform,
 )
 from fliqs_hf.cost import CostTable, Target, bops, trace_layers
-from fliqs_hf.errors import ConfigError, FliqsError
+from fliqs_hf.errors import ConfigError, FliqsError, TargetError
 from fliqs_hf.nn import make_searchable, restore
 from fliqs_hf.pipeline.compare_methods import (
     FLOATS,
     METHODS,
     RANDOM,
     SCORES,
+    UNIFORM,
     check_methods,
     runs,
     search_config,
@@ -146,6 +147,22 @@ class Comparison:
             "allocation": chosen.summary(),
         }
 
+    def chosen_from(self, method: str) -> tuple[SearchSpace, CostTable]:
+        """The formats that a method chooses from, and what they cost."""
+        if method.removeprefix("ptq-") != "random-no-int2":
+            return self.space, self.table
+        space = SearchSpace(self.layers, [fmt for fmt in self.space.formats if fmt.name != "int2"])
+        return space, CostTable(self.layers, space.formats)
+
+    def check(self, method: str, bits: float) -> None:
+        """Raises: TargetError: the method has no allocation of that cost."""
+        if method.removeprefix("ptq-") in UNIFORM or uniform_format(method) is not None:
+            return
+        try:
+            Target.of(target_bits=bits).resolve(self.chosen_from(method)[1])
+        except TargetError as error:
+            raise TargetError(f"{method}: {error}") from error
+
     def wanted(self, method: str, target: Target) -> float:
         """What the row's target costs. A uniform model may cost what the search space cannot."""
         reachable = None if uniform_format(method) is None else (0.0, self.table.fp32)
@@ -183,10 +200,7 @@ class Comparison:
         if name == "manual":
             return manual(self.layers, f"int{bits:g}")
         if name in RANDOM:
-            space, table = self.space, self.table
-            if name == "random-no-int2":
-                space = SearchSpace(self.layers, [fmt for fmt in self.space.formats if fmt.name != "int2"])
-                table = CostTable(self.layers, space.formats)
+            space, table = self.chosen_from(name)
             return random_allocation(space, table, target.resolve(table), seed)
         config = self.settings(seed, self.arguments.trial_steps or max(1, self.arguments.max_steps // 4))
         objective = ShortTraining(self.model, self.layers, self.train, config, self.accelerator)
@@ -300,6 +314,8 @@ def main(argv: list[str], command: str = "fliqs-hf compare") -> list[dict[str, A
         raise ConfigError(f"nothing to compare: {', '.join(arguments.methods)} exist for whole bits only")
     if todo:
         comparison = Comparison(arguments)
+        for method, bits in {(method, bits) for method, bits, _ in todo}:
+            comparison.check(method, bits)
         with arguments.output.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             file.write(f"# {command} {shlex.join(argv)}\n# {provenance()}\n")

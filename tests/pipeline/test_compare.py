@@ -10,7 +10,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from fliqs_hf.errors import ConfigError
+from fliqs_hf.errors import ConfigError, TargetError
 from fliqs_hf.pipeline import compare
 from fliqs_hf.pipeline.compare_methods import METHODS as DEFAULTS
 from fliqs_hf.pipeline.compare_methods import check_methods, runs, uniform_format
@@ -75,6 +75,16 @@ def test_every_method_runs_at_the_target(
     assert ran == [("ptq-uniform-fp", 4.0, 0)]
     assert len(rows(output)) == len(METHODS) + 1
     assert "| 4 | ptq-uniform-fp |" in capsys.readouterr().out
+
+
+def test_a_target_out_of_reach_stops_it_before_anything_runs(fp32: Path, tmp_path: Path) -> None:
+    """2.5 bits are within reach of all formats, but not without INT2."""
+    output = tmp_path / "out.csv"
+    given = arguments(fp32, output, "uniform-int", "fisher", "random-no-int2")
+    given[given.index("--target_bits") + 1] = "2.5"
+    with pytest.raises(TargetError, match=r"random-no-int2: target_bits=2\.5 is below"):
+        compare.main(given)
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("method", ["serach", "search-abc", "ptq-search", "fisher-0.3"])
