@@ -200,8 +200,9 @@ def _quantize(parser: Parser) -> None:
     )
     parser.add_argument("--bias_correction", choices=("true", "false"),
                         help="keep the mean of every output channel; default: with one scale per layer")  # fmt: skip
-    parser.add_argument("--activations", choices=("dynamic", "absmax", "percentile", "mse"),
-                        help="input scales: of each input itself (default), or one per layer")  # fmt: skip
+    parser.add_argument("--activations", choices=("dynamic", "clipped", "absmax", "percentile", "mse"),
+                        help="input scales: of each input itself (default), that times a factor per layer (clipped), "
+                        "or one per layer")  # fmt: skip
     parser.add_argument(
         "--weight_scale", choices=("absmax", "mse"), help="default: mse with --calibration, else absmax"
     )

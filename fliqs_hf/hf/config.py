@@ -44,8 +44,9 @@ class FLIQSConfig(QuantizationConfigMixin):
         search_space: formats to choose from, or the name of a space ("fliqs-s-int", "mixed", …).
         weight_granularity: "per_channel" (output channels) or "per_tensor".
         weight_scale: "absmax", or "mse" for the scale with the least squared error.
-        activation_granularity: "per_token" (per image in convolutions), "per_tensor" over the whole batch, or
-            "static", one number per layer, which only a checkpoint of `fliqs_hf.ptq.calibrate` has.
+        activation_granularity: "per_token" (per image in convolutions), "per_tensor" over the whole batch, or, in
+            checkpoints of `fliqs_hf.ptq.calibrate`, "per_token_clipped" (times one factor per layer, which a
+            searchable model learns) or "static" (one number per layer).
         format_version: of the checkpoint layout; set by the library.
 
     Raises: ConfigError, FormatError, AllocationError: an unknown argument or a bad value, which they name.
@@ -92,7 +93,7 @@ class FLIQSConfig(QuantizationConfigMixin):
             raise ConfigError(f"modules_to_not_convert={self.modules_to_not_convert!r}: give a list of patterns")
         settings = self.settings  # validates
         if self.allocation is None:
-            settings.require_dynamic()
+            settings.require_dynamic(learned=self.search_space is not None)
 
     @property
     def settings(self) -> QuantizerSettings:

@@ -19,7 +19,7 @@ from fliqs_hf.formats.rounding import decode, encode
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.quant import quantize_activation
 from fliqs_hf.quant.fake import fake_quantize, round_to_grid
-from fliqs_hf.quant.scale import format_data, weight_scale
+from fliqs_hf.quant.scale import CALIBRATED, clipped_scale, format_data, weight_scale
 
 
 class PackedLayer(nn.Module):
@@ -28,8 +28,9 @@ class PackedLayer(nn.Module):
     Buffers:
         weight_codes: uint8 [`packed_bytes(weight_numel, bits)`], see `formats/packing.py` for the layout.
         weight_scale: float32, [out] per channel or [1] per tensor; absent where the format is used unscaled (BF16).
-        input_scale: float32 [1], what one code step of the input is worth; only where input scales are static. NaN
-            until it is calibrated or loaded, so that nothing runs on a scale that nobody has chosen.
+        input_scale: float32 [1]; only where the activation granularity is "static", for which it is what one code step
+            of the input is worth, or "per_token_clipped": the factor on the absmax scale of each token. NaN until it
+            is calibrated or loaded, so that nothing runs on a number that nobody has chosen.
 
     The scales stay float32 whatever the model is cast to.
     """
@@ -64,9 +65,10 @@ class PackedLayer(nn.Module):
             "weight_scale",
             torch.ones(scales, dtype=torch.float32, device=device) if formats.weight.is_scaled else None,
         )
-        static = settings.activation_granularity == "static" and formats.activation and formats.activation.is_scaled
+        calibrated = settings.activation_granularity in CALIBRATED
+        calibrated = calibrated and formats.activation is not None and formats.activation.is_scaled
         self.register_buffer(
-            "input_scale", torch.full((1,), torch.nan, dtype=torch.float32, device=device) if static else None
+            "input_scale", torch.full((1,), torch.nan, dtype=torch.float32, device=device) if calibrated else None
         )
         self.register_parameter("bias", bias)
 
@@ -114,10 +116,13 @@ class PackedLayer(nn.Module):
         fmt = self.formats.activation
         if fmt is None:
             return input
-        if self.input_scale is not None:
-            return fake_quantize(input, self.input_scale, fmt, integer=fmt.is_integer)
         granularity = self.settings.activation_granularity
-        if granularity == "static":  # a format that is used unscaled: there is nothing to calibrate
+        if self.input_scale is not None:
+            scale = self.input_scale
+            if granularity == "per_token_clipped":
+                scale = clipped_scale(input, format_data(fmt), self.kind, scale)
+            return fake_quantize(input, scale, fmt, integer=fmt.is_integer)
+        if granularity in CALIBRATED:  # a format that is used unscaled: there is nothing to calibrate
             granularity = "per_token"
         return quantize_activation(input, fmt, self.kind, granularity, integer=fmt.is_integer)
 

@@ -14,17 +14,29 @@ from torch.nn import functional
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import AllocationError, ConfigError, FormatError
 from fliqs_hf.formats import Format
-from fliqs_hf.quant import FormatData, format_table, quantize_activation, quantize_weight
-from fliqs_hf.quant.scale import ActivationGranularity, ScaleMethod, WeightGranularity, check_choice
+from fliqs_hf.quant import FormatData, fake_quantize, format_table, quantize_activation, quantize_weight
+from fliqs_hf.quant.scale import (
+    CALIBRATED,
+    ActivationGranularity,
+    ScaleMethod,
+    WeightGranularity,
+    check_choice,
+    clipped_scale,
+)
 
 WEIGHT, ACTIVATION = 0, 1
+
+#: Adam moves every parameter by about the learning rate in a step. A factor has to move by tens of percent in a run in
+#: which weights move by hundredths.
+CLIP_RATE = 30.0
 
 
 @dataclass(frozen=True)
 class QuantizerSettings:
     """How scales are made; the formats themselves are in an `Allocation`.
 
-    `activation_granularity="static"` is of packed layers only: one number per layer, from `fliqs_hf.ptq.calibrate`.
+    `activation_granularity="static"` is of packed layers only: it takes one number per layer, from
+    `fliqs_hf.ptq.calibrate`. "per_token_clipped" does so too, but a searchable model learns it.
 
     Raises: FormatError: a setting that does not exist.
     """
@@ -33,17 +45,26 @@ class QuantizerSettings:
     weight_scale: ScaleMethod = "absmax"
     activation_granularity: ActivationGranularity = "per_token"
 
+    @property
+    def clipped(self) -> bool:
+        return self.activation_granularity == "per_token_clipped"
+
     def __post_init__(self) -> None:
         check_choice("weight_granularity", self.weight_granularity, WeightGranularity)
         check_choice("weight_scale", self.weight_scale, ScaleMethod)
         check_choice("activation_granularity", self.activation_granularity, ActivationGranularity)
 
-    def require_dynamic(self) -> None:
-        """Raises: ConfigError: the settings need calibration images, and there are none here."""
-        if self.activation_granularity == "static":
+    def require_dynamic(self, learned: bool = False) -> None:
+        """Raises: ConfigError: the settings need calibration images, and there are none here.
+
+        Args:
+            learned: factors of "per_token_clipped" are parameters.
+        """
+        if self.activation_granularity in CALIBRATED and not (learned and self.clipped):
+            activations = "mse" if self.activation_granularity == "static" else "clipped"
             raise ConfigError(
-                "activation_granularity='static' needs input scales from calibration images: call "
-                "fliqs_hf.ptq.calibrate(model, allocation, batches, activations='mse') on the plain model, "
+                f"activation_granularity={self.activation_granularity!r} needs calibration images: call "
+                f"fliqs_hf.ptq.calibrate(model, allocation, batches, activations={activations!r}) on the plain model, "
                 "or choose 'per_token'"
             )
 
@@ -64,7 +85,7 @@ class FormatSwitch:
             raise FormatError("a searchable model needs at least one format to choose from")
         self.names = tuple(names)
         self.formats = tuple(formats)
-        settings.require_dynamic()
+        settings.require_dynamic(learned=True)
         self.settings = settings
         self.enabled = True
         self.input_groups: tuple[int | None, ...] = (None,) * len(self.names)  # layers of one group share their input
@@ -188,6 +209,8 @@ class _Searchable:
         plain: the class that it had before.
         switch, row: who chooses its formats, and its index there.
         shared_input: where layers that read the same tensor meet, or None.
+        input_clip: float32 [1], the logarithm of the factor on the absmax scale of each token, over `CLIP_RATE`; only
+            where the activation granularity is "per_token_clipped".
     """
 
     is_fliqs_layer = True
@@ -197,6 +220,11 @@ class _Searchable:
     switch: FormatSwitch
     row: int
     shared_input: SharedInput | None
+    input_clip: nn.Parameter
+
+    def clip_factor(self) -> Tensor:
+        """The factor on the absmax scale of each token, float32 [1]."""
+        return (self.input_clip.float() * CLIP_RATE).exp()
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input and weight in the formats that the switch says."""
@@ -207,6 +235,9 @@ class _Searchable:
             source = x
 
             def make() -> Tensor:
+                if settings.clipped:
+                    scale = clipped_scale(source.detach(), data, self.kind, self.clip_factor())
+                    return fake_quantize(source, scale, data, integer=switch.integer)
                 return quantize_activation(source, data, self.kind, settings.activation_granularity, switch.integer)
 
             x = make() if self.shared_input is None else self.shared_input.get(x, make)

@@ -91,7 +91,8 @@ def make_searchable(
     Args:
         names: the layers; default: all of `quantizable_layers`.
         input_groups: layer -> group; layers of one group read the same tensor and share its quantized copy, so they
-            must always be given the same activation format.
+            must always be given the same activation format. (Where each learns a factor of its own, each has a copy.)
+        settings: with `activation_granularity="per_token_clipped"` every layer gets a parameter, `input_clip`.
     Returns: the switch that chooses their formats. At first every layer has the first of `formats`.
     Raises: AllocationError: a name that is no quantizable layer. ConfigError: the model is searchable already.
     """
@@ -106,13 +107,16 @@ def make_searchable(
     groups = {name: (input_groups or {}).get(name) for name in names}
     switch.input_groups = tuple(groups.values())
     readers = Counter(group for group in groups.values() if group is not None)
-    shared = {group: SharedInput(count) for group, count in readers.items() if count > 1}
+    clipped = switch.settings.clipped
+    shared = {group: SharedInput(count) for group, count in readers.items() if count > 1 and not clipped}
     for row, name in enumerate(names):
         layer = layers[name]
         # Changing the class keeps parameters, hooks and every reference to the layer as they are.
         plain, layer.__class__ = type(layer), _SEARCHABLE[_plain_type(layer)]  # type: ignore[index]
         attributes = {"plain": plain, "switch": switch, "row": row, "shared_input": shared.get(groups[name])}  # type: ignore[arg-type]
         layer.__dict__.update(attributes)
+        if clipped:
+            layer.register_parameter("input_clip", nn.Parameter(torch.zeros(1, device=layer.weight.device)))  # type: ignore[arg-type]
     return switch
 
 
@@ -134,6 +138,7 @@ def restore(model: nn.Module) -> None:
             module.__class__ = module.plain  # type: ignore[assignment]
             for attribute in ("plain", "switch", "row", "shared_input"):
                 del module.__dict__[attribute]
+            module._parameters.pop("input_clip", None)
 
 
 def packed_like(
@@ -155,12 +160,14 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def pack_model(model: nn.Module, allocation: Allocation, settings: QuantizerSettings | None = None) -> None:
     """Replace layers by packed ones in the formats of `allocation`, in place; the others become plain layers.
 
-    Raises: AllocationError: a name that is no quantizable layer. ConfigError: static input scales, which only
-        `fliqs_hf.ptq.calibrate` gives. Nothing is changed then.
+    Raises: AllocationError: a name that is no quantizable layer. ConfigError: numbers for input scales that the model
+        has not learned, and only `fliqs_hf.ptq.calibrate` gives. Nothing is changed then.
     """
     settings = settings or QuantizerSettings()
-    settings.require_dynamic()
     layers = quantizable_layers(model)
+    settings.require_dynamic(
+        learned=all("input_clip" in layers[name]._parameters for name in allocation if name in layers)
+    )
     for name in allocation:
         if name not in layers:
             raise AllocationError(
@@ -169,6 +176,8 @@ def pack_model(model: nn.Module, allocation: Allocation, settings: QuantizerSett
     for name, formats in allocation.items():
         packed = packed_like(layers[name], formats, settings)
         packed.pack_(layers[name].weight)  # type: ignore[arg-type]
+        if settings.clipped and packed.input_scale is not None:
+            packed.input_scale = layers[name].clip_factor().detach()  # type: ignore[operator]
         replace(model, name, packed)
     restore(model)
 

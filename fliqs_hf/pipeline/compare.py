@@ -57,7 +57,7 @@ from fliqs_hf.baselines import (
 )
 from fliqs_hf.cost import CostTable, Target, bops, trace_layers
 from fliqs_hf.errors import ConfigError, FliqsError, TargetError
-from fliqs_hf.nn import make_searchable, restore
+from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
 from fliqs_hf.pipeline.compare_methods import (
     FLOATS,
     METHODS,
@@ -258,7 +258,8 @@ class Comparison:
 
     def searchable(self, formats: Any) -> Any:
         groups = {layer.name: layer.input_group for layer in self.layers}
-        return make_searchable(self.model, formats, names=list(groups), input_groups=groups)
+        settings = QuantizerSettings(activation_granularity=self.arguments.activation_granularity)
+        return make_searchable(self.model, formats, names=list(groups), input_groups=groups, settings=settings)
 
     def settings(self, seed: int, steps: int, quality: Any = "loss") -> TrainConfig:
         a = self.arguments
@@ -279,6 +280,10 @@ def parser(command: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--activation", choices=("same", "separate"), default="same", help="formats of weights and inputs"
     )
+    made.add_argument(
+        "--activation_granularity", choices=("per_token", "per_token_clipped"), default="per_token",
+        help="scale of a layer's input: of each token, or that times a factor per layer, which training learns",
+    )  # fmt: skip
     made.add_argument("--max_steps", type=int, default=400)
     made.add_argument("--batch_size", type=int, default=64)
     made.add_argument("--learning_rate", type=float, default=5e-4)
@@ -299,7 +304,7 @@ def main(argv: list[str], command: str = "fliqs-hf compare") -> list[dict[str, A
     Raises: FliqsError: a method, target, model or data set that does not work.
     """
     arguments = parser(command).parse_args(argv)
-    check_methods(arguments.methods, arguments.activation)
+    check_methods(arguments.methods, arguments.activation, arguments.activation_granularity)
     hf_logging.disable_progress_bar()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     lines = arguments.output.read_text().splitlines() if arguments.output.exists() else []

@@ -64,11 +64,13 @@ def search_config(method: str) -> SearchConfig:
     return SearchConfig.preset("paper" if method == "paper" else "default", **changes)
 
 
-def check_methods(methods: Iterable[str], activation: str = "same") -> None:
+def check_methods(methods: Iterable[str], activation: str = "same", granularity: str = "per_token") -> None:
     """Raises: ConfigError: a method that does not exist, or not for such a space, before anything has run."""
     for method in methods:
         if activation == "separate" and method in ("differentiable", "gumbel"):
             raise ConfigError(f"{method} takes --activation same only: branches would be squared in number")
+        if granularity != "per_token" and (method in ("differentiable", "gumbel") or method.startswith("ptq-")):
+            raise ConfigError(f"{method} takes --activation_granularity per_token only: it learns no factors")
         chosen_untrained = method.removeprefix("ptq-") in (*UNIFORM, *SCORES, *RANDOM)
         if chosen_untrained or method in TRAINED or uniform_format(method) is not None:
             continue

@@ -13,6 +13,7 @@ from transformers.utils import logging as hf_logging
 
 from fliqs_hf.cost import Target
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.nn import QuantizerSettings
 from fliqs_hf.search import SearchConfig
 from fliqs_hf.training import Accuracy, ImageData, TrainConfig, evaluate, load_splits
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
@@ -30,6 +31,7 @@ class Job:
     args: TrainingArguments
     accelerator: Accelerator
     search: SearchConfig
+    quantizers: QuantizerSettings
     settings: dict[str, Any]  # every argument, for config.json
     model: Any
     processor: Any
@@ -90,6 +92,8 @@ def load(
 ) -> Job:
     """Accelerator, data, model and image processor."""
     search = SearchConfig.preset(search_args.preset, **_settings(search_args.search_overrides))
+    quantizers = QuantizerSettings(activation_granularity=search_args.activation_granularity)
+    quantizers.require_dynamic(learned=True)
     trackers = args.report_to.split(",") if args.report_to else None
     accelerator = Accelerator(
         cpu=args.use_cpu,
@@ -142,7 +146,9 @@ def load(
         accelerator.init_trackers("fliqs", {key: str(value) for key, value in settings.items()})
     model.to(accelerator.device)
     metrics = data_args.metrics or []
-    return Job(args, accelerator, search, settings, model, processor, train_data, eval_data, augment, metrics)
+    return Job(
+        args, accelerator, search, quantizers, settings, model, processor, train_data, eval_data, augment, metrics
+    )
 
 
 def image_data(

@@ -19,7 +19,7 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers, unlisted_bytes
 from fliqs_hf.errors import ConfigError, FliqsError, FormatError
 from fliqs_hf.formats import parse as parse_format
-from fliqs_hf.hf import quantize
+from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.nn import make_searchable, quantizable_layers, restore
 from fliqs_hf.pipeline.job import Job, load, targets_of
 from fliqs_hf.search import OneShotSearch, SearchSpace, Sensitivity, fisher_scores
@@ -241,7 +241,7 @@ def train_formats(
     name: str,
     on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> float:
-    """Train `job.model` from the fp32 weights, quantized as the hook says; it is plain again afterwards.
+    """Train `job.model` from the fp32 weights, quantized as the hook says; it stays searchable, for `deliver`.
 
     Args:
         hook: `FormatSwitch` -> `StepHook`.
@@ -250,26 +250,31 @@ def train_formats(
     job.model.load_state_dict(start.original)
     teacher = copy.deepcopy(job.model) if job.args.distill else None
     groups = {layer.name: layer.input_group for layer in start.layers}
-    switch = make_searchable(job.model, formats, names=[layer.name for layer in start.layers], input_groups=groups)
+    switch = make_searchable(
+        job.model, formats, names=[layer.name for layer in start.layers], input_groups=groups, settings=job.quantizers
+    )
     begin = time.perf_counter()
     job.model = train(
         job.model, job.train_data, job.train_config(job.steps, job.args.learning_rate),
         job.accelerator, hook=hook(switch), augment=job.augment, teacher=teacher, score=job.score,
         state_folder=state, resume=job.args.resume, on_log=on_log, name=name,
     )  # fmt: skip
-    seconds = time.perf_counter() - begin
-    restore(job.model)
-    return seconds
+    return time.perf_counter() - begin
 
 
 def deliver(job: Job, run: RunFolder, allocation: Allocation, folder: str, name: str) -> Accuracy:
-    """Pack `job.model` into a sub-folder of the run, load it as a user would, and evaluate what was loaded."""
+    """Pack `job.model` into a sub-folder of the run, load it as a user would, and evaluate what was loaded.
+
+    The model is plain afterwards.
+    """
     if job.accelerator.is_main_process:
+        config = FLIQSConfig(allocation=allocation, activation_granularity=job.quantizers.activation_granularity)
         with run.replacing(folder) as draft:
-            quantize(copy.deepcopy(job.model), allocation).save_pretrained(draft)
+            quantize(copy.deepcopy(job.model), config).save_pretrained(draft)
             job.processor.save_pretrained(draft)
         if folder == run.checkpoint.name:
             allocation.save(run.path / "allocation.json")
+    restore(job.model)
     job.accelerator.wait_for_everyone()
     packed = AutoModelForImageClassification.from_pretrained(run.path / folder).to(job.accelerator.device)
     return job.evaluate(packed, name)

@@ -23,11 +23,14 @@ from fliqs_hf.nn import quantizable_layers, restore
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.swap import packed_like, replace
 from fliqs_hf.ptq.gptq import DAMPING, gptq_round, input_hessian
-from fliqs_hf.ptq.ranges import METHODS, PERCENTILE, check_percentile, static_scale
+from fliqs_hf.ptq.ranges import METHODS, PERCENTILE, check_percentile, clip_factor, static_scale
 from fliqs_hf.quant import scale as scales
 
 Rounding = Literal["nearest", "gptq"]
-Activations = Literal["dynamic", "absmax", "percentile", "mse"]
+Activations = Literal["dynamic", "clipped", "absmax", "percentile", "mse"]
+
+#: Of what `activations` says; the others fix scales.
+_GRANULARITIES = {"dynamic": "per_token", "clipped": "per_token_clipped"}
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 
@@ -43,7 +46,7 @@ class _Options:
     damping: float
 
     def __post_init__(self) -> None:
-        for name, choices in (("rounding", ("nearest", "gptq")), ("activations", ("dynamic", *METHODS))):
+        for name, choices in (("rounding", ("nearest", "gptq")), ("activations", (*_GRANULARITIES, *METHODS))):
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"{name}={value!r} does not exist; choose from {', '.join(map(repr, choices))}")
         check_percentile(self.percentile)
@@ -81,8 +84,9 @@ def calibrate(
         rounding: "nearest", or "gptq" for Linear and for Conv2d without groups (other convolutions: nearest).
         bias_correction: shift existing biases so that the mean of every output channel is that of the fp32 model;
             takes a second pass. Default: where input scales are fixed, which is where it pays (docs/ptq.md).
-        activations: "dynamic" scales each input by itself (per token, per image in convolutions); the others fix one
-            number per layer: "absmax", "percentile" of |x|, or "mse" for the least squared error.
+        activations: "dynamic" scales each input by itself (per token, per image in convolutions); "clipped" does the
+            same times one factor of at most 1 per layer, which gives the least squared error of the layer's output;
+            the others fix one scale per layer: "absmax", "percentile" of |x|, or "mse" for the least squared error.
         weight_scale: "absmax", or "mse" for the scale of an output channel with the least squared error.
         percentile: with `activations="percentile"`, in (0, 100].
         damping: of GPTQ, as a part of the mean of the Hessian's diagonal.
@@ -95,13 +99,13 @@ def calibrate(
         section 4.2 and its empirical form in appendix D.
     """
     if bias_correction is None:
-        bias_correction = activations != "dynamic"
+        bias_correction = activations not in _GRANULARITIES
     options = _Options(rounding, bias_correction, activations, percentile, damping)
     refuse_packed(model)
     config = FLIQSConfig(
         allocation=allocation,
         weight_scale=weight_scale,
-        activation_granularity="per_token" if activations == "dynamic" else "static",
+        activation_granularity=_GRANULARITIES.get(activations, "static"),
     )
     if not options.needs_images:
         return quantize(model, config)
@@ -132,8 +136,8 @@ def calibrate(
             packed[name].pack_(layer.weight)  # type: ignore[arg-type]
             if packed[name].input_scale is not None:
                 raise DataError(
-                    f"the model does not call {name!r} for images, so there is nothing to make its static input scale "
-                    "from: leave it out of the allocation, or choose activations='dynamic'"
+                    f"the model does not call {name!r} for images, so there is nothing to make its input scale from: "
+                    "leave it out of the allocation, or choose activations='dynamic'"
                 )
     for name, module in packed.items():
         replace(model, name, module)
@@ -203,7 +207,10 @@ def _pack(
     formats, settings = packed.formats, packed.settings
     if packed.input_scale is not None:
         assert formats.activation is not None
-        packed.input_scale = static_scale(x, formats.activation, options.activations, options.percentile)
+        if options.activations == "clipped":
+            packed.input_scale = clip_factor(x, layer, formats.activation)
+        else:
+            packed.input_scale = static_scale(x, formats.activation, options.activations, options.percentile)
     weight = layer.weight.detach().float()  # type: ignore[operator]
     if options.rounding == "gptq" and getattr(layer, "groups", 1) == 1:
         scale = scales.weight_scale(

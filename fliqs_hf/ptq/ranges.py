@@ -1,14 +1,15 @@
-"""Static input scales: one number per layer, chosen from what the layer reads on the calibration images."""
+"""One number per layer for the scale of its input, chosen from what the layer reads on the calibration images."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
 from fliqs_hf.quant.fake import round_to_grid
-from fliqs_hf.quant.scale import FormatData, absmax_scale, format_data
+from fliqs_hf.quant.scale import FormatData, absmax_scale, activation_scale, format_data
 
 METHODS = ("absmax", "percentile", "mse")
 PERCENTILE = 99.99
@@ -16,6 +17,9 @@ PERCENTILE = 99.99
 STEPS_PER_OCTAVE, OCTAVES = 8, 6
 #: Elements that the MSE search looks at, drawn at random: evenly spaced ones miss channels, and outliers with them.
 SAMPLE = 2**18
+#: Factors that are tried on the absmax scale of each token, and inputs that they are tried on.
+FACTORS = tuple(1 - step / 20 for step in range(15))
+TOKENS, IMAGES = 4096, 64
 
 
 def static_scale(x: Tensor, fmt: Format, method: str, percentile: float = PERCENTILE) -> Tensor:
@@ -38,6 +42,31 @@ def static_scale(x: Tensor, fmt: Format, method: str, percentile: float = PERCEN
         flat = flat.abs().float().kthvalue(kept).values.reshape(1)
     full = absmax_scale(flat, data, None)
     return _mse(flat, full, data, fmt.is_integer) if method == "mse" else full
+
+
+def clip_factor(x: Tensor, layer: nn.Module, fmt: Format) -> Tensor:
+    """The factor on the absmax scales of tokens (of images in a convolution) with which the layer's output changes
+    least: what lies beyond saturates, and the rest gets a finer grid.
+
+    Args:
+        x: what `layer`, a Linear or a Conv2d, reads: floating-point, finite.
+    Returns: float32 [1], one of `FACTORS`, the largest of equally good ones.
+    Source: MSE calibration with the error taken behind the layer, as GPTQ does for weights.
+    """
+    conv = isinstance(layer, nn.Conv2d)
+    inputs, limit = (x, IMAGES) if conv else (x.reshape(-1, x.shape[-1]), TOKENS)
+    if len(inputs) > limit:
+        drawn = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:limit]
+        inputs = inputs[drawn.to(inputs.device)]
+    inputs, data = inputs.float(), format_data(fmt)
+    weight: Tensor = layer.weight.detach().float()  # type: ignore[operator]
+    full = activation_scale(inputs, data, "conv2d" if conv else "linear", "per_token")
+    errors = []
+    for factor in FACTORS:
+        error = round_to_grid(inputs, full * factor, data, saturate=True, integer=fmt.is_integer) - inputs
+        change = layer._conv_forward(error, weight, None) if conv else functional.linear(error, weight)  # type: ignore[operator]
+        errors.append(change.square_().sum())
+    return inputs.new_tensor([FACTORS[int(torch.stack(errors).argmin())]])
 
 
 def check_percentile(percentile: float) -> None:

@@ -75,21 +75,31 @@ def _round(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Straight-through estimator: identity gradient inside the clipping range, zero outside."""
+    """Straight-through estimator: identity gradient inside the clipping range, zero outside; for a scale that is
+    learned, round(x / s) − x / s inside and ± the largest code outside."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, fmt: FormatData, saturate: bool, integer: bool) -> Tensor:
-        ctx.saturate = saturate
-        if saturate:
+        ctx.saturate, rounded = saturate, round_to_grid(x.float(), scale, fmt, saturate, integer).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(x, scale * fmt.max_value, rounded, scale)
+        elif saturate:
             ctx.save_for_backward(x, scale * fmt.max_value)
-        return round_to_grid(x.float(), scale, fmt, saturate, integer).to(x.dtype)
+        return rounded
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        if ctx.saturate:
-            x, bound = ctx.saved_tensors
-            grad = grad.masked_fill(x.abs() > bound, 0)
-        return grad, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        if not ctx.saturate and not ctx.needs_input_grad[1]:
+            return grad, None, None, None, None
+        x, bound, *learned = ctx.saved_tensors
+        outside = x.abs() > bound if ctx.saturate else torch.zeros_like(x, dtype=torch.bool)
+        by_scale = None
+        if learned:
+            rounded, scale = learned
+            by_scale = (rounded.float() - x.float().masked_fill(outside, 0)).mul_(grad).sum_to_size(
+                scale.shape
+            ) / scale
+        return grad.masked_fill(outside, 0), by_scale, None, None, None
 
 
 def fake_quantize(
@@ -101,12 +111,14 @@ def fake_quantize(
 
     Args:
         x: any shape, float32 or bfloat16 (computed in float32).
-        scale: float32, broadcasts to `x`, positive; real value = code value × scale. Gets no gradient.
+        scale: float32, broadcasts to `x`, positive; real value = code value × scale. Gets a gradient where it asks for
+            one, at the price of keeping `x` for it.
         fmt: a format, or its numbers on the device of `x` where the format changes from step to step.
         saturate: False skips the clamp and its mask: right only where `scale` is an absmax scale of `x`.
         integer: True where `fmt` is known to be an integer format: saves two passes over memory.
     Returns: shape and dtype of `x`.
-    Source: straight-through estimator, Bengio et al. 2013; formats as in FLIQS (Dotzel et al. 2024), section 3.
+    Source: straight-through estimator, Bengio et al. 2013; formats as in FLIQS (Dotzel et al. 2024), section 3; the
+        gradient of the scale: LSQ, Esser et al. 2020, equation 3.
     """
     data = fmt if isinstance(fmt, FormatData) else format_data(fmt)
     return _FakeQuantize.apply(x, scale, data, saturate, integer)

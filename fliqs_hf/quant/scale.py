@@ -13,7 +13,10 @@ from fliqs_hf.formats import Format
 
 ScaleMethod = Literal["absmax", "mse"]
 WeightGranularity = Literal["per_channel", "per_tensor"]
-ActivationGranularity = Literal["per_token", "per_tensor", "static"]
+ActivationGranularity = Literal["per_token", "per_tensor", "per_token_clipped", "static"]
+
+#: Granularities for which a layer has a number of its own, from calibration images.
+CALIBRATED = ("per_token_clipped", "static")
 
 #: Smallest scale. Data whose maximum lies below `max_value * 2**-100` rounds to a grid of this step, so that an
 #: all-zero channel gives zeros instead of 0/0, and no scale is a float32 subnormal.
@@ -112,9 +115,14 @@ def activation_scale(x: Tensor, fmt: FormatData, kind: str, granularity: Activat
     convolution (`x` [images, channels, height, width]): a result never depends on what else is in the batch.
     per_tensor: one scale for the whole batch, as in the paper; then results depend on how images are batched.
 
-    Raises: FormatError: "static", which no single input can give: those scales come from calibration images.
+    Raises: FormatError: one of `CALIBRATED`, which no single input can give.
     """
     return absmax_scale(x, fmt, _activation_dims(kind, granularity))
+
+
+def clipped_scale(x: Tensor, fmt: FormatData, kind: str, factor: Tensor) -> Tensor:
+    """`activation_scale` per token times `factor`, float32 [1]; 1 for a format that is used unscaled."""
+    return _bounded(activation_scale(x, fmt, kind, "per_token") * factor, fmt)
 
 
 def activation_peak(x: Tensor, kind: str, granularity: ActivationGranularity) -> Tensor:
@@ -124,8 +132,8 @@ def activation_peak(x: Tensor, kind: str, granularity: ActivationGranularity) ->
 
 def _activation_dims(kind: str, granularity: ActivationGranularity) -> tuple[int, ...] | None:
     check_choice("activation_granularity", granularity, ActivationGranularity)
-    if granularity == "static":
-        raise FormatError("activation_granularity='static': the scale is a number that fliqs_hf.ptq.calibrate finds")
+    if granularity in CALIBRATED:
+        raise FormatError(f"activation_granularity={granularity!r} needs a number that fliqs_hf.ptq.calibrate finds")
     return None if granularity == "per_tensor" else (-1,) if kind == "linear" else tuple(range(-3, 0))
 
 

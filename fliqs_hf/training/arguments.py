@@ -98,6 +98,10 @@ class SearchArguments:
     activation: Literal["same", "separate"] = field(
         default="same", metadata={"help": "formats of weights and activations: the same, or decided apart"}
     )
+    activation_granularity: Literal["per_token", "per_token_clipped"] = field(
+        default="per_token",
+        metadata={"help": "scale of a layer's input: of each token, or that times a learned factor per layer"},
+    )
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata={"help": "layers to leave in fp32: patterns"}
     )

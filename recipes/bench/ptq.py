@@ -38,8 +38,9 @@ CASES: dict[str, dict[str, Any]] = {
     "nearest + bias": NEAREST | BIAS,
     "gptq": GPTQ,
     "gptq + bias": BIAS,
+    "gptq, clipped inputs": GPTQ | {"activations": "clipped"},
 }
-ENDS = ("nearest, absmax scale", "gptq", "gptq + bias")
+ENDS = ("nearest, absmax scale", "gptq", "gptq + bias", "gptq, clipped inputs")
 SCALES: dict[str, dict[str, Any]] = {
     "mse": {"activations": "mse"},
     "absmax": {"activations": "absmax"},

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 
 from fliqs_hf.cost import CostTable, Target, trace_layers
-from fliqs_hf.nn import make_searchable, restore
+from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
 from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace
 from fliqs_hf.search.hook import SearchHook
 from fliqs_hf.training import TrainConfig, train
@@ -44,7 +44,7 @@ def shard(accelerator: Accelerator) -> None:
     )  # fmt: skip
 
 
-def main(folder: Path, die_at: int, resume: bool, sharded: bool) -> None:
+def main(folder: Path, die_at: int, resume: bool, sharded: bool, clipped: bool) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     if sharded:
@@ -57,19 +57,22 @@ def main(folder: Path, die_at: int, resume: bool, sharded: bool) -> None:
     ranks = {"rank": accelerator.process_index, "world_size": 2, "gather": accelerator.gather}
     table = CostTable(layers, space.formats)
     search = OneShotSearch(space, table, Target.of(target_bits=4.5), config, 20, seed=1, **ranks)
-    hook = Recording(search, make_searchable(model, space.formats))
+    settings = QuantizerSettings(activation_granularity="per_token_clipped" if clipped else "per_token")
+    hook = Recording(search, make_searchable(model, space.formats, settings=settings))
     hook.die_at = die_at
     training = TrainConfig(max_steps=20, batch_size=8, learning_rate=1e-3, save_steps=4, logging_steps=2)
     trained = train(model, data, training, accelerator, hook=hook, state_folder=folder / "state", resume=resume)
     assert not is_sharded(trained)
     assert is_sharded(model) == sharded
+    factors = [module.clip_factor() for module in trained.modules() if clipped and hasattr(module, "clip_factor")]
     restore(trained)
     assert type(trained.vit.layers[0].mlp.fc1) is torch.nn.Linear
     choice = space.choice(search.finalize().allocation)
     tensors = {"logits": search.policy.logits.detach(), "choice": choice, "samples": torch.stack(hook.samples)}
+    tensors |= {"factors": torch.cat(factors).detach()} if factors else {}
     weights = {f"model.{name}": tensor for name, tensor in trained.state_dict().items()}
     save_file(tensors | weights, folder / f"rank-{accelerator.process_index}.safetensors")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), "--resume" in sys.argv, "--fsdp" in sys.argv)
+    main(Path(sys.argv[1]), int(sys.argv[2]), *(f"--{word}" in sys.argv for word in ("resume", "fsdp", "clipped")))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +26,9 @@ from fliqs_hf.nn import (
     restore,
     unpack_model,
 )
+from fliqs_hf.nn.searchable import CLIP_RATE
 from fliqs_hf.quant import quantize_activation, quantize_weight
-from fliqs_hf.quant.scale import ScaleMethod, WeightGranularity
+from fliqs_hf.quant.scale import CALIBRATED, ScaleMethod, WeightGranularity
 
 CONVOLUTIONS = {
     "plain": nn.Conv2d(4, 6, 3),
@@ -79,6 +82,67 @@ def test_packed_equals_searchable_in_every_format(settings: tuple[str, str, str]
         packed = one(linear)
         pack_model(packed, allocation, QuantizerSettings(*settings))  # type: ignore[arg-type]
         assert torch.equal(packed(x), searchable(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_a_learned_clipping_factor_is_packed(kind: str, dtype: torch.dtype) -> None:
+    """In every format; formats that are used unscaled have none."""
+    torch.manual_seed(0)
+    layer = (nn.Linear(17, 9) if kind == "linear" else nn.Conv2d(3, 4, 2)).to(dtype)
+    x = (torch.randn(2, 5, 17) if kind == "linear" else torch.randn(2, 3, 6, 6)).to(dtype)
+    settings, searchable = QuantizerSettings(activation_granularity="per_token_clipped"), one(layer)
+    switch = make_searchable(searchable, COMMON, settings=settings)
+    searchable[0].input_clip.data.fill_(math.log(0.7) / CLIP_RATE)
+    for fmt in COMMON:
+        allocation = Allocation.uniform(["0"], fmt)
+        switch.set_allocation(allocation)
+        packed = copy.deepcopy(searchable)
+        pack_model(packed, allocation, settings)
+        assert torch.equal(packed(x), searchable(x))
+        quantized, _ = packed[0].quantized(x)
+        clipped = quantized.abs().amax() / x.abs().amax()  # of the token, or image, with the largest value
+        assert clipped.item() == pytest.approx(0.7 if fmt.is_scaled else 1, rel=0.01)  # bfloat16 has 8 bits
+    restore(searchable)
+    assert [name for name, _ in searchable.named_parameters()] == ["0.weight", "0.bias"]
+
+
+def test_clipping_factors_learn_to_clip() -> None:
+    """An outlier costs the other values of its token their precision, at 2 bits all of it."""
+    torch.manual_seed(0)
+    model, x = one(nn.Linear(32, 8)), torch.randn(64, 32)
+    x[:, 0] *= 20
+    with torch.no_grad():
+        model[0].weight[:, 0] = 0
+    expected = model(x).detach()
+    settings = QuantizerSettings(activation_granularity="per_token_clipped")
+    make_searchable(model, ["int8", "int3"], settings=settings).set_allocation(
+        Allocation({"0": LayerFormats.of("int8", "int3")})
+    )
+    first = functional.mse_loss(model(x), expected).item()
+    optimizer = torch.optim.Adam([model[0].input_clip], lr=2e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        functional.mse_loss(model(x), expected).backward()
+        optimizer.step()
+    assert model[0].clip_factor().item() < 0.5
+    assert functional.mse_loss(model(x), expected).item() < first / 2
+
+
+def test_clipping_factors_are_each_layers_own() -> None:
+    model = nn.ModuleDict({"q": nn.Linear(8, 8), "k": nn.Linear(8, 8)})
+    settings = QuantizerSettings(activation_granularity="per_token_clipped")
+    make_searchable(model, ["int4"], input_groups={"q": 0, "k": 0}, settings=settings)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        model["k"].input_clip.fill_(-0.02)
+        before = model["q"](x)
+        model["k"](x)
+        assert torch.equal(model["q"](x), before)
+        twin = copy.deepcopy(model["q"])
+        twin.weight.copy_(model["k"].weight)
+        twin.bias.copy_(model["k"].bias)
+        assert not torch.equal(model["k"](x), twin(x))
 
 
 def test_formats_switch_without_touching_modules_or_parameters() -> None:
@@ -206,13 +270,14 @@ def test_errors_name_the_layer() -> None:
         switch.set_allocation(Allocation.uniform(["0"], "int5"))
 
 
-def test_static_input_scales_need_calibration() -> None:
-    settings = QuantizerSettings(activation_granularity="static")
+@pytest.mark.parametrize("granularity", CALIBRATED)
+def test_input_scales_of_a_layer_need_calibration(granularity: Any) -> None:
+    settings = QuantizerSettings(activation_granularity=granularity)
     model = one(nn.Linear(4, 4))
-    for turn in (
-        lambda: make_searchable(model, ["int4"], settings=settings),
-        lambda: pack_model(model, Allocation.uniform(["0"], "int4"), settings),
-    ):
+    turns = [lambda: pack_model(model, Allocation.uniform(["0"], "int4"), settings)]
+    if granularity == "static":  # clipping factors can be learned
+        turns.append(lambda: make_searchable(model, ["int4"], settings=settings))
+    for turn in turns:
         with pytest.raises(ConfigError, match=r"fliqs_hf\.ptq\.calibrate"):
             turn()
         assert type(model[0]) is nn.Linear

@@ -77,6 +77,19 @@ def test_every_method_runs_at_the_target(
     assert "| 4 | ptq-uniform-fp |" in capsys.readouterr().out
 
 
+def test_learned_clipping_factors(fp32: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.csv"
+    given = [*arguments(fp32, output, "uniform-int", "search"), "--activation_granularity", "per_token_clipped"]
+    compare.main(given)
+    plain = tmp_path / "plain.csv"
+    compare.main(arguments(fp32, plain, "uniform-int", "search"))
+    assert [row["allocation"] for row in rows(output)] == [row["allocation"] for row in rows(plain)]
+    assert all(a["loss"] != b["loss"] for a, b in zip(rows(output), rows(plain), strict=True))
+    for method in ("differentiable", "ptq-fisher"):
+        with pytest.raises(ConfigError, match=f"{method} takes --activation_granularity per_token only"):
+            compare.main([*arguments(fp32, output, method), "--activation_granularity", "per_token_clipped"])
+
+
 def test_a_target_out_of_reach_stops_it_before_anything_runs(fp32: Path, tmp_path: Path) -> None:
     """2.5 bits are within reach of all formats, but not without INT2."""
     output = tmp_path / "out.csv"

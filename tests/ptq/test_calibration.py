@@ -18,8 +18,10 @@ from transformers import AutoModelForImageClassification
 from fliqs_hf import Allocation, FLIQSConfig, LayerFormats, make_searchable, quantize
 from fliqs_hf.errors import AllocationError, CheckpointError, ConfigError, DataError
 from fliqs_hf.formats import COMMON, parse
+from fliqs_hf.formats.rounding import round_to_format
 from fliqs_hf.nn import packed_layers, quantizable_layers
 from fliqs_hf.ptq import calibrate
+from fliqs_hf.ptq.ranges import FACTORS, clip_factor
 from fliqs_hf.quant import quantize_activation
 from tests.models import ARCHITECTURES, images, tiny
 
@@ -51,7 +53,7 @@ def inputs_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("activations", ["dynamic", *STATIC])
+@pytest.mark.parametrize("activations", ["dynamic", "clipped", *STATIC])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_saved_and_loaded_models_are_bit_identical(architecture: str, activations: Any, tmp_path: Path) -> None:
     model = tiny(architecture)
@@ -65,7 +67,8 @@ def test_saved_and_loaded_models_are_bit_identical(architecture: str, activation
     assert torch.equal(logits(again), expected)
     config = again.config.quantization_config
     assert config.allocation == allocation
-    assert config.activation_granularity == ("per_token" if activations == "dynamic" else "static")
+    granularities = {"dynamic": "per_token", "clipped": "per_token_clipped"}
+    assert config.activation_granularity == granularities.get(activations, "static")
     for name, layer in packed_layers(again).items():
         fmt = allocation[name].activation
         assert (layer.input_scale is not None) == (activations != "dynamic" and fmt is not None and fmt.is_scaled)
@@ -199,6 +202,40 @@ def test_absmax_scale_is_that_of_all_calibration_images() -> None:
     assert torch.equal(layer.input_scale, (seen[first].abs().max() / 127).reshape(1))
     dynamic = quantize_activation(x, parse("int8"), "conv2d", "per_tensor")
     assert torch.equal(layer.quantized_input(x), dynamic)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@pytest.mark.parametrize("name", ["int3", "e2m1"])
+def test_the_clipping_factor_is_the_best_one(kind: str, name: str) -> None:
+    """Against the layer run with every factor; outliers that its weights ignore should cost nothing."""
+    torch.manual_seed(0)
+    fmt, x = parse(name), torch.randn(40, 24) if kind == "linear" else torch.randn(40, 3, 8, 8)
+    x[:, 0] *= 10
+    layer = nn.Linear(24, 5) if kind == "linear" else nn.Conv2d(3, 5, 3, stride=2)
+    with torch.no_grad():
+        layer.weight[:, 0] = 0
+        peak = x.abs().amax(-1 if kind == "linear" else (1, 2, 3), keepdim=True)
+
+        def error(factor: float) -> float:
+            scale = factor * peak / fmt.max_value
+            rounded = round_to_format((x / scale).clamp(-fmt.max_value, fmt.max_value), fmt) * scale
+            return float((layer(rounded) - layer(x)).square().sum())
+
+        best = min(FACTORS, key=error)
+        assert best < 1
+        assert clip_factor(x, layer, fmt).item() == pytest.approx(best)
+
+
+def test_a_factor_leaves_a_token_independent_of_its_batch() -> None:
+    """Twice the input is twice the output of the quantizer, and what lies beyond the factor saturates."""
+    model = calibrate(tiny("vit"), uniform(tiny("vit"), "int3"), [images(8)], activations="clipped")
+    layer = packed_layers(model)[LAYER]
+    assert 0 < layer.input_scale < 1
+    x = torch.randn(5, layer.in_features)
+    quantized = layer.quantized_input(x)
+    assert torch.equal(layer.quantized_input(2 * x), 2 * quantized)
+    assert torch.equal(layer.quantized_input(x[2:3]), quantized[2:3])
+    torch.testing.assert_close(quantized.abs().amax(1), x.abs().amax(1) * layer.input_scale)
 
 
 def test_scales_stay_float32() -> None:

@@ -135,6 +135,25 @@ def test_absmax_gradient_is_the_identity_and_saves_nothing() -> None:
     assert torch.equal(x.grad, grad) and not saved
 
 
+@pytest.mark.parametrize("name", ["int3", "e2m1", "e4m3"])
+def test_gradients_of_a_learned_scale(name: str) -> None:
+    """Against autograd through the published form: codes are clamp(x / s) with their rounding taken as a constant."""
+    torch.manual_seed(0)
+    fmt, x, weights = parse(name), torch.randn(6, 40), torch.randn(6, 40)
+    limit = fmt.max_value
+    scale = (x.abs().amax(1, keepdim=True) / limit * torch.linspace(0.4, 1.1, 6)[:, None]).requires_grad_()
+    ours, ours_scale = x.clone().requires_grad_(), scale.detach().clone().requires_grad_()
+    (fake_quantize(ours, ours_scale, fmt) * weights).sum().backward()
+    inputs = x.clone().requires_grad_()
+    codes = (inputs / scale).clamp(-limit, limit)
+    codes = codes + (round_to_format(codes.detach(), fmt) - codes).detach()
+    (codes * scale * weights).sum().backward()
+    assert ours.grad is not None and ours_scale.grad is not None and scale.grad is not None
+    assert torch.equal(ours.grad == 0, inputs.grad == 0) and (ours.grad == 0).any()
+    torch.testing.assert_close(ours.grad, inputs.grad)
+    torch.testing.assert_close(ours_scale.grad, scale.grad, rtol=1e-4, atol=1e-4)  # sums of 40 in another order
+
+
 def test_zeros_nan_and_infinity() -> None:
     x = torch.tensor([[0.0, -0.0, 0.0], [1.0, math.nan, 2.0], [1.0, math.inf, 2.0], [1.0, 2.0, -4.0]])
     for fmt in COMMON:

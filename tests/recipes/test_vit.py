@@ -20,6 +20,7 @@ from transformers import AutoModelForImageClassification
 import fliqs_hf
 from fliqs_hf.cost import LayerInfo, bops
 from fliqs_hf.errors import CheckpointError, ConfigError, FliqsError, TargetError, TrainingError
+from fliqs_hf.nn import packed_layers
 from fliqs_hf.pipeline import job as recipe_job
 from fliqs_hf.pipeline import search as recipe
 from fliqs_hf.pipeline.search import main
@@ -162,7 +163,8 @@ def test_a_finished_run_is_not_repeated(finished: Path, tmp_path: Path, capsys: 
 
 def test_an_interrupted_front_keeps_the_targets_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails while it writes the second checkpoint: no half of it remains, and resuming starts from the state."""
-    arguments = [str(write(tmp_path)), "--target_bits", "3", "5", "--max_steps", "20"]
+    granularity = ["--activation_granularity", "per_token_clipped"]  # learned factors are resumed as well
+    arguments = [str(write(tmp_path)), "--target_bits", "3", "5", "--max_steps", "20", *granularity]
     original, calls = recipe.quantize, []
 
     def quantize(*values: Any) -> Any:
@@ -184,6 +186,9 @@ def test_an_interrupted_front_keeps_the_targets_that_are_done(tmp_path: Path, mo
     AcceleratorState._reset_state(reset_partial_state=True)
     main([*arguments, "--output_dir", str(tmp_path / "whole")])
     assert result_bytes(second) == result_bytes(tmp_path / "whole" / "bits-5")
+    packed = packed_layers(AutoModelForImageClassification.from_pretrained(second / "checkpoint"))
+    factors = torch.cat([layer.input_scale for layer in packed.values() if layer.input_scale is not None])
+    assert len(factors) > 5 and (factors != 1).all() and (factors > 0.5).all()
 
 
 def test_limits_choose_among_all_images() -> None:
