@@ -40,8 +40,9 @@ class SearchConfig:
     #: Steps that sample formats uniformly and train weights only, as a fraction. The prior makes it unnecessary.
     warmup_fraction: float = 0.0
     #: Step at which the allocation is frozen, as a fraction of the run; the rest trains the weights for it. 0 takes
-    #: the allocation straight from the prior. In short runs exploring longer costs accuracy (docs/search.md).
-    explore_fraction: float = 0.3
+    #: the allocation straight from the prior. With a prior exploring longer costs accuracy in short runs and has not
+    #: paid clearly in long ones (docs/search.md); without one (`prior="none"`) the policy needs far more.
+    explore_fraction: float = 0.1
     #: What a sample is rewarded for: −loss on the training batch is far less noisy than accuracy on it.
     quality: Quality = "loss"
     #: `quality` rewards Q alone and leaves cost to `cost_weight` and the derivation; `absolute` is the paper's

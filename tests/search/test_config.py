@@ -44,7 +44,7 @@ def test_bad_values_are_named(field: str, value: object) -> None:
 
 
 def test_a_warmup_longer_than_the_search() -> None:
-    with pytest.raises(ConfigError, match=r"warmup_fraction=0\.7 must not exceed explore_fraction=0\.3"):
+    with pytest.raises(ConfigError, match=r"warmup_fraction=0\.7 must not exceed explore_fraction=0\.1"):
         SearchConfig(warmup_fraction=0.7)
 
 

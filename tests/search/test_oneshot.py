@@ -215,7 +215,7 @@ def test_a_target_in_a_gap_of_the_space_fails_at_once() -> None:
 @pytest.mark.parametrize("stop", [0, 5, 17, 24, 30])
 def test_resuming_is_exact(stop: int) -> None:
     """Stopped in the warm-up, in the search, and after the allocation was frozen (24 of 40 steps)."""
-    config = SearchConfig(warmup_fraction=0.25, samples_per_step=2, policy_learning_rate=0.1)
+    config = SearchConfig(warmup_fraction=0.25, explore_fraction=0.6, samples_per_step=2, policy_learning_rate=0.1)
     whole, first, second = (search_for(config, seed=3) for _ in range(3))
     for search in (whole, first):
         search.start_from(scores(search))
@@ -231,13 +231,14 @@ def test_resuming_is_exact(stop: int) -> None:
 
 
 def test_a_saved_state_is_not_changed_by_what_follows() -> None:
-    search = search_for(SearchConfig(prior="none"))
+    config = SearchConfig(prior="none", explore_fraction=0.3)
+    search = search_for(config)
     run(search, range(5))
     state = search.state_dict()
     copy = {key: value.clone() for key, value in state.items()}
     run(search, range(5, 10))
     assert all(torch.equal(copy[key], state[key]) for key in copy)
-    resumed = search_for(SearchConfig(prior="none"))
+    resumed = search_for(config)
     resumed.load_state_dict(state)
     run(resumed, range(5, 10))
     assert all(torch.equal(copy[key], state[key]) for key in copy)
@@ -278,7 +279,7 @@ def test_two_ranks_learn_one_policy_from_different_samples(samples: int) -> None
 
 def test_difficult_batches_do_not_count_against_formats() -> None:
     """Two samples per rank share a batch: whatever is added to both of a rank changes nothing."""
-    config = SearchConfig(prior="none", samples_per_step=2, policy_learning_rate=0.1)
+    config = SearchConfig(prior="none", samples_per_step=2, policy_learning_rate=0.1, explore_fraction=0.3)
 
     def learned(difficulty: float) -> Tensor:
         other = torch.tensor([0.25, 0.75])
@@ -291,7 +292,9 @@ def test_difficult_batches_do_not_count_against_formats() -> None:
 
 
 def test_a_single_sample_is_compared_with_the_moving_average() -> None:
-    search = search_for(SearchConfig(prior="none", cost_weight=0.0, entropy_weight=0.0, baseline_momentum=0.5))
+    search = search_for(
+        SearchConfig(prior="none", explore_fraction=0.3, cost_weight=0.0, entropy_weight=0.0, baseline_momentum=0.5)
+    )
     start = search.policy.logits.detach().clone()
     run(search, range(5), lambda *_: torch.tensor(3.0))  # nothing is better than anything else
     assert torch.equal(search.policy.logits, start)
