@@ -11,6 +11,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 DESCRIPTION = "Mixed-precision quantization of vision transformers: search, quantize, validate, publish."
@@ -65,8 +66,12 @@ def run(args: argparse.Namespace) -> int:
     """Carry out parsed arguments. Returns: the exit status."""
     module, _, function = args.fliqs_command.partition(":")
     errors: Any = importlib.import_module("fliqs_hf.errors")
+    # Libraries print as well: DeepSpeed does when it is imported.
+    alone: Any = importlib.import_module("fliqs_hf.cli.output").alone_on_stdout
+    as_json = getattr(args, "json", False) or "--json" in getattr(args, "rest", ())
     try:
-        status: int = getattr(importlib.import_module(f"fliqs_hf.cli.{module}"), function)(args)
+        with alone() if as_json else nullcontext():
+            status: int = getattr(importlib.import_module(f"fliqs_hf.cli.{module}"), function)(args)
     except errors.FliqsError as error:
         return _failed(args, f"{type(error).__name__}: {error}", 1 if isinstance(error, errors.CheckpointError) else 2)
     except OSError as error:

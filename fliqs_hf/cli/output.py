@@ -5,14 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
+
+_answers: TextIO | None = None
+
+
+@contextmanager
+def alone_on_stdout() -> Iterator[None]:
+    """What `answer` prints within this context is alone on stdout; what anything else prints goes to stderr."""
+    global _answers
+    _answers = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _answers = None
 
 
 def answer(as_json: bool, data: Any, text: str) -> None:
     """Print `data` as JSON, or `text`."""
-    print(json.dumps(data, indent=2, default=str) if as_json else text)
+    print(json.dumps(data, indent=2, default=str) if as_json else text, file=_answers)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -36,14 +50,11 @@ def _number(cell: str) -> bool:
 
 
 def pass_through(args: argparse.Namespace, job: Callable[[list[str]], Any]) -> int:
-    """Run a job that has a parser of its own. With --json among its arguments, what it prints goes to stderr, and
-    what it returns to stdout."""
+    """Run a job that has a parser of its own. With --json among its arguments, the answer is what it returns."""
     rest = [argument for argument in args.rest if argument != "--json"]
     args.json = len(rest) < len(args.rest)
     if not args.json:
         job(rest)
         return 0
-    with redirect_stdout(sys.stderr):
-        data = job(rest)
-    answer(True, data, "")
+    answer(True, job(rest), "")
     return 0

@@ -21,6 +21,7 @@ from fliqs_hf.cost import bops, trace_layers, weight_bytes
 from fliqs_hf.hf.card import model_card
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.ptq import calibrate
+from fliqs_hf.search.run import RunFolder
 from fliqs_hf.training.images import pixels
 from fliqs_hf_cli import main
 from tests.hf.runs import write_run
@@ -253,6 +254,18 @@ def test_search_is_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown argument '--target_bit'" in failed["error"]
     assert main(["search", "--target_bit", "4"]) == 2
     assert "did you mean 'target_bits'" in capsys.readouterr().err
+
+
+def test_json_is_alone_on_stdout(
+    fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a library prints, such as DeepSpeed when it is imported."""
+    original = RunFolder.configure
+    monkeypatch.setattr(RunFolder, "configure", lambda *values: print("[WARNING] noise") or original(*values))
+    found = answer(capsys, "quantize", str(fp32), str(tmp_path / "packed"))
+    assert found["output"] == str(tmp_path / "packed")
+    main(["quantize", str(fp32), str(tmp_path / "again")])
+    assert "[WARNING] noise" in capsys.readouterr().out
 
 
 def test_search_and_compare_answer_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
