@@ -161,13 +161,18 @@ def pack_model(model: nn.Module, allocation: Allocation, settings: QuantizerSett
     """Replace layers by packed ones in the formats of `allocation`, in place; the others become plain layers.
 
     Raises: AllocationError: a name that is no quantizable layer. ConfigError: numbers for input scales that the model
-        has not learned, and only `fliqs_hf.ptq.calibrate` gives. Nothing is changed then.
+        has not learned, and only `fliqs_hf.ptq.calibrate` gives; or clipping factors that it has learned, and that
+        the settings would drop. Nothing is changed then.
     """
     settings = settings or QuantizerSettings()
     layers = quantizable_layers(model)
-    settings.require_dynamic(
-        learned=all("input_clip" in layers[name]._parameters for name in allocation if name in layers)
-    )
+    learned = ["input_clip" in layers[name]._parameters for name in allocation if name in layers]
+    settings.require_dynamic(learned=all(learned))
+    if any(learned) and not settings.clipped:
+        raise ConfigError(
+            f"activation_granularity={settings.activation_granularity!r} would drop the clipping factors that the "
+            "model has learned: pack it with 'per_token_clipped'"
+        )
     for name in allocation:
         if name not in layers:
             raise AllocationError(

@@ -103,6 +103,8 @@ def test_a_learned_clipping_factor_is_packed(kind: str, dtype: torch.dtype) -> N
         quantized, _ = packed[0].quantized(x)
         clipped = quantized.abs().amax() / x.abs().amax()  # of the token, or image, with the largest value
         assert clipped.item() == pytest.approx(0.7 if fmt.is_scaled else 1, rel=0.01)  # bfloat16 has 8 bits
+    with pytest.raises(ConfigError, match="pack it with 'per_token_clipped'"):
+        pack_model(searchable, allocation)
     restore(searchable)
     assert [name for name, _ in searchable.named_parameters()] == ["0.weight", "0.bias"]
 
