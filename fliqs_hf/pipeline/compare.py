@@ -38,7 +38,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging as hf_logging
 
@@ -88,8 +87,7 @@ class Comparison:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]  # such as DINOv2's mask token
-        self.accelerator = Accelerator(cpu=arguments.use_cpu, kwargs_handlers=handlers)
+        self.accelerator = Accelerator(cpu=arguments.use_cpu)
         self.model = AutoModelForImageClassification.from_pretrained(arguments.model)
         self.model.to(self.accelerator.device)
         processor = AutoImageProcessor.from_pretrained(arguments.model)

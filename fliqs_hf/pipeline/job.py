@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from transformers.utils import logging as hf_logging
 
 from fliqs_hf.cost import Target
@@ -100,8 +100,6 @@ def load(
         mixed_precision=args.mixed_precision,
         log_with=trackers,
         project_dir=args.output_dir,
-        # DINOv2's mask token, CLIP's text model: DDP refuses parameters without a gradient otherwise
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     load_models_whole()
     hf_logging.disable_progress_bar()

@@ -80,25 +80,23 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, fmt: FormatData, saturate: bool, integer: bool) -> Tensor:
-        ctx.saturate, rounded = saturate, round_to_grid(x.float(), scale, fmt, saturate, integer).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(x, scale * fmt.max_value, rounded, scale)
-        elif saturate:
-            ctx.save_for_backward(x, scale * fmt.max_value)
+        rounded = round_to_grid(x.float(), scale, fmt, saturate, integer).to(x.dtype)
+        ctx.saturate = saturate
+        if saturate:
+            learned = (rounded, scale) if ctx.needs_input_grad[1] else ()
+            ctx.save_for_backward(x, scale * fmt.max_value, *learned)
         return rounded
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        if not ctx.saturate and not ctx.needs_input_grad[1]:
+        if not ctx.saturate:
             return grad, None, None, None, None
         x, bound, *learned = ctx.saved_tensors
-        outside = x.abs() > bound if ctx.saturate else torch.zeros_like(x, dtype=torch.bool)
-        by_scale = None
+        outside, by_scale = x.abs() > bound, None
         if learned:
             rounded, scale = learned
-            by_scale = (rounded.float() - x.float().masked_fill(outside, 0)).mul_(grad).sum_to_size(
-                scale.shape
-            ) / scale
+            change = rounded.float() - x.float().masked_fill(outside, 0)
+            by_scale = change.mul_(grad).sum_to_size(scale.shape) / scale
         return grad.masked_fill(outside, 0), by_scale, None, None, None
 
 
@@ -112,7 +110,7 @@ def fake_quantize(
     Args:
         x: any shape, float32 or bfloat16 (computed in float32).
         scale: float32, broadcasts to `x`, positive; real value = code value × scale. Gets a gradient where it asks for
-            one, at the price of keeping `x` for it.
+            one and `saturate` is set.
         fmt: a format, or its numbers on the device of `x` where the format changes from step to step.
         saturate: False skips the clamp and its mask: right only where `scale` is an absmax scale of `x`.
         integer: True where `fmt` is known to be an integer format: saves two passes over memory.

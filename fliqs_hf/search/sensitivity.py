@@ -103,7 +103,7 @@ def fisher_scores(
             count += len(labels)
     if not count:
         raise DataError("the sensitivity pass got no images: give it a split that is not empty")
-    total = total.cpu() * (energy[1] / energy[0].clamp(min=torch.finfo(torch.float64).tiny)).cpu()
+    total = (total * (energy[1] / energy[0].clamp(min=torch.finfo(torch.float64).tiny))).cpu()
     scores = torch.zeros(len(space.decisions), len(space.formats), dtype=torch.float64)
     decisions = (space.weight_decision,) if same else (space.weight_decision, space.activation_decision)
     for role, index in enumerate(decisions):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from fliqs_hf.training.shards import gathered_into, load_whole, whole_optimizer, whole_weights
@@ -23,6 +24,9 @@ class Backend:
 
     def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.accelerator, self.given = accelerator, model
+        if accelerator.ddp_handler is None:
+            # DDP refuses parameters that get no gradient otherwise, such as DINOv2's mask token.
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.model, self.optimizer = accelerator.prepare(model.train(), optimizer)
 
     def logits(self, images: Tensor) -> Tensor:

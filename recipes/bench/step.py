@@ -28,11 +28,12 @@ from transformers import AutoModelForImageClassification
 from fliqs_hf import Allocation, FLIQSConfig, make_searchable, quantize
 from fliqs_hf.cost import trace_layers
 from fliqs_hf.formats import COMMON
-from fliqs_hf.nn import format_switch, quantizable_layers
+from fliqs_hf.nn import QuantizerSettings, format_switch, quantizable_layers
 
 UNIFORM = ("int4", "e2m1", "e4m3", "int8")
 #: "search": other formats at each step. "pairs": two allocations per step, the second without a backward pass.
-CASES = ("fp32", *UNIFORM, "search", "pairs")
+#: "clipped": as "search", with learned factors on the scales of inputs.
+CASES = ("fp32", *UNIFORM, "search", "pairs", "clipped")
 
 
 def build(path: str, case: str) -> torch.nn.Module:
@@ -41,7 +42,9 @@ def build(path: str, case: str) -> torch.nn.Module:
         return model
     layers = trace_layers(model)
     formats = [case] if case in UNIFORM else [fmt.name for fmt in COMMON if fmt.bits <= 8]
-    make_searchable(model, formats, input_groups={layer.name: layer.input_group for layer in layers})
+    settings = QuantizerSettings(activation_granularity="per_token_clipped" if case == "clipped" else "per_token")
+    groups = {layer.name: layer.input_group for layer in layers}
+    make_searchable(model, formats, input_groups=groups, settings=settings)
     return model
 
 
