@@ -72,7 +72,7 @@ def elementwise_scores(
     Arguments and errors are those of `fisher_scores`; the loss is cross-entropy with the true labels.
     Source: the gradient method of NVIDIA ModelOpt's `auto_quantize`, from its documentation; summed over images there.
     """
-    return fisher_scores(model, batches, forward, space, settings, "element", share=1).decision_scores
+    return fisher_scores(model, batches, forward, space, settings, "element").decision_scores
 
 
 def hessian_trace_scores(

@@ -81,7 +81,7 @@ class Probes:
         self.names, self.layers = list(layers), list(layers.values())
         self.formats, self.roles, self.settings, self.reduction = formats, roles, settings, reduction
         self.changes = torch.empty(0)
-        self._images, self._chosen = 0, torch.empty(0, dtype=torch.int64)
+        self._images = 0
         self._readings: list[_Reading] = []
         self._calls: dict[int, _Reading] = {}
         self._scales: dict[int, dict[int, Tensor]] = {}  # of rows and formats
@@ -111,15 +111,15 @@ class Probes:
             for handle in handles:
                 handle.remove()
 
-    def backward(self, loss: Tensor, images: int, chosen: Tensor) -> Tensor:
+    def backward(self, loss: Tensor, images: int) -> Tensor:
         """Go backward through a forward pass that was watched.
 
         Args:
-            loss: the sum over the images of the batch. chosen: int64, the images to measure.
-        Returns: their Σ g_i·ΔY_i, Σ (g_i·ΔY_i)² with the reduction "element": float32 [roles, L, K, chosen].
+            loss: the sum over the `images` of the batch.
+        Returns: Σ g_i·ΔY_i, Σ (g_i·ΔY_i)² with the reduction "element": float32 [roles, L, K, images].
         """
-        self._images, self._chosen = images, chosen
-        shape = len(self.roles), len(self.layers), len(self.formats), len(chosen)
+        self._images = images
+        shape = len(self.roles), len(self.layers), len(self.formats), images
         self.changes = torch.zeros(shape, device=loss.device)
         try:
             loss.backward()
@@ -202,29 +202,25 @@ class Probes:
         (peak,) = self._workers.each(lambda x: activation_peak(x, "linear", granularity), [source])
         values = [source, peak.expand(*source.shape[:-1], 1)]
         values += [table[row] for table in (reading.gradients, reading.backs) for row in rows]
-        x, peak, *others = self._workers.each(lambda value: self._select(value.float()).flatten(1, -2), values)
+        x, peak, *others = self._workers.each(lambda value: self._of_images(value.float()).contiguous(), values)
         self._add(rows, x, peak, others[: len(rows)], others[len(rows) :])
 
-    def _select(self, value: Tensor) -> Tensor:
-        """The chosen images: [chosen, …, features].
-
-        The images are the slowest dimension of every input, also where windows or tokens join them.
-        """
-        images = value.reshape(self._images, -1, *value.shape[1:])
-        return images.index_select(0, self._chosen)
+    def _of_images(self, value: Tensor) -> Tensor:
+        """[images, tokens, features]: they are the slowest dimension of every input, also where windows or tokens join
+        them."""
+        return value.reshape(self._images, -1, value.shape[-1])
 
     @torch.no_grad()
     def _measure_patches(self, row: int, layer: Any, x: Tensor, gradient: Tensor) -> None:
-        peak = activation_peak(x.float(), "conv2d", self.settings.activation_granularity).expand(len(x), 1, 1, 1)
-        x, gradient, peak = (self._select(value.float()).flatten(0, 1) for value in (x, gradient, peak))
+        x, gradient = x.float(), gradient.float()
+        peak = activation_peak(x, "conv2d", self.settings.activation_granularity).expand(len(x), 1, 1, 1)
         (height, width), (down, right) = gradient.shape[2:], layer.kernel_size
         x = x[:, :, : height * down, : width * right].reshape(len(x), -1, height, down, width, right)
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(len(x), height * width, -1)
         gradient = gradient.flatten(2).transpose(1, 2)
         back = gradient @ layer.weight.float().flatten(1)
         peak = peak.flatten(1)[:, None].expand(-1, x.shape[1], 1)
-        images = len(self._chosen)  # an image may be several inputs, as windows of it
-        x, peak, gradient, back = (value.reshape(images, -1, value.shape[-1]) for value in (x, peak, gradient, back))
+        x, peak, gradient, back = (self._of_images(value) for value in (x, peak, gradient, back))
         self._add([row], x, peak, [gradient], [back])
 
     def _add(
@@ -323,17 +319,12 @@ class Probes:
         changes, settings = self.changes[:, row], self.settings
         conv = isinstance(layer, nn.Conv2d)
         kind, apply = ("conv2d", layer._conv_forward) if conv else ("linear", functional.linear)
-
-        def select(value: Tensor) -> Tensor:
-            return self._select(value).flatten(0, 1)
-
-        chosen, gradient = select(x), select(gradient)
-        output = apply(chosen, layer.weight, None)  # without bias, which cancels
+        output = apply(x, layer.weight, None)  # without bias, which cancels
         for k, fmt in enumerate(self.formats):
             for role, (with_weight, with_input) in enumerate(self.roles):
-                value, weight = chosen, layer.weight
-                if with_input:  # rounded before the choice: a scale may be that of the whole batch
-                    value = select(quantize_activation(x, fmt, kind, settings.activation_granularity, fmt.is_integer))
+                value, weight = x, layer.weight
+                if with_input:
+                    value = quantize_activation(x, fmt, kind, settings.activation_granularity, fmt.is_integer)
                 if with_weight:
                     granularity, method = settings.weight_granularity, settings.weight_scale
                     weight = quantize_weight(weight, fmt, granularity, method, fmt.is_integer)

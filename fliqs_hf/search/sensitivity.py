@@ -6,18 +6,10 @@ quantized. It is the second-order estimate of the increase of the loss with the 
 the sum over positions and channels is taken before the square, so changes that cancel within an image count as
 cancelled. Of the cheap predictors of the loss after quantization-aware training it ranked best here (docs/search.md).
 Squared element by element instead, it is the score of `baselines.elementwise_scores`.
-
-A few images that the model gets wrong make up most of a score, so only the half of each batch with the largest
-gradients of the loss at the logits is measured in the layers, and the mean over these is scaled by the ratio of the
-squares of those gradients, all images to measured ones. On DeiT-Tiny (256 images of ImageNet, 50 decisions × 14
-formats) scores of half the images chosen so are 3 % above those of all in sum and deviate by 5 % (root mean square),
-scores of a random half by 18 %; the expected loss of allocations for 2.5 to 6 bits is at most 0.2 % above the best
-one with the choice and up to 7 % with the random half.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.errors import DataError
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.search.probes import Probes, Reduction
 from fliqs_hf.search.space import SearchSpace
@@ -60,7 +52,6 @@ def fisher_scores(
     space: SearchSpace,
     settings: QuantizerSettings | None = None,
     reduction: Reduction = "image",
-    share: float = 0.5,
 ) -> Sensitivity:
     """Per-sample Fisher scores of every choice of every decision.
 
@@ -70,40 +61,29 @@ def fisher_scores(
         forward: inputs -> logits.
         reduction: "image" for ½·(Σ g·ΔY)², "element" for Σ (g·ΔY)², which takes a product of matrices per layer and
             format (mean over the images of both).
-        share: of each batch's images, those with the largest gradients, to measure in the layers; the others count
-            through their gradient at the logits (see the module). 1 measures all.
-    Cost: with 14 formats about twice the forward and backward pass in all, 2.7 times with `share` 1 (DeiT-Tiny, one
-        CPU thread). The arithmetic is that of the gradients of the weights (half a forward and backward pass with
-        `share` 1), of a product as large as a forward pass for each format of up to `probes.JOINT_BITS` bits, and
-        three to six passes over each layer's input per format.
+    Cost: with 14 formats 2.7 times the forward and backward pass in all (DeiT-Tiny, one CPU thread). The arithmetic is
+        that of the gradients of the weights (half a forward and backward pass), of a product as large as a forward
+        pass for each format of up to `probes.JOINT_BITS` bits, and three to six passes over each layer's input per
+        format.
     Raises: DataError: no batch, a gradient that is not finite, or a layer whose input is overwritten before backward.
-        A layer that the forward pass does not reach scores 0. ConfigError: `share` is not above 0 and at most 1.
+        A layer that the forward pass does not reach scores 0.
     """
-    if not 0 < share <= 1:
-        raise ConfigError(f"share={share!r} must be above 0 and at most 1")
     settings = settings or QuantizerSettings()
     layers = {layer.name: model.get_submodule(layer.name) for layer in space.layers}
     same = space.activation == "same"
     roles: tuple[tuple[bool, bool], ...] = ((True, True),) if same else ((True, False), (False, True))
     total = torch.zeros((), dtype=torch.float64)  # becomes [roles, L, K] on the device of the labels
-    energy = torch.zeros((), dtype=torch.float64)  # becomes [2]: of the chosen images, and of all
     count, start = 0, time.perf_counter()
     with frozen(model), Probes(layers, space.formats, roles, settings, reduction) as probes:
         for inputs, labels in batches:
             with probes.watching(), torch.enable_grad():
-                logits = forward(inputs).float()
-                loss = functional.cross_entropy(logits, labels, reduction="sum")
-            with torch.no_grad():
-                gradient = logits.softmax(-1) - functional.one_hot(labels, logits.shape[-1])
-                energies = gradient.double().square().sum(-1)
-                most = energies.topk(math.ceil(share * len(labels)))
-                energy = energy + torch.stack([most.values.sum(), energies.sum()])
-            sums = probes.backward(loss, len(labels), most.indices).double()
+                loss = functional.cross_entropy(forward(inputs).float(), labels, reduction="sum")
+            sums = probes.backward(loss, len(labels)).double()
             total = total + (sums.square() / 2 if reduction == "image" else sums).sum(-1)
             count += len(labels)
     if not count:
         raise DataError("the sensitivity pass got no images: give it a split that is not empty")
-    total = (total * (energy[1] / energy[0].clamp(min=torch.finfo(torch.float64).tiny))).cpu()
+    total = total.cpu()
     scores = torch.zeros(len(space.decisions), len(space.formats), dtype=torch.float64)
     decisions = (space.weight_decision,) if same else (space.weight_decision, space.activation_decision)
     for role, index in enumerate(decisions):

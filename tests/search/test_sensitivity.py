@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fliqs_hf.cost import LayerInfo, trace_layers
-from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.errors import DataError
 from fliqs_hf.formats import Format, round_to_format
 from fliqs_hf.nn import make_searchable
 from fliqs_hf.nn.searchable import QuantizerSettings
@@ -118,7 +118,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
 def check(model: nn.Module, space: SearchSpace, settings: QuantizerSettings | None = None, batch: int = 2) -> None:
     pixels = images(len(LABELS))
     batches = list(zip(pixels.split(batch), LABELS.split(batch), strict=True))
-    found = fisher_scores(model, batches, lambda x: logits_of(model, x), space, settings, share=1)
+    found = fisher_scores(model, batches, lambda x: logits_of(model, x), space, settings)
     assert found.images == len(LABELS)
     expected = naive(model, space, pixels, LABELS, settings or QuantizerSettings(), exact=False)
     # Both are float32 sums over thousands of elements in different orders, with cancellation; relative to the largest
@@ -205,39 +205,12 @@ def test_an_output_that_is_not_used() -> None:
     assert bool((found[1] == 0).all())
 
 
-@pytest.mark.parametrize("architecture", ["vit", "swin", "resnet"])
-def test_the_images_with_the_largest_gradients_stand_for_all(architecture: str) -> None:
-    model, pixels = tiny(architecture), images(len(LABELS))
-    space = SearchSpace(trace_layers(model), ("int2", "int8"))
-    energies = torch.empty(len(LABELS))
-    for i, (image, label) in enumerate(zip(pixels, LABELS, strict=True)):
-        logits = logits_of(model, image[None]).detach().requires_grad_()
-        functional.cross_entropy(logits, label[None]).backward()
-        assert logits.grad is not None
-        energies[i] = logits.grad.square().sum()
-    chosen = [max((0, 1, 2), key=lambda i: energies[i].item()), max((3, 4), key=lambda i: energies[i].item())]
-    batches = [(pixels[:3], LABELS[:3]), (pixels[3:], LABELS[3:])]
-    found = fisher_scores(model, batches, lambda x: logits_of(model, x), space, share=0.3)
-    assert found.images == len(LABELS)
-    expected = naive(model, space, pixels[chosen], LABELS[chosen], QuantizerSettings(), exact=False)
-    expected *= 2 / len(LABELS) * float(energies.sum() / energies[chosen].sum())
-    error = (found.decision_scores - expected).abs().amax(1) / expected.amax(1)
-    assert error.max().item() < 1e-3  # as in `check`
-
-
-@pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
-def test_a_share_that_is_none(share: float) -> None:
-    model = small_network()
-    with pytest.raises(ConfigError, match="share="):
-        fisher_scores(model, [], model, SearchSpace(trace_layers(model, images(1)), FORMATS), share=share)
-
-
 def test_the_product_of_errors_is_left_out_only_where_it_is_small() -> None:
     """Scores are exact at 2 bits; beyond, two errors of at most 1/6 (INT3), 1/14 (INT4) … of the maximum."""
     model = tiny("vit")
     space = SearchSpace(trace_layers(model), ("int2", "int3", "e2m0", "int4", "e2m1", "int6", "e4m3"))
     pixels = images(len(LABELS))
-    found = fisher_scores(model, [(pixels, LABELS)], lambda x: model(x).logits, space, share=1).decision_scores
+    found = fisher_scores(model, [(pixels, LABELS)], lambda x: model(x).logits, space).decision_scores
     ratio = found / naive(model, space, pixels, LABELS, QuantizerSettings(), exact=True)
     torch.testing.assert_close(ratio[:, 0], torch.ones_like(ratio[:, 0]), rtol=0, atol=5e-3)  # float32, see `check`
     low, high = ratio[:, 1:].quantile(0.1), ratio[:, 1:].quantile(0.9)  # single ones of 5 images may cancel to nothing
@@ -253,7 +226,7 @@ def test_batches_do_not_matter_and_the_model_is_left_as_it_was() -> None:
     modes = [module.training for module in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
     pixels = images(len(LABELS))
-    whole = fisher_scores(model, [(pixels, LABELS)], model, space, share=1).decision_scores
+    whole = fisher_scores(model, [(pixels, LABELS)], model, space).decision_scores
     split = fisher_scores(model, zip(pixels.split(1), LABELS.split(1), strict=True), model, space).decision_scores
     torch.testing.assert_close(whole, split, rtol=1e-3, atol=1e-3 * whole.max().item())  # float32, see `check`
     assert [module.training for module in model.modules()] == modes
