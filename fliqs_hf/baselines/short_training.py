@@ -35,12 +35,14 @@ class ShortTraining:
         *,
         holdout: float = 0.1,
         settings: QuantizerSettings | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         """
         Args:
             model: plain, in fp32, on its device.
             layers: the layers that allocations name.
             data: the training split; the evaluation split must stay unseen.
+            teacher: imitated by `config.distill_weight` of the loss.
             holdout: the share of `data` that trials are scored on and not trained with.
         Raises: ConfigError: a `holdout` that leaves no image to train with or to score on.
         """
@@ -55,7 +57,7 @@ class ShortTraining:
         self.held_out: Any = Subset(data, order[:count])
         self.training: Any = Subset(data, order[count:])
         self.model, self.layers, self.config, self.accelerator = model, tuple(layers), config, accelerator
-        self.settings = settings
+        self.settings, self.teacher = settings, teacher
         self.start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def __call__(self, allocation: Allocation, number: int) -> float:
@@ -68,7 +70,10 @@ class ShortTraining:
         mode = self.model.training
         try:
             hook = FixedFormats(switch, allocation)
-            train(self.model, self.training, self.config, self.accelerator, hook=hook, name=f"trial {number}")
+            train(
+                self.model, self.training, self.config, self.accelerator,
+                hook=hook, teacher=self.teacher, name=f"trial {number}",
+            )  # fmt: skip
             return -evaluate(self.model, self.held_out, self.accelerator).loss
         finally:
             restore(self.model)

@@ -27,6 +27,7 @@ Methods (those with ptq- in front do the same without training):
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import shlex
 import subprocess
@@ -74,7 +75,7 @@ from fliqs_hf.report.validate import processor_name
 from fliqs_hf.search import OneShotSearch, SearchSpace, choice_at_target, fisher_scores
 from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.search.run import versions
-from fliqs_hf.training import ImageData, TrainConfig, evaluate, load_splits, train
+from fliqs_hf.training import ImageData, StepHook, TrainConfig, evaluate, load_splits, train
 from fliqs_hf.training.data import train_loader
 
 COLUMNS = ("method", "target_bits", "seed", "top1", "loss", "cost_ratio", "steps", "seconds", "peak_mb", "allocation")
@@ -87,9 +88,11 @@ class Comparison:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
+        self.settings(seed=0, steps=arguments.max_steps)  # refuses bad values before anything is loaded
         self.accelerator = Accelerator(cpu=arguments.use_cpu)
         self.model = AutoModelForImageClassification.from_pretrained(arguments.model)
         self.model.to(self.accelerator.device)
+        self.teacher = copy.deepcopy(self.model) if arguments.distill else None
         processor = AutoImageProcessor.from_pretrained(arguments.model)
         splits = load_splits(arguments.dataset_name)
         labels = self.model.config.num_labels
@@ -102,6 +105,7 @@ class Comparison:
         self.layers = trace_layers(self.model, self.train[0][0][None].to(self.accelerator.device))
         self.space = SearchSpace(self.layers, arguments.search_space, arguments.activation)
         self.table = CostTable(self.layers, self.space.formats)
+        self.quantizers = QuantizerSettings(activation_granularity=arguments.activation_granularity)
         self.scores: dict[str, tuple[torch.Tensor, float]] = {}
 
     def run(self, method: str, bits: float, seed: int) -> dict[str, Any]:
@@ -201,7 +205,15 @@ class Comparison:
             space, table = self.chosen_from(name)
             return random_allocation(space, table, target.resolve(table), seed)
         config = self.settings(seed, self.arguments.trial_steps or max(1, self.arguments.max_steps // 4))
-        objective = ShortTraining(self.model, self.layers, self.train, config, self.accelerator)
+        objective = ShortTraining(
+            self.model,
+            self.layers,
+            self.train,
+            config,
+            self.accelerator,
+            settings=self.quantizers,
+            teacher=self.teacher,
+        )
         sampler: Any = name.removeprefix("multi-trial-")
         journal = self.arguments.output.with_suffix(f".{name}-{target.value:g}-{seed}.jsonl")
         found = multi_trial(
@@ -222,8 +234,7 @@ class Comparison:
         switch = self.searchable(sorted(formats, key=lambda fmt: fmt.name))
         switch.set_allocation(allocation)
         if steps:
-            config = self.settings(seed, steps)
-            train(self.model, self.train, config, self.accelerator, hook=FixedFormats(switch, allocation), name=name)
+            self.trained(self.settings(seed, steps), FixedFormats(switch, allocation), name)
         return allocation
 
     def one_shot(self, name: str, target: Target, seed: int) -> Allocation:
@@ -234,10 +245,7 @@ class Comparison:
             search.start_from(self.sensitivity("fisher", seed)[0])
             self.model.load_state_dict(self.original)
         switch = self.searchable(self.space.formats)
-        hook = SearchHook(search, switch)
-        train(
-            self.model, self.train, self.settings(seed, steps, config.quality), self.accelerator, hook=hook, name=name
-        )
+        self.trained(self.settings(seed, steps, config.quality), SearchHook(search, switch), name)
         allocation = search.finalize().allocation
         switch.set_allocation(allocation)
         return allocation
@@ -247,22 +255,28 @@ class Comparison:
         if name == "gumbel":
             config = DifferentiableConfig(relaxation="gumbel", temperature_start=5.0, temperature_end=0.5)
         steps = self.arguments.max_steps
-        run = lambda hook: train(  # noqa: E731
-            self.model, self.train, self.settings(seed, steps), self.accelerator, hook=hook, name=label
-        )
+        run = lambda hook: self.trained(self.settings(seed, steps), hook, label)  # noqa: E731
         return differentiable_search(
             self.model, self.space, self.table, target, run, steps, config, seed=seed
         ).allocation
 
+    def trained(self, config: TrainConfig, hook: StepHook, name: str) -> torch.nn.Module:
+        """`self.model`, trained."""
+        return train(self.model, self.train, config, self.accelerator, hook=hook, teacher=self.teacher, name=name)
+
     def searchable(self, formats: Any) -> Any:
         groups = {layer.name: layer.input_group for layer in self.layers}
-        settings = QuantizerSettings(activation_granularity=self.arguments.activation_granularity)
-        return make_searchable(self.model, formats, names=list(groups), input_groups=groups, settings=settings)
+        return make_searchable(self.model, formats, names=list(groups), input_groups=groups, settings=self.quantizers)
 
     def settings(self, seed: int, steps: int, quality: Any = "loss") -> TrainConfig:
         a = self.arguments
         return TrainConfig(
-            max_steps=steps, batch_size=a.batch_size, learning_rate=a.learning_rate, seed=seed, quality=quality
+            max_steps=steps,
+            batch_size=a.batch_size,
+            learning_rate=a.learning_rate,
+            distill_weight=a.distill,
+            seed=seed,
+            quality=quality,
         )
 
 
@@ -285,6 +299,9 @@ def parser(command: str) -> argparse.ArgumentParser:
     made.add_argument("--max_steps", type=int, default=400)
     made.add_argument("--batch_size", type=int, default=64)
     made.add_argument("--learning_rate", type=float, default=5e-4)
+    made.add_argument(
+        "--distill", type=float, default=0.0, help="share of the loss that imitates the fp32 model, 0 to 1"
+    )
     made.add_argument("--prior_images", type=int, default=1536, help="of the sensitivity passes")
     made.add_argument("--trials", type=int, default=8, help="of the multi-trial searches")
     made.add_argument("--trial_steps", type=int, help="of one trial; default: a quarter of max_steps")

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
+from fliqs_hf.baselines import short_training
 from fliqs_hf.errors import ConfigError, TargetError
 from fliqs_hf.pipeline import compare
 from fliqs_hf.pipeline.compare_methods import METHODS as DEFAULTS
 from fliqs_hf.pipeline.compare_methods import check_methods, runs, uniform_format
 from fliqs_hf.pipeline.compare_summary import markdown, summarise, write_summary
+from fliqs_hf.training import train
 
 METHODS = [
     "uniform-int", "uniform-fp", "manual", "random", "random-no-int2", "loss-delta", "fisher", "elementwise",
@@ -88,6 +92,32 @@ def test_learned_clipping_factors(fp32: Path, tmp_path: Path) -> None:
     for method in ("differentiable", "ptq-fisher"):
         with pytest.raises(ConfigError, match=f"{method} takes --activation_granularity per_token only"):
             compare.main([*arguments(fp32, output, method), "--activation_granularity", "per_token_clipped"])
+
+
+def test_distillation(fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run of every method imitates the fp32 model by that share of the loss, trials included."""
+    taught = []
+
+    def spy(*args: Any, **named: Any) -> Any:
+        teacher = named["teacher"]
+        taught.append((args[2].distill_weight, teacher is not args[0] and teacher.state_dict()["classifier.weight"]))
+        return train(*args, **named)
+
+    for module in (compare, short_training):
+        monkeypatch.setattr(module, "train", spy)
+    methods = ["uniform-int", "search", "differentiable", "multi-trial-random"]
+    compare.main([*arguments(fp32, tmp_path / "out.csv", *methods), "--distill", "0.5"])
+    assert len(taught) == 3 + 2 + 1  # two trials, then the best of them
+    original = load_file(fp32 / "model.safetensors")["classifier.weight"]
+    assert all(weight == 0.5 and torch.equal(of_teacher, original) for weight, of_teacher in taught)
+
+
+@pytest.mark.parametrize("option", ["--distill 1.5", "--max_steps 0"])
+def test_bad_values_are_refused_before_anything_is_loaded(tmp_path: Path, option: str) -> None:
+    output = tmp_path / "out.csv"
+    with pytest.raises(ConfigError, match=option.split()[0].removeprefix("--")):
+        compare.main([*arguments(tmp_path / "no model", output, "search"), *option.split()])
+    assert not output.exists()
 
 
 def test_a_target_out_of_reach_stops_it_before_anything_runs(fp32: Path, tmp_path: Path) -> None:
