@@ -42,8 +42,8 @@ class ShortTraining:
             model: plain, in fp32, on its device.
             layers: the layers that allocations name.
             data: the training split; the evaluation split must stay unseen.
-            teacher: imitated by `config.distill_weight` of the loss.
             holdout: the share of `data` that trials are scored on and not trained with.
+            teacher: what `config.distill_weight` of the loss imitates.
         Raises: ConfigError: a `holdout` that leaves no image to train with or to score on.
         """
         count = round(holdout * len(data)) if isinstance(holdout, float) and 0 < holdout < 1 else 0

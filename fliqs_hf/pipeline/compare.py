@@ -88,7 +88,10 @@ class Comparison:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.settings(seed=0, steps=arguments.max_steps)  # refuses bad values before anything is loaded
+        default = max(1, arguments.max_steps // 4)
+        self.trial_steps = default if arguments.trial_steps is None else arguments.trial_steps
+        for steps in (arguments.max_steps, self.trial_steps):
+            self.settings(seed=0, steps=steps)  # refuses bad values before anything is loaded
         self.accelerator = Accelerator(cpu=arguments.use_cpu)
         self.model = AutoModelForImageClassification.from_pretrained(arguments.model)
         self.model.to(self.accelerator.device)
@@ -204,16 +207,10 @@ class Comparison:
         if name in RANDOM:
             space, table = self.chosen_from(name)
             return random_allocation(space, table, target.resolve(table), seed)
-        config = self.settings(seed, self.arguments.trial_steps or max(1, self.arguments.max_steps // 4))
         objective = ShortTraining(
-            self.model,
-            self.layers,
-            self.train,
-            config,
-            self.accelerator,
-            settings=self.quantizers,
-            teacher=self.teacher,
-        )
+            self.model, self.layers, self.train, self.settings(seed, self.trial_steps), self.accelerator,
+            settings=self.quantizers, teacher=self.teacher,
+        )  # fmt: skip
         sampler: Any = name.removeprefix("multi-trial-")
         journal = self.arguments.output.with_suffix(f".{name}-{target.value:g}-{seed}.jsonl")
         found = multi_trial(
@@ -261,7 +258,7 @@ class Comparison:
         ).allocation
 
     def trained(self, config: TrainConfig, hook: StepHook, name: str) -> torch.nn.Module:
-        """`self.model`, trained."""
+        """`train` for the model and data that are compared, with the teacher if there is one."""
         return train(self.model, self.train, config, self.accelerator, hook=hook, teacher=self.teacher, name=name)
 
     def searchable(self, formats: Any) -> Any:

@@ -94,6 +94,19 @@ def test_learned_clipping_factors(fp32: Path, tmp_path: Path) -> None:
             compare.main([*arguments(fp32, output, method), "--activation_granularity", "per_token_clipped"])
 
 
+def test_trials_learn_clipping_factors(fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned = []
+
+    def spy(model: Any, *args: Any, **named: Any) -> Any:
+        learned.append(any(name.endswith("input_clip") for name, _ in model.named_parameters()))
+        return train(model, *args, **named)
+
+    monkeypatch.setattr(short_training, "train", spy)
+    given = arguments(fp32, tmp_path / "out.csv", "multi-trial-random")
+    compare.main([*given, "--activation_granularity", "per_token_clipped"])
+    assert learned == [True, True]
+
+
 def test_distillation(fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run of every method imitates the fp32 model by that share of the loss, trials included."""
     taught = []
@@ -112,10 +125,10 @@ def test_distillation(fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(weight == 0.5 and torch.equal(of_teacher, original) for weight, of_teacher in taught)
 
 
-@pytest.mark.parametrize("option", ["--distill 1.5", "--max_steps 0"])
+@pytest.mark.parametrize("option", ["--distill 1.5", "--max_steps 0", "--trial_steps 0"])
 def test_bad_values_are_refused_before_anything_is_loaded(tmp_path: Path, option: str) -> None:
     output = tmp_path / "out.csv"
-    with pytest.raises(ConfigError, match=option.split()[0].removeprefix("--")):
+    with pytest.raises(ConfigError, match="distill_weight=1.5" if "distill" in option else "max_steps=0"):
         compare.main([*arguments(tmp_path / "no model", output, "search"), *option.split()])
     assert not output.exists()
 
