@@ -52,13 +52,16 @@ def runs(methods: Iterable[str], targets: Iterable[float], seeds: Iterable[int])
 
 def search_config(method: str) -> SearchConfig:
     """The configuration that a method's name means. Raises: ConfigError: it means none."""
-    names = {"x": "samples_per_step", "h": "prior_entropy", "k": "prior_strength", "l": "policy_learning_rate"}
+    names = {
+        "x": "samples_per_step", "h": "prior_entropy", "k": "prior_strength", "l": "policy_learning_rate",
+        "p": "prior_passes",
+    }  # fmt: skip
     changes: dict[str, Any] = {}
     try:
         for part in method.split("-")[1:]:
             name = names.get(part[0], "explore_fraction")
-            value = float(part.lstrip("xhkl"))
-            changes[name] = int(value) if name == "samples_per_step" else value
+            value = float(part.lstrip("xhklp"))
+            changes[name] = int(value) if name in ("samples_per_step", "prior_passes") else value
     except (ValueError, IndexError) as error:
         raise ConfigError(_unknown(method)) from error
     return SearchConfig.preset("paper" if method == "paper" else "default", **changes)

@@ -6,7 +6,7 @@ import copy
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.nn import make_searchable, quantizable_layers, restore
 from fliqs_hf.pipeline.job import Job, load, targets_of
-from fliqs_hf.search import OneShotSearch, SearchSpace, Sensitivity, fisher_scores
+from fliqs_hf.search import OneShotSearch, SearchSpace, Sensitivity, fisher_scores, second_look
 from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.search.run import RunFolder, cost_summary, layer_table, write_front
 from fliqs_hf.training import Accuracy, Interrupted, train
@@ -38,6 +38,7 @@ class Start:
     Attributes:
         original: the fp32 weights. fp32: their accuracy.
         other_bytes, fp32_bytes: of the checkpoint, beside the layers' weights, and of the whole in fp32.
+        sensitivity: of the fp32 model, where the prior wants it.
         uniform: formats of the uniform models to train for comparison.
     """
 
@@ -77,7 +78,9 @@ def main(argv: list[str] | None = None, description: str | None = None) -> list[
         layers, space, table,
         original={name: tensor.detach().clone() for name, tensor in state.items()},
         fp32=fp32,
-        sensitivity=measure_sensitivity(job, space) if job.search.prior == "fisher" else None,
+        sensitivity=None if job.search.prior == "none" else fisher_scores(
+            job.model, score_batches(job, "sensitivity"), lambda images: job.model(images).logits, space
+        ),
         other_bytes=unlisted_bytes(job.model, layers),
         fp32_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
         uniform=uniform,
@@ -160,15 +163,23 @@ def finetune(job: Job, folder: RunFolder) -> None:
     job.accelerator.wait_for_everyone()
 
 
-def measure_sensitivity(job: Job, space: SearchSpace) -> Sensitivity:
-    """One backward pass per batch over `prior_images` training images; every rank measures the same."""
-    batch = job.args.per_device_train_batch_size
-    count = -(-job.search.prior_images // batch)
-    loader = train_loader(job.train_data, batch, job.args.seed, 0, count, 0, 1, 0)
-    bar = tqdm(loader, desc="sensitivity", disable=not job.accelerator.is_local_main_process)
-    device = job.accelerator.device
-    batches = ((images.to(device), labels.to(device)) for images, labels in bar)
-    return fisher_scores(job.model, batches, lambda images: job.model(images).logits, space)
+def score_batches(job: Job, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """`prior_images` training images with their labels, the same on every rank, under a progress bar."""
+    batch, device = job.args.per_device_train_batch_size, job.accelerator.device
+    loader = train_loader(job.train_data, batch, job.args.seed, 0, -(-job.search.prior_images // batch), 0, 1, 0)
+    for images, labels in tqdm(loader, desc=name, disable=not job.accelerator.is_local_main_process):
+        yield images.to(device), labels.to(device)
+
+
+def prior(job: Job, start: Start, target: Target) -> Sensitivity | None:
+    """The scores that a search for `target` starts from; every rank measures the same."""
+    if start.sensitivity is None or job.search.prior_passes == 1:
+        return start.sensitivity
+    job.model.load_state_dict(start.original)
+    return second_look(
+        job.model, score_batches(job, "sensitivity again"), lambda images: job.model(images).logits,
+        start.space, start.table, target, start.sensitivity, job.search.band,
+    )  # fmt: skip
 
 
 def search_for(job: Job, run: RunFolder, target: Target, start: Start) -> dict[str, Any]:
@@ -183,8 +194,8 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start) -> dict[s
         rank=accelerator.process_index, world_size=accelerator.num_processes, device=accelerator.device,
         gather=accelerator.gather if accelerator.num_processes > 1 else None,
     )  # fmt: skip
-    if start.sensitivity is not None:
-        search.start_from(start.sensitivity.decision_scores)
+    if (sensitivity := prior(job, start, target)) is not None:
+        search.start_from(sensitivity.decision_scores)
     accelerator.wait_for_everyone()
     first = 0
     if accelerator.is_main_process:
@@ -193,7 +204,7 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start) -> dict[s
         saved = states(run.state)
         first = int(saved[-1].name.removeprefix("step-")) if saved else 0
         run.configure(job.settings, job.search)
-        run.begin(start.layers, start.space, start.sensitivity)
+        run.begin(start.layers, start.space, sensitivity)
         run.forget_after(first)
 
     def on_log(entry: dict[str, Any]) -> None:
@@ -219,7 +230,7 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start) -> dict[s
         "fp32_bytes": start.fp32_bytes,
         "seconds": seconds,
         "seconds_per_step": seconds / max(1, job.steps - first),
-        "sensitivity_seconds": start.sensitivity.seconds if start.sensitivity is not None else None,
+        "sensitivity_seconds": sensitivity.seconds if sensitivity is not None else None,
         "repaired": final.repaired,
         "argmax_cost_ratio": final.argmax_cost_ratio,
     }  # fmt: skip

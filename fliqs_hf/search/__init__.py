@@ -3,7 +3,7 @@
 from fliqs_hf.search.config import PRESETS, SearchConfig
 from fliqs_hf.search.oneshot import FinalChoice, OneShotSearch
 from fliqs_hf.search.policy import Policy
-from fliqs_hf.search.sensitivity import Sensitivity, fisher_scores
+from fliqs_hf.search.sensitivity import Sensitivity, fisher_scores, second_look
 from fliqs_hf.search.solver import best_choice, choice_at_target, pareto_front, reachable_range
 from fliqs_hf.search.space import Decision, SearchSpace
 
@@ -21,4 +21,5 @@ __all__ = [
     "fisher_scores",
     "pareto_front",
     "reachable_range",
+    "second_look",
 ]

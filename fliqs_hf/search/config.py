@@ -37,6 +37,10 @@ class SearchConfig:
     prior_strength: float | None = None
     #: 512 images lost 1.7 points at 2.5 bits against 1500.
     prior_images: int = 1536
+    #: 2: the scores are measured once more in the model as quantized by the allocation that the first ones give, and
+    #: the geometric mean of both counts (see `second_look`). 1: those of the fp32 model alone, in less than half the
+    #: time.
+    prior_passes: int = 2
     #: Steps that sample formats uniformly and train weights only, as a fraction. The prior makes it unnecessary.
     warmup_fraction: float = 0.0
     #: Step at which the allocation is frozen, as a fraction of the run; the rest trains the weights for it. 0 takes
@@ -83,7 +87,7 @@ class SearchConfig:
             value = getattr(self, name)
             if value is None and name == "prior_strength":
                 continue
-            whole = name in ("samples_per_step", "prior_images")
+            whole = name in ("samples_per_step", "prior_images", "prior_passes")
             number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
             if not (number and low <= value <= high and math.isfinite(value)):
                 limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
@@ -111,6 +115,7 @@ _LIMITS: tuple[tuple[str, float, float], ...] = (
     ("prior_entropy", 0, 3),
     ("prior_strength", 0, math.inf),
     ("prior_images", 1, math.inf),
+    ("prior_passes", 1, 2),
     ("warmup_fraction", 0, 1),
     ("explore_fraction", 0, 1),
     ("beta", -math.inf, 0),  # positive would reward missing the target

@@ -125,7 +125,13 @@ class RunFolder:
             scores = {decision.name: [float(f"{value:.6g}") for value in row] for decision, row in rows}
             self.write(
                 "sensitivity.json",
-                {"method": "fisher", "images": sensitivity.images, "seconds": sensitivity.seconds, "scores": scores},
+                {
+                    "method": "fisher",
+                    "images": sensitivity.images,
+                    "passes": sensitivity.passes,
+                    "seconds": sensitivity.seconds,
+                    "scores": scores,
+                },
             )
 
     def append(self, entry: dict[str, Any]) -> None:

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import DataError
-from fliqs_hf.nn.searchable import QuantizerSettings
+from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
 from fliqs_hf.search.probes import Probes, Reduction
+from fliqs_hf.search.solver import choice_at_target
 from fliqs_hf.search.space import SearchSpace
 
 #: inputs of one batch -> logits [batch, classes]
@@ -31,18 +33,20 @@ Forward = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Scores of one pass over calibration images.
+    """Scores of one pass over calibration images, or of two.
 
     Attributes:
         decision_scores: expected increase of the loss for each choice of each decision, float32 [D, K]. Layers of a
             decision add up; where weights and inputs are decided apart, each is scored with the other in fp32.
         images: how many images were used.
-        seconds: what the pass took.
+        seconds: what it took.
+        passes: 1: scores of the model as it was. 2: of `second_look`.
     """
 
     decision_scores: Tensor
     images: int
     seconds: float
+    passes: int = 1
 
 
 def fisher_scores(
@@ -91,6 +95,40 @@ def fisher_scores(
     if not scores.isfinite().all():
         raise DataError("the sensitivity pass met a loss or gradient that is not finite: check images and model")
     return Sensitivity((scores / count).float(), count, time.perf_counter() - start)
+
+
+def second_look(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Tensor]],
+    forward: Forward,
+    space: SearchSpace,
+    table: CostTable,
+    target: Target,
+    first: Sensitivity,
+    band: float = 0.03,
+) -> Sensitivity:
+    """Scores of the fp32 model and of the model near the target, as their geometric mean.
+
+    A model that fits its training images well has gradients on few of them, and every layer is scored as if the others
+    were exact. So the scores are measured once more in the model as quantized by the allocation that `first` gives,
+    before any training.
+
+    Args:
+        model: plain; quantized meanwhile and left as it was. batches, forward: as for `fisher_scores`.
+        first: scores of the plain model. band: as for `choice_at_target`.
+    Returns: the mean, with the images of one pass and the seconds of both.
+    Raises: DataError: as `fisher_scores`. TargetError: the target is out of reach.
+    """
+    allocation = space.allocation(choice_at_target(space, table, -first.decision_scores, target, band))
+    groups = {layer.name: layer.input_group for layer in space.layers}
+    switch = make_searchable(model, space.formats, names=list(groups), input_groups=groups)
+    try:
+        switch.set_allocation(allocation)
+        second = fisher_scores(model, batches, forward, space)
+    finally:
+        restore(model)
+    scores = (first.decision_scores * second.decision_scores).sqrt()
+    return Sensitivity(scores, second.images, first.seconds + second.seconds, passes=2)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from fliqs_hf.training import train
 METHODS = [
     "uniform-int", "uniform-fp", "manual", "random", "random-no-int2", "loss-delta", "fisher", "elementwise",
     "hessian", "ptq-fisher", "differentiable", "gumbel", "multi-trial-random", "multi-trial-optuna", "search",
-    "search-0.1-x2", "paper",
+    "search-0.5-x2", "paper",
 ]  # fmt: skip
 
 

@@ -97,7 +97,9 @@ def test_the_run_folder_tells_everything(finished: Path) -> None:
         assert list(probabilities) == [decision["name"] for decision in space["decisions"]]
         assert all(abs(sum(p) - 1) < 1e-3 for p in probabilities.values())  # written with five digits
     scores = json.loads((finished / "sensitivity.json").read_text())
-    assert scores["images"] == 64 and list(scores["scores"]) == [decision["name"] for decision in space["decisions"]]
+    assert (scores["images"], scores["passes"]) == (64, 2) and list(scores["scores"]) == [
+        decision["name"] for decision in space["decisions"]
+    ]
     assert not (finished / "state").exists()
 
 

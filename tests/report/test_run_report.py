@@ -102,7 +102,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write(folder / "search_space.json", {"formats": list(FORMATS), "activation": "separate", "decisions": decisions})
     scores = {d["name"]: [0.004, 0.003, 0.01, 0.0002, 1e-6] for d in decisions}
-    write(folder / "sensitivity.json", {"method": "fisher", "images": 64, "seconds": 1.5, "scores": scores})
+    write(
+        folder / "sensitivity.json", {"method": "fisher", "images": 64, "passes": 2, "seconds": 1.5, "scores": scores}
+    )
     lines = []
     for step in (10, 20, 30):
         change = step / 500
@@ -124,6 +126,7 @@ def test_the_page_holds_the_measured_figures(run: Path) -> None:
     assert "91.70 %" in text  # top-1 of results.json
     assert "−1.30 points against fp32" in text
     assert "uniform int4" in text
+    assert "on the fp32 model and once more on the quantized one with 64 training images" in text
     assert text.count("<tr>\n<td data-v=") == len(report.rows) == len(report.run.layers)
     assert not re.search(r"(?:src|href)=\"http|url\(http|@import|<link", text)
     settings = re.search(r'<pre id="settings">(.*?)</pre>', text, re.S)

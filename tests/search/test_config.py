@@ -31,8 +31,9 @@ def test_changes_to_a_preset() -> None:
     [
         ("prior", "hessian"), ("quality", "logits"), ("reward", "relative"), ("derive", "sample"),
         ("baseline", "none"), ("prior_strength", -1), ("prior_strength", math.inf), ("prior_strength", math.nan),
-        ("prior_images", 0), ("prior_images", 10.5), ("warmup_fraction", -0.1), ("explore_fraction", 1.1),
-        ("beta", 0.3), ("cost_weight", -1), ("samples_per_step", 0), ("samples_per_step", 1.5),
+        ("prior_images", 0), ("prior_images", 10.5), ("prior_passes", 0), ("prior_passes", 3),
+        ("warmup_fraction", -0.1), ("explore_fraction", 1.1), ("beta", 0.3), ("cost_weight", -1),
+        ("samples_per_step", 0), ("samples_per_step", 1.5),
         ("samples_per_step", True), ("baseline_momentum", 1.5), ("policy_learning_rate", "0.1"),
         ("entropy_weight", None), ("band", 0.6),
     ],
