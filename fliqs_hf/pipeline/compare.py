@@ -19,8 +19,8 @@ Methods (those with ptq- in front do the same without training):
     differentiable, gumbel         mixtures over format branches, EdMIPS and DNAS
     multi-trial-random, -optuna    short trainings of proposals, the best trained to the end
     search                         the one-shot search, default preset
-    search-EXPLORE-xN-hE-kK-lR     with another explore_fraction, allocations per step, prior entropy or strength,
-                                   policy learning rate (any of these)
+    search-EXPLORE-xN-hE-kK-lR-pP  with another explore_fraction, allocations per step, prior entropy or strength,
+                                   policy learning rate, passes of the prior (any of these)
     paper                          FLIQS as published
 """
 
@@ -220,7 +220,7 @@ class Comparison:
         return [(x.to(device), y.to(device)) for x, y in loader]
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(images).logits  # type: ignore[no-any-return]
+        return self.model(images).logits
 
     def fixed(self, name: str, bits: float, target: Target, seed: int) -> Allocation:
         """The allocation of a method that needs no training to choose one, or chooses by short trainings."""
