@@ -47,9 +47,6 @@ from fliqs_hf.baselines import (
     DifferentiableConfig,
     ShortTraining,
     differentiable_search,
-    elementwise_scores,
-    hessian_trace_scores,
-    loss_delta_scores,
     manual,
     multi_trial,
     random_allocation,
@@ -69,26 +66,20 @@ from fliqs_hf.pipeline.compare_methods import (
     search_config,
     uniform_format,
 )
+from fliqs_hf.pipeline.compare_scores import Scores
 from fliqs_hf.pipeline.compare_summary import summarise, write_summary
 from fliqs_hf.report.comparison import peak_memory
 from fliqs_hf.report.validate import processor_name
 from fliqs_hf.search import (
     OneShotSearch,
-    SearchConfig,
     SearchSpace,
-    Sensitivity,
     choice_at_target,
-    fisher_scores,
-    second_look,
 )
 from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.search.run import versions
 from fliqs_hf.training import ImageData, StepHook, TrainConfig, evaluate, load_splits, train
-from fliqs_hf.training.data import train_loader
 
 COLUMNS = ("method", "target_bits", "seed", "top1", "loss", "cost_ratio", "steps", "seconds", "peak_mb", "allocation")
-#: Images that the dearer scores are measured on, at most.
-SCORE_IMAGES = {"loss-delta": 512, "hessian": 512}
 
 
 class Comparison:
@@ -117,7 +108,10 @@ class Comparison:
         self.space = SearchSpace(self.layers, arguments.search_space, arguments.activation)
         self.table = CostTable(self.layers, self.space.formats)
         self.quantizers = QuantizerSettings(activation_granularity=arguments.activation_granularity)
-        self.scores: dict[str, tuple[torch.Tensor, float]] = {}
+        self.scores = Scores(
+            self.model, self.train, self.space, self.table, self.accelerator, arguments.batch_size,
+            arguments.prior_images,
+        )  # fmt: skip
 
     def run(self, method: str, bits: float, seed: int) -> dict[str, Any]:
         """One row: choose formats, train in them, evaluate."""
@@ -128,9 +122,9 @@ class Comparison:
         choose: Callable[[], Allocation]
         name = method.removeprefix("ptq-")
         if name in SCORES:
-            scores, spent = self.sensitivity(name, seed)
+            scores, spent = self.scores.of(name, seed)
         elif name.startswith("search"):
-            spent = self.prior(search_config(name), target, seed)[1]  # kept for `one_shot`, outside its time
+            spent = self.scores.prior(search_config(name), target, seed)[1]  # kept for `one_shot`, outside its time
         with peak_memory(self.accelerator.device) as peak:
             start = time.perf_counter()
             if name == "differentiable" or name == "gumbel":
@@ -181,47 +175,6 @@ class Comparison:
         reachable = None if uniform_format(method) is None else (0.0, self.table.fp32)
         return target.resolve(self.table, reachable)
 
-    def sensitivity(self, method: str, seed: int) -> tuple[torch.Tensor, float]:
-        """Scores [D, K] of the fp32 model and the seconds they took; `seed` chooses the images."""
-        key = f"{method}-{seed}"
-        if key not in self.scores:
-            self.model.load_state_dict(self.original)
-            batches, start = self.score_batches(method, seed), time.perf_counter()
-            if method == "fisher":
-                scores = fisher_scores(self.model, batches, self.logits, self.space).decision_scores
-            else:
-                measure = {
-                    "loss-delta": loss_delta_scores,
-                    "elementwise": elementwise_scores,
-                    "hessian": hessian_trace_scores,
-                }[method]
-                scores = measure(self.model, batches, self.logits, self.space)
-            self.scores[key] = scores, time.perf_counter() - start
-        return self.scores[key]
-
-    def prior(self, config: SearchConfig, target: Target, seed: int) -> tuple[torch.Tensor, float]:
-        """As `sensitivity`: the scores that a search for `target` starts from."""
-        first = self.sensitivity("fisher", seed)
-        if config.prior_passes == 1:
-            return first
-        key = f"second look-{target.value:g}-{seed}"
-        if key not in self.scores:
-            self.model.load_state_dict(self.original)
-            batches, once = self.score_batches("fisher", seed), Sensitivity(first[0], 0, first[1])
-            twice = second_look(self.model, batches, self.logits, self.space, self.table, target, once, config.band)
-            self.scores[key] = twice.decision_scores, twice.seconds
-        return self.scores[key]
-
-    def score_batches(self, method: str, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The training images that a score is measured on."""
-        batch, device = self.arguments.batch_size, self.accelerator.device
-        images = min(self.arguments.prior_images, SCORE_IMAGES.get(method, self.arguments.prior_images))
-        loader = train_loader(self.train, batch, seed, 0, -(-images // batch), 0, 1, 0)
-        return [(x.to(device), y.to(device)) for x, y in loader]
-
-    def logits(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(images).logits
-
     def fixed(self, name: str, bits: float, target: Target, seed: int) -> Allocation:
         """The allocation of a method that needs no training to choose one, or chooses by short trainings."""
         if (fmt := uniform_format(name)) is not None:
@@ -265,7 +218,7 @@ class Comparison:
         steps, device = self.arguments.max_steps, self.accelerator.device
         search = OneShotSearch(self.space, self.table, target, config, steps, seed=seed, device=device)
         if config.prior == "fisher":
-            search.start_from(self.prior(config, target, seed)[0])
+            search.start_from(self.scores.prior(config, target, seed)[0])
             self.model.load_state_dict(self.original)
         switch = self.searchable(self.space.formats)
         self.trained(self.settings(seed, steps, config.quality), SearchHook(search, switch), name)

@@ -6,13 +6,12 @@ import copy
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 
 from fliqs_hf.allocation import Allocation
@@ -22,12 +21,12 @@ from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.nn import make_searchable, quantizable_layers, restore
 from fliqs_hf.pipeline.job import Job, load, targets_of
-from fliqs_hf.search import OneShotSearch, SearchSpace, Sensitivity, fisher_scores, second_look
+from fliqs_hf.pipeline.prior import Prior
+from fliqs_hf.search import OneShotSearch, SearchSpace
 from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.search.run import RunFolder, cost_summary, layer_table, write_front
 from fliqs_hf.training import Accuracy, Interrupted, train
 from fliqs_hf.training.arguments import SearchArguments, TrainingArguments, parse
-from fliqs_hf.training.data import train_loader
 from fliqs_hf.training.state import states
 
 
@@ -38,7 +37,7 @@ class Start:
     Attributes:
         original: the fp32 weights. fp32: their accuracy.
         other_bytes, fp32_bytes: of the checkpoint, beside the layers' weights, and of the whole in fp32.
-        sensitivity: of the fp32 model, where the prior wants it.
+        prior: sensitivity scores.
         uniform: formats of the uniform models to train for comparison.
     """
 
@@ -47,7 +46,7 @@ class Start:
     table: CostTable
     original: dict[str, Tensor]
     fp32: Accuracy
-    sensitivity: Sensitivity | None
+    prior: Prior
     other_bytes: int
     fp32_bytes: int
     uniform: list[str]
@@ -64,30 +63,39 @@ def main(argv: list[str] | None = None, description: str | None = None) -> list[
     job = load(*parts)
     folder = RunFolder(job.args.output_dir)
     layers, space, table = searched(job, parts[3], targets)
+    if job.args.finetune_steps and Path(parts[0].model_name_or_path or "").resolve() == finetuned(folder).resolve():
+        raise ConfigError(
+            f"the fine-tuned model would replace {parts[0].model_name_or_path!r}, which it starts from: "
+            "choose another output_dir, or finetune_steps=0"
+        )
+    runs = {
+        target: folder if len(targets) == 1 else RunFolder(folder.path / f"{target.kind}-{target.value:g}")
+        for target in targets
+    }
     if job.args.resume:
         folder.check(job.settings)
     job.accelerator.wait_for_everyone()
     if job.accelerator.is_main_process:
+        if not job.args.resume:  # at once: whatever `--resume` finds later is of this run
+            for run in (folder, *runs.values()):
+                run.clear()
         folder.configure(job.settings, job.search)
 
     finetune(job, folder)
     fp32 = job.evaluate(job.model, "fp32 evaluation")
     job.accelerator.print(f"fp32 accuracy: {fp32.top1:.2%} of {fp32.n} images")
-    state = job.model.state_dict()
+    state = {name: tensor.detach().clone() for name, tensor in job.model.state_dict().items()}
     start = Start(
         layers, space, table,
-        original={name: tensor.detach().clone() for name, tensor in state.items()},
+        original=state,
         fp32=fp32,
-        sensitivity=None if job.search.prior == "none" else fisher_scores(
-            job.model, score_batches(job, "sensitivity"), lambda images: job.model(images).logits, space
-        ),
+        prior=Prior(job, space, table, state),
         other_bytes=unlisted_bytes(job.model, layers),
         fp32_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
         uniform=uniform,
     )  # fmt: skip
     results = []
-    for target in targets:
-        run = folder if len(targets) == 1 else RunFolder(folder.path / f"{target.kind}-{target.value:g}")
+    for target, run in runs.items():
         results.append({**search_for(job, run, target, start), "run": str(run.path)})
         if job.args.push_to_hub and job.accelerator.is_main_process:
             push(job.args, run, target if len(targets) > 1 else None)
@@ -140,16 +148,23 @@ def searched(
     return layers, space, table
 
 
+def finetuned(folder: RunFolder) -> Path:
+    """Where the fine-tuned fp32 checkpoint goes."""
+    return folder.path / "fp32"
+
+
 def finetune(job: Job, folder: RunFolder) -> None:
     """Train in fp32, if the arguments say so, and keep the result in `fp32/`, which `--resume` starts from."""
-    kept, state = folder.path / "fp32", folder.path / "fp32-state"
     if not job.args.finetune_steps:
         return
+    kept, state = finetuned(folder), folder.path / "fp32-state"
     if job.args.resume and (kept / "config.json").exists():
         job.model.load_state_dict(AutoModelForImageClassification.from_pretrained(kept).state_dict())
         return
-    if not job.args.resume:
-        shutil.rmtree(state, ignore_errors=True)
+    if not job.args.resume and job.accelerator.is_main_process:
+        for old in (kept, state):
+            shutil.rmtree(old, ignore_errors=True)
+    job.accelerator.wait_for_everyone()
     config = job.train_config(job.args.finetune_steps, job.args.finetune_learning_rate or job.args.learning_rate)
     job.model = train(
         job.model, job.train_data, config, job.accelerator, augment=job.augment, score=job.score, state_folder=state,
@@ -161,25 +176,6 @@ def finetune(job: Job, folder: RunFolder) -> None:
             job.processor.save_pretrained(draft)
         shutil.rmtree(state, ignore_errors=True)
     job.accelerator.wait_for_everyone()
-
-
-def score_batches(job: Job, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """`prior_images` training images with their labels, the same on every rank, under a progress bar."""
-    batch, device = job.args.per_device_train_batch_size, job.accelerator.device
-    loader = train_loader(job.train_data, batch, job.args.seed, 0, -(-job.search.prior_images // batch), 0, 1, 0)
-    for images, labels in tqdm(loader, desc=name, disable=not job.accelerator.is_local_main_process):
-        yield images.to(device), labels.to(device)
-
-
-def prior(job: Job, start: Start, target: Target) -> Sensitivity | None:
-    """The scores that a search for `target` starts from; every rank measures the same."""
-    if start.sensitivity is None or job.search.prior_passes == 1:
-        return start.sensitivity
-    job.model.load_state_dict(start.original)
-    return second_look(
-        job.model, score_batches(job, "sensitivity again"), lambda images: job.model(images).logits,
-        start.space, start.table, target, start.sensitivity, job.search.band,
-    )  # fmt: skip
 
 
 def search_for(job: Job, run: RunFolder, target: Target, start: Start) -> dict[str, Any]:
@@ -194,13 +190,11 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start) -> dict[s
         rank=accelerator.process_index, world_size=accelerator.num_processes, device=accelerator.device,
         gather=accelerator.gather if accelerator.num_processes > 1 else None,
     )  # fmt: skip
-    if (sensitivity := prior(job, start, target)) is not None:
+    if (sensitivity := start.prior.scores(run, target)) is not None:
         search.start_from(sensitivity.decision_scores)
     accelerator.wait_for_everyone()
     first = 0
     if accelerator.is_main_process:
-        if not args.resume:
-            run.clear()
         saved = states(run.state)
         first = int(saved[-1].name.removeprefix("step-")) if saved else 0
         run.configure(job.settings, job.search)

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from fliqs_hf.allocation import Allocation
@@ -27,10 +28,11 @@ from fliqs_hf.training import Accuracy
 
 #: Settings that may change between an interruption and `--resume`: they do not decide the result.
 FREE = ("output_dir", "resume", "push_to_hub", "hub_model_id", "report_to")
-#: What `clear` removes: the results of an earlier run in the same folder.
+#: What `clear` removes: what an earlier run in the same folder left.
+FOLDERS = ("state", "checkpoint", "figures")
 RECORDS = (
-    "results.json", "allocation.json", "metrics.jsonl", "policy.jsonl", "sensitivity.json", "search_space.json",
-    "layers.json", "validation.json", "validation.html", "report.html",
+    "config.json", "results.json", "allocation.json", "metrics.jsonl", "policy.jsonl", "sensitivity.json",
+    "search_space.json", "layers.json", "validation.json", "validation.html", "report.html", "front.csv", "front.png",
 )  # fmt: skip
 PACKAGES = ("fliqs-hf", "torch", "transformers", "accelerate", "datasets", "safetensors", "scipy")
 
@@ -107,7 +109,7 @@ class RunFolder:
         """Remove what an earlier run in this folder left, so that nothing is taken for a result of this one."""
         for file in (*(self.path / name for name in RECORDS), *self.path.glob("uniform_*.json")):
             file.unlink(missing_ok=True)
-        for folder in (self.state, self.checkpoint, self.path / "figures", *self.path.glob("uniform_*")):
+        for folder in (*(self.path / name for name in FOLDERS), *self.path.glob("uniform_*")):
             shutil.rmtree(folder, ignore_errors=True)
 
     def begin(
@@ -122,7 +124,7 @@ class RunFolder:
             self.write("search_space.json", space.to_dict())
         if space is not None and sensitivity is not None:
             rows = zip(space.decisions, sensitivity.decision_scores.tolist(), strict=True)
-            scores = {decision.name: [float(f"{value:.6g}") for value in row] for decision, row in rows}
+            scores = {decision.name: [float(f"{value:.9g}") for value in row] for decision, row in rows}  # exact
             self.write(
                 "sensitivity.json",
                 {
@@ -133,6 +135,16 @@ class RunFolder:
                     "scores": scores,
                 },
             )
+
+    def sensitivity(self, space: SearchSpace) -> Sensitivity | None:
+        """The scores that `begin` has recorded, bit for bit; None where there are none of this space."""
+        try:
+            stored = self.read("sensitivity.json")
+            scores = torch.tensor([stored["scores"][decision.name] for decision in space.decisions])
+            found = Sensitivity(scores, stored["images"], stored["seconds"], stored["passes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return found if scores.shape == (len(space.decisions), len(space.formats)) else None
 
     def append(self, entry: dict[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:

@@ -29,6 +29,8 @@ from fliqs_hf.search.space import SearchSpace
 
 #: inputs of one batch -> logits [batch, classes]
 Forward = Callable[[Any], Tensor]
+#: a tensor on the CPU -> its sum over all processes, the same on each
+Combine = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def fisher_scores(
     space: SearchSpace,
     settings: QuantizerSettings | None = None,
     reduction: Reduction = "image",
+    combine: Combine | None = None,
 ) -> Sensitivity:
     """Per-sample Fisher scores of every choice of every decision.
 
@@ -65,6 +68,7 @@ def fisher_scores(
         forward: inputs -> logits.
         reduction: "image" for ½·(Σ g·ΔY)², "element" for Σ (g·ΔY)², which takes a product of matrices per layer and
             format (mean over the images of both).
+        combine: where processes measure different images; all then get the scores of all images.
     Cost: with 14 formats 2.7 times the forward and backward pass in all (DeiT-Tiny, one CPU thread). The arithmetic is
         that of the gradients of the weights (half a forward and backward pass), of a product as large as a forward
         pass for each format of up to `probes.JOINT_BITS` bits, and three to six passes over each layer's input per
@@ -92,6 +96,9 @@ def fisher_scores(
     decisions = (space.weight_decision,) if same else (space.weight_decision, space.activation_decision)
     for role, index in enumerate(decisions):
         scores.index_add_(0, index, total[role])
+    if combine is not None:
+        sums = combine(torch.cat([scores.flatten(), scores.new_tensor([count])]))
+        scores, count = sums[:-1].view_as(scores), int(sums[-1])
     if not scores.isfinite().all():
         raise DataError("the sensitivity pass met a loss or gradient that is not finite: check images and model")
     return Sensitivity((scores / count).float(), count, time.perf_counter() - start)
@@ -106,6 +113,7 @@ def second_look(
     target: Target,
     first: Sensitivity,
     band: float = 0.03,
+    combine: Combine | None = None,
 ) -> Sensitivity:
     """Scores of the fp32 model and of the model near the target, as their geometric mean.
 
@@ -114,7 +122,7 @@ def second_look(
     before any training.
 
     Args:
-        model: plain; quantized meanwhile and left as it was. batches, forward: as for `fisher_scores`.
+        model: plain; quantized meanwhile and left as it was. batches, forward, combine: as for `fisher_scores`.
         first: scores of the plain model. band: as for `choice_at_target`.
     Returns: the mean, with the images of one pass and the seconds of both.
     Raises: DataError: as `fisher_scores`. TargetError: the target is out of reach.
@@ -124,7 +132,7 @@ def second_look(
     switch = make_searchable(model, space.formats, names=list(groups), input_groups=groups)
     try:
         switch.set_allocation(allocation)
-        second = fisher_scores(model, batches, forward, space)
+        second = fisher_scores(model, batches, forward, space, combine=combine)
     finally:
         restore(model)
     scores = (first.decision_scores * second.decision_scores).sqrt()

@@ -68,7 +68,7 @@ class TrainingArguments:
     per_device_eval_batch_size: int = 64
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
-    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16; default: accelerate's"})
+    mixed_precision: str | None = field(default=None, metadata={"help": "no or bf16; default: accelerate's"})
     ema_decay: float = field(default=0.0, metadata={"help": "deliver a moving average of the weights, e.g. 0.999"})
     label_smoothing_factor: float = 0.0
     distill: float = field(default=0.0, metadata={"help": "share of the loss that imitates the fp32 model, 0 to 1"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -85,6 +86,8 @@ def test_the_recipe_stops_and_goes_on_in_two_processes(tmp_path: Path) -> None:
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output[-3000:]
     assert result_bytes(tmp_path / "run") == result_bytes(tmp_path / "whole")
+    scores = json.loads((tmp_path / "whole" / "sensitivity.json").read_text())
+    assert scores["images"] == 64  # shared out: each process has measured half of them
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

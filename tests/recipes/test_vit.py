@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForImageClassification
 
 import fliqs_hf
-from fliqs_hf.cost import LayerInfo, bops
+from fliqs_hf.cost import LayerInfo, bops, trace_layers
 from fliqs_hf.errors import CheckpointError, ConfigError, FliqsError, TargetError, TrainingError
 from fliqs_hf.nn import packed_layers
 from fliqs_hf.pipeline import job as recipe_job
+from fliqs_hf.pipeline import prior as recipe_prior
 from fliqs_hf.pipeline import search as recipe
 from fliqs_hf.pipeline.search import main
+from fliqs_hf.search import SearchSpace, Sensitivity
+from fliqs_hf.search.run import RunFolder
 from fliqs_hf.training.arguments import DataArguments, TrainingArguments
-from tests.models import images
+from tests.models import images, tiny
 from tests.training.test_data import PROCESSOR, split_of
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +167,51 @@ def test_a_finished_run_is_not_repeated(finished: Path, tmp_path: Path, capsys: 
     assert times == {path: path.stat().st_mtime_ns for path in (run / "checkpoint").iterdir()}
 
 
+def test_scores_are_recorded_bit_for_bit(tmp_path: Path) -> None:
+    space = SearchSpace(trace_layers(tiny("vit")), ["int4", "e2m1", "int8"])
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(len(space.decisions), 3, generator=generator) * 10.0 ** torch.tensor([0, -7, -30])
+    measured, run = Sensitivity(scores, 64, 1.25, 2), RunFolder(tmp_path)
+    assert run.sensitivity(space) is None
+    run.begin(space.layers, space, measured)
+    recorded = run.sensitivity(space)
+    assert recorded is not None and torch.equal(recorded.decision_scores, scores)
+    assert replace(recorded, decision_scores=scores) == measured
+    assert run.sensitivity(SearchSpace(space.layers, ["int4", "int8"])) is None
+    (tmp_path / "sensitivity.json").write_text("{")
+    assert run.sensitivity(space) is None
+
+
+def test_an_earlier_run_in_the_folder_is_not_taken_for_this_one(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run is started there and stops at once: resuming it finds nothing of the first."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    file = write(tmp_path, finetune_steps=10, target_bits=[5.0])
+
+    def crash(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "train", crash)
+        with pytest.raises(KeyboardInterrupt):
+            main([str(file)])
+    assert [path.name for path in run.iterdir()] == ["config.json"]
+    main([str(file), "--resume"])
+    assert json.loads((run / "results.json").read_text())["target"]["bits"] == 5.0
+
+
+def test_fine_tuning_does_not_replace_what_it_starts_from(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = result_bytes(run)
+    start = {"model_type": None, "config_overrides": None, "model_name_or_path": str(run / "fp32")}
+    with pytest.raises(ConfigError, match="choose another output_dir, or finetune_steps=0"):
+        main([str(write(tmp_path, **start))])
+    assert result_bytes(run) == before
+    main([str(write(tmp_path, **start, finetune_steps=0, max_steps=4))])
+    assert (run / "fp32" / "model.safetensors").exists()
+
+
 def test_an_interrupted_front_keeps_the_targets_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails while it writes the second checkpoint: no half of it remains, and resuming starts from the state."""
     granularity = ["--activation_granularity", "per_token_clipped"]  # learned factors are resumed as well
@@ -183,7 +232,10 @@ def test_an_interrupted_front_keeps_the_targets_that_are_done(tmp_path: Path, mo
     done = (first / "checkpoint" / "model.safetensors").stat().st_mtime_ns
     monkeypatch.undo()
     AcceleratorState._reset_state(reset_partial_state=True)
-    main([*arguments, "--resume"])
+    with monkeypatch.context() as patch:  # the second target has recorded its scores: they are not measured again
+        patch.setattr(recipe_prior, "fisher_scores", None)
+        patch.setattr(recipe_prior, "second_look", None)
+        main([*arguments, "--resume"])
     assert (first / "checkpoint" / "model.safetensors").stat().st_mtime_ns == done
     AcceleratorState._reset_state(reset_partial_state=True)
     main([*arguments, "--output_dir", str(tmp_path / "whole")])

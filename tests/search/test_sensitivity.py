@@ -236,6 +236,37 @@ def test_batches_do_not_matter_and_the_model_is_left_as_it_was() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_processes_share_the_images() -> None:
+    """Each of two measures its part; both get the scores of all images, of the first pass and of the second."""
+    model, pixels = tiny("vit"), images(len(LABELS))
+    space = SearchSpace(trace_layers(model), FORMATS)
+    table, target = CostTable(space.layers, space.formats), Target.of(target_bits=4)
+    parts = [[(pixels[part], LABELS[part])] for part in (slice(0, 2), slice(2, None))]
+
+    def both(measure: Any) -> list[Sensitivity]:
+        sums: list[Tensor] = []
+        for part in parts:
+            measure(part, lambda values: sums.append(values) or values)
+        return [measure(part, lambda values: sums[0] + sums[1]) for part in parts]
+
+    def first(batches: Any, combine: Any = None) -> Sensitivity:
+        return fisher_scores(model, batches, lambda x: model(x).logits, space, combine=combine)
+
+    whole = first(parts[0] + parts[1])
+
+    def second(batches: Any, combine: Any = None) -> Sensitivity:
+        return second_look(
+            model, batches, lambda x: model(x).logits, space, table, target, whole, combine=combine
+        )  # fmt: skip
+
+    for measure in (first, second):
+        everything = measure(parts[0] + parts[1])
+        for found in both(measure):
+            assert found.images == everything.images == len(LABELS)
+            # Sums in another order, of float64, then rounded to float32.
+            torch.testing.assert_close(found.decision_scores, everything.decision_scores, rtol=1e-6, atol=0)
+
+
 def test_a_searchable_model_with_its_switch_off_scores_the_same() -> None:
     plain, searchable = small_network(), small_network()
     space = SearchSpace(trace_layers(plain, images(1)), FORMATS)

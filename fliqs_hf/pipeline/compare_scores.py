@@ -1,0 +1,84 @@
+"""Sensitivity scores for a comparison, each measured once."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from fliqs_hf.baselines import elementwise_scores, hessian_trace_scores, loss_delta_scores
+from fliqs_hf.cost import CostTable, Target
+from fliqs_hf.search import SearchConfig, SearchSpace, Sensitivity, fisher_scores, second_look
+from fliqs_hf.training import ImageData
+from fliqs_hf.training.data import train_loader
+
+#: Images that the dearer scores are measured on, at most.
+SCORE_IMAGES = {"loss-delta": 512, "hessian": 512}
+MEASURES = {"loss-delta": loss_delta_scores, "elementwise": elementwise_scores, "hessian": hessian_trace_scores}
+
+
+class Scores:
+    """Scores [D, K] of the fp32 model and of second looks, with the seconds they took; a seed chooses the images."""
+
+    def __init__(
+        self,
+        model: Any,
+        data: ImageData,
+        space: SearchSpace,
+        table: CostTable,
+        accelerator: Accelerator,
+        batch_size: int,
+        images: int,
+    ) -> None:
+        """
+        Args:
+            model: in fp32; what is measured are the weights that it has now.
+        """
+        self.model, self.data, self.space, self.table = model, data, space, table
+        self.accelerator, self.batch_size, self.images = accelerator, batch_size, images
+        self.original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.known: dict[str, tuple[Tensor, float]] = {}
+
+    def of(self, method: str, seed: int) -> tuple[Tensor, float]:
+        """Those of a method."""
+        key = f"{method}-{seed}"
+        if key not in self.known:
+            self.model.load_state_dict(self.original)
+            batches, start = self._batches(method, seed), time.perf_counter()
+            if method == "fisher":
+                scores = fisher_scores(self.model, batches, self._logits, self.space).decision_scores
+            else:
+                scores = MEASURES[method](self.model, batches, self._logits, self.space)
+            self.known[key] = self._same_everywhere(scores), time.perf_counter() - start
+        return self.known[key]
+
+    def prior(self, config: SearchConfig, target: Target, seed: int) -> tuple[Tensor, float]:
+        """Those that a search for `target` starts from."""
+        first, seconds = self.of("fisher", seed)
+        if config.prior_passes == 1:
+            return first, seconds
+        key = f"second look-{target.value:g}-{seed}"
+        if key not in self.known:
+            self.model.load_state_dict(self.original)
+            batches, once = self._batches("fisher", seed), Sensitivity(first, 0, seconds)
+            twice = second_look(self.model, batches, self._logits, self.space, self.table, target, once, config.band)
+            self.known[key] = self._same_everywhere(twice.decision_scores), twice.seconds
+        return self.known[key]
+
+    def _same_everywhere(self, scores: Tensor) -> Tensor:
+        """Those of the main process: on others sums may differ in their last bits, and then allocations."""
+        main: Tensor = broadcast(scores.to(self.accelerator.device))
+        return main.to(scores.device)
+
+    def _batches(self, method: str, seed: int) -> list[tuple[Tensor, Tensor]]:
+        """The training images that a score is measured on."""
+        images, device = min(self.images, SCORE_IMAGES.get(method, self.images)), self.accelerator.device
+        loader = train_loader(self.data, self.batch_size, seed, 0, -(-images // self.batch_size), 0, 1, 0)
+        return [(x.to(device), y.to(device)) for x, y in loader]
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images).logits
+        return logits

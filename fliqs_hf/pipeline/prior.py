@@ -1,0 +1,66 @@
+"""The sensitivity scores that a job's searches start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fliqs_hf.cost import CostTable, Target
+from fliqs_hf.pipeline.job import Job
+from fliqs_hf.search import SearchSpace, Sensitivity, fisher_scores, second_look
+from fliqs_hf.search.run import RunFolder
+from fliqs_hf.training.data import train_loader
+
+
+class Prior:
+    """Scores of the fp32 model, measured when they are first asked for, and of every target's second look.
+
+    Each process measures its share of the images, and all get the same scores.
+    """
+
+    def __init__(self, job: Job, space: SearchSpace, table: CostTable, original: dict[str, Tensor]) -> None:
+        """
+        Args:
+            original: the fp32 weights, which `job.model` is given before each pass.
+        """
+        self.job, self.space, self.table, self.original = job, space, table, original
+        self.first: Sensitivity | None = None
+
+    def scores(self, run: RunFolder, target: Target) -> Sensitivity | None:
+        """What a search for `target` starts from; of a run that is resumed, what it has recorded."""
+        job, config = self.job, self.job.search
+        if config.prior == "none":
+            return None
+        if job.args.resume and (recorded := run.sensitivity(self.space)) is not None:
+            return recorded
+        job.model.load_state_dict(self.original)
+        if self.first is None:
+            batches = self._batches("sensitivity")
+            self.first = fisher_scores(job.model, batches, self._logits, self.space, combine=self._sum)
+        if config.prior_passes == 1:
+            return self.first
+        return second_look(
+            job.model, self._batches("sensitivity again"), self._logits, self.space, self.table, target, self.first,
+            config.band, self._sum,
+        )  # fmt: skip
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.job.model(images).logits
+        return logits
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Over processes."""
+        accelerator = self.job.accelerator
+        total: Tensor = accelerator.reduce(values.to(accelerator.device), reduction="sum")
+        return total.cpu()
+
+    def _batches(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of at least `prior_images` training images, with labels, under a progress bar."""
+        job, accelerator = self.job, self.job.accelerator
+        batch, ranks = job.args.per_device_train_batch_size, accelerator.num_processes
+        count = -(-job.search.prior_images // (batch * ranks))
+        loader = train_loader(job.train_data, batch, job.args.seed, 0, count, accelerator.process_index, ranks, 0)
+        for images, labels in tqdm(loader, desc=name, disable=not accelerator.is_local_main_process):
+            yield images.to(accelerator.device), labels.to(accelerator.device)
