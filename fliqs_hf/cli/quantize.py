@@ -44,7 +44,7 @@ def quantize(args: argparse.Namespace) -> int:
         layers, allocation = found.layers, found.allocation
     else:
         allocation = _config(args).resolve(model)
-        layers = tuple(layer for layer in trace_layers(model) if layer.name in allocation)
+        layers = trace_layers(model)
     state = model.state_dict().values()
     fp32_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state)
     cost: dict[str, float] = cost_summary(layers, allocation, unlisted_bytes(model, layers))

@@ -208,6 +208,11 @@ class Target:
         return cls(kind, value, cap)
 
     @property
+    def label(self) -> str:
+        """For names of folders and repositories, such as "bits-3.5" or "bops-1e09"."""
+        return f"{self.kind}-{self.value:g}".replace("+", "")
+
+    @property
     def cost_kind(self) -> CostKind:
         """The kind of cost table that this target is measured by."""
         return "weight_bytes" if self.kind == "size_mb" else "bops"

@@ -90,15 +90,8 @@ def push(
         HubError: the Hub refuses, cannot be reached, or a file holds an access token.
     """
     run = RunFolder.read(folder)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is no name of a repository ({error})") from error
     api = HfApi(token=token)
-    if "/" not in repo_id:
-        if not (token or get_token()):
-            raise HubError(f"{repo_id}: whose? {_REMEDIES[401]}")
-        repo_id = f"{_ask(api, repo_id, api.whoami)['name']}/{repo_id}"
+    repo_id = _full_name(api, repo_id, token)
     files: dict[str, Path | bytes] = {**_files(run)}
     files["README.md"] = str(card or model_card(folder, repo_id)).encode()
     _refuse_secrets(files, token)
@@ -122,6 +115,29 @@ def push(
         attempts=1 if create_pr else ATTEMPTS,
     )
     return str(commit.pr_url or commit.commit_url)
+
+
+def make_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Make the repository that `push` will fill, if it does not exist: what is wrong with name or token shows now.
+
+    Returns: its name with the namespace. Raises: HubError: as `push`.
+    """
+    api = HfApi(token=token)
+    repo_id = _full_name(api, repo_id, token)
+    _ask(api, repo_id, api.create_repo, repo_id, private=private, exist_ok=True)
+    return repo_id
+
+
+def _full_name(api: HfApi, repo_id: str, token: str | None) -> str:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is no name of a repository ({error})") from error
+    if "/" in repo_id:
+        return repo_id
+    if not (token or get_token()):
+        raise HubError(f"{repo_id}: whose? {_REMEDIES[401]}")
+    return f"{_ask(api, repo_id, api.whoami)['name']}/{repo_id}"
 
 
 def _files(run: RunFolder) -> dict[str, Path]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from transformers.utils import logging as hf_logging
 
@@ -19,6 +20,7 @@ from fliqs_hf.training import Accuracy, ImageData, TrainConfig, evaluate, load_s
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
 from fliqs_hf.training.augment import BatchAugment
 from fliqs_hf.training.data import held_in_memory, labelled
+from fliqs_hf.training.evaluation import load_metric
 from fliqs_hf.training.models import label_ids, load_classifier
 from fliqs_hf.training.stream import StreamData
 from fliqs_hf.training.zero import load_models_whole
@@ -94,11 +96,20 @@ def load(
     search = SearchConfig.preset(search_args.preset, **_settings(search_args.search_overrides))
     quantizers = QuantizerSettings(activation_granularity=search_args.activation_granularity)
     quantizers.require_dynamic(learned=True)
-    trackers = args.report_to.split(",") if args.report_to else None
+    if data_args.streaming and data_args.max_train_samples is not None:
+        raise ConfigError(
+            f"max_train_samples={data_args.max_train_samples} does not go with streaming, which reads all training "
+            "images as they come: leave one of them out"
+        )
+    trackers = trackers_of(args.report_to)
+    if args.per_device_eval_batch_size < 1:
+        raise ConfigError(f"per_device_eval_batch_size={args.per_device_eval_batch_size} must be at least 1")
+    for metric in data_args.metrics or []:
+        load_metric(metric)  # one that cannot be had must not stop the run after hours of training
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision=args.mixed_precision,
-        log_with=trackers,
+        log_with=trackers or None,
         project_dir=args.output_dir,
     )
     load_models_whole()
@@ -120,7 +131,11 @@ def load(
         train_split, eval_split, names = labelled(train_split, eval_split, data_args.label_column_name)
     model, processor = load_classifier(names, **asdict(model_args))
     if args.gradient_checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        try:
+            enable()
+        except ValueError as error:
+            raise ConfigError(f"gradient_checkpointing: {error}") from error
     columns: dict[str, Any] = {
         "image_column": data_args.image_column_name,
         "label_column": data_args.label_column_name,
@@ -129,7 +144,13 @@ def load(
     train_data: ImageData | StreamData
     if data_args.streaming:
         train_data = StreamData(train_split, processor, len(names), **columns)
-        eval_split = held_in_memory(eval_split, data_args.image_column_name, data_args.max_eval_samples)
+        eval_split = held_in_memory(
+            eval_split,
+            names,
+            data_args.max_eval_samples,
+            image_column=data_args.image_column_name,
+            label_column=data_args.label_column_name,
+        )
     else:
         train_data = image_data(train_split, processor, len(names), data_args.max_train_samples, data_args, columns)
     eval_data = image_data(eval_split, processor, len(names), data_args.max_eval_samples, data_args, columns)
@@ -147,6 +168,20 @@ def load(
     return Job(
         args, accelerator, search, quantizers, settings, model, processor, train_data, eval_data, augment, metrics
     )
+
+
+def trackers_of(report_to: str | None) -> list[str]:
+    """Names of `--report_to`. Raises: ConfigError: one that accelerate does not have, or that is not installed."""
+    names = [name.strip() for name in (report_to or "none").split(",")]
+    if names == ["none"]:
+        return []
+    there = sorted(str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers())
+    for name in names:
+        if name not in there and name != "all":
+            raise ConfigError(
+                f"report_to={name!r} is not available: install it, or choose from {', '.join(there) or 'none'}"
+            )
+    return names
 
 
 def image_data(

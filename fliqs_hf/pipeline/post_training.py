@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers, unlisted_bytes
+from fliqs_hf.cost import LayerInfo, Target, trace_layers
 from fliqs_hf.nn import quantizable_layers
+from fliqs_hf.pipeline.costs import cost_table
 from fliqs_hf.search import SearchSpace, Sensitivity, choice_at_target, fisher_scores, reachable_range
 from fliqs_hf.search.space import ActivationMode
 
@@ -20,6 +21,7 @@ class Found:
     """An allocation and what it follows from.
 
     Attributes:
+        layers: all that were traced, those that stay in fp32 included.
         cost, target_cost: in the unit of the target's cost table (BOPs, or bytes of the whole checkpoint).
         loss_increase: expected by the sensitivities, summed over decisions.
     """
@@ -54,10 +56,9 @@ def allocate(
     Raises: TargetError: out of reach. DataError: no images. ConfigError, FormatError: a bad space.
     """
     names = quantizable_layers(model, list(modules_to_not_convert) if modules_to_not_convert else None)
-    layers = tuple(layer for layer in trace_layers(model) if layer.name in names)
-    space = SearchSpace(layers, search_space, activation, tie)
-    fixed = unlisted_bytes(model, layers) if target.cost_kind == "weight_bytes" else 0
-    table = CostTable(layers, space.formats, target.cost_kind, fixed_cost=fixed)
+    layers = trace_layers(model)
+    space = SearchSpace([layer for layer in layers if layer.name in names], search_space, activation, tie)
+    table = cost_table(model, layers, space, target.cost_kind)
     wanted = target.resolve(table, reachable_range(space, table))
     sensitivity = fisher_scores(model, batches(), lambda images: model(images).logits, space)
     scores = sensitivity.decision_scores

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from fliqs_hf.cost import CostTable, Target
+from fliqs_hf.errors import TrainingError
 from fliqs_hf.pipeline.job import Job
-from fliqs_hf.search import SearchSpace, Sensitivity, fisher_scores, second_look
+from fliqs_hf.search import OneShotSearch, SearchSpace, Sensitivity, fisher_scores, second_look
 from fliqs_hf.search.run import RunFolder
 from fliqs_hf.training.data import train_loader
+
+#: Images at a time, at most: the pass is not checkpointed and in float32, unlike the training.
+BATCH = 32
 
 
 class Prior:
@@ -59,8 +65,20 @@ class Prior:
     def _batches(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of at least `prior_images` training images, with labels, under a progress bar."""
         job, accelerator = self.job, self.job.accelerator
-        batch, ranks = job.args.per_device_train_batch_size, accelerator.num_processes
+        batch, ranks = min(job.args.per_device_train_batch_size, BATCH), accelerator.num_processes
         count = -(-job.search.prior_images // (batch * ranks))
         loader = train_loader(job.train_data, batch, job.args.seed, 0, count, accelerator.process_index, ranks, 0)
         for images, labels in tqdm(loader, desc=name, disable=not accelerator.is_local_main_process):
             yield images.to(accelerator.device), labels.to(accelerator.device)
+
+
+def check_one_policy(accelerator: Any, search: OneShotSearch) -> None:
+    """Raises: TrainingError: processes start from different policies, and would search different models."""
+    if accelerator.num_processes > 1:
+        logits = search.policy.logits.detach().flatten()
+        everyone = accelerator.gather(logits).view(accelerator.num_processes, -1)
+        if not torch.equal(everyone, everyone[:1].expand_as(everyone)):
+            raise TrainingError(
+                "the processes measured different sensitivities: their models or images differ. Give all of them the "
+                "same checkpoint and data, and report this if they have"
+            )

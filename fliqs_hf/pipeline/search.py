@@ -6,7 +6,7 @@ import copy
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,16 @@ from fliqs_hf.errors import ConfigError, FliqsError, FormatError
 from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.nn import make_searchable, quantizable_layers, restore
+from fliqs_hf.pipeline.costs import cost_table
 from fliqs_hf.pipeline.job import Job, load, targets_of
-from fliqs_hf.pipeline.prior import Prior
+from fliqs_hf.pipeline.outside import Publishing, Tracking
+from fliqs_hf.pipeline.prior import Prior, check_one_policy
 from fliqs_hf.search import OneShotSearch, SearchSpace
 from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.search.run import RunFolder, cost_summary, layer_table, write_front
 from fliqs_hf.training import Accuracy, Interrupted, train
-from fliqs_hf.training.arguments import SearchArguments, TrainingArguments, parse
+from fliqs_hf.training.arguments import ModelArguments, SearchArguments, TrainingArguments, parse
+from fliqs_hf.training.loop import UNSETTLED
 from fliqs_hf.training.state import states
 
 
@@ -35,11 +38,14 @@ class Start:
     """What the searches for all targets start from.
 
     Attributes:
+        layers: all that were traced; those of `space` are searched, the others stay in fp32.
         original: the fp32 weights. fp32: their accuracy.
         other_bytes, fp32_bytes: of the checkpoint, beside the layers' weights, and of the whole in fp32.
         prior: sensitivity scores.
-        uniform: formats of the uniform models to train for comparison.
+        uniform: formats of the uniform models to train for comparison, in `folder`.
     """
+
+    folder: RunFolder
 
     layers: tuple[LayerInfo, ...]
     space: SearchSpace
@@ -60,21 +66,16 @@ def main(argv: list[str] | None = None, description: str | None = None) -> list[
     """
     parts = parse(sys.argv[1:] if argv is None else argv, description or __doc__)
     targets, uniform = targets_of(parts[3]), uniform_formats(parts[3])
+    folder = RunFolder(parts[2].output_dir)
+    several = len(targets) > 1
+    runs = {target: RunFolder(folder.path / target.label) if several else folder for target in targets}
+    check_output(folder, runs.values(), parts[0], parts[2])
     job = load(*parts)
-    folder = RunFolder(job.args.output_dir)
     layers, space, table = searched(job, parts[3], targets)
-    if job.args.finetune_steps and Path(parts[0].model_name_or_path or "").resolve() == finetuned(folder).resolve():
-        raise ConfigError(
-            f"the fine-tuned model would replace {parts[0].model_name_or_path!r}, which it starts from: "
-            "choose another output_dir, or finetune_steps=0"
-        )
-    runs = {
-        target: folder if len(targets) == 1 else RunFolder(folder.path / f"{target.kind}-{target.value:g}")
-        for target in targets
-    }
     if job.args.resume:
-        folder.check(job.settings)
+        folder.check(job.settings, job.search)
     job.accelerator.wait_for_everyone()
+    publishing = Publishing(job, runs)
     if job.accelerator.is_main_process:
         if not job.args.resume:  # at once: whatever `--resume` finds later is of this run
             for run in (folder, *runs.values()):
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None, description: str | None = None) -> list[
     job.accelerator.print(f"fp32 accuracy: {fp32.top1:.2%} of {fp32.n} images")
     state = {name: tensor.detach().clone() for name, tensor in job.model.state_dict().items()}
     start = Start(
-        layers, space, table,
+        folder, layers, space, table,
         original=state,
         fp32=fp32,
         prior=Prior(job, space, table, state),
@@ -95,13 +96,14 @@ def main(argv: list[str] | None = None, description: str | None = None) -> list[
         uniform=uniform,
     )  # fmt: skip
     results = []
-    for target, run in runs.items():
-        results.append({**search_for(job, run, target, start), "run": str(run.path)})
-        if job.args.push_to_hub and job.accelerator.is_main_process:
-            push(job.args, run, target if len(targets) > 1 else None)
-    if len(targets) > 1 and job.accelerator.is_main_process:
+    for number, (target, run) in enumerate(runs.items()):
+        track = Tracking(job, f"{target.label}/" if several else "", job.args.finetune_steps + number * job.steps)
+        results.append({**search_for(job, run, target, start, track), "run": str(run.path)})
+        publishing.push(target)
+    if several and job.accelerator.is_main_process:
         print(f"\n{write_front(folder, results, fp32)}")
     job.accelerator.end_training()
+    publishing.finish()
     return results
 
 
@@ -135,17 +137,37 @@ def searched(
     """The layers, the space and its costs. What cannot work, such as a target out of reach, fails before training."""
     job.train_config(job.steps, job.args.learning_rate)
     wanted = quantizable_layers(job.model, search_args.modules_to_not_convert)
-    traced = trace_layers(job.model, job.eval_data[0][0][None].to(job.accelerator.device))
-    layers = tuple(layer for layer in traced if layer.name in wanted)
-    formats = search_args.search_space
+    layers = trace_layers(job.model, job.eval_data[0][0][None].to(job.accelerator.device))
     space = SearchSpace(
-        layers, formats[0] if len(formats) == 1 else formats, search_args.activation, search_args.tie or ()
+        [layer for layer in layers if layer.name in wanted],
+        search_args.search_space[0] if len(search_args.search_space) == 1 else search_args.search_space,
+        search_args.activation,
+        search_args.tie or (),
     )
-    fixed = unlisted_bytes(job.model, layers) if targets[0].kind == "size_mb" else 0
-    table = CostTable(layers, space.formats, targets[0].cost_kind, fixed_cost=fixed)
+    table = cost_table(job.model, layers, space, targets[0].cost_kind, job.quantizers)
     for target in targets:
-        OneShotSearch(space, table, target, job.search, job.steps)
+        search = OneShotSearch(space, table, target, job.search, job.steps)
+        if job.args.load_best_model_at_end and search.phase(job.steps - 1) != "final":
+            raise ConfigError(UNSETTLED)
     return layers, space, table
+
+
+def check_output(
+    folder: RunFolder, runs: Iterable[RunFolder], model_args: ModelArguments, args: TrainingArguments
+) -> None:
+    """Raises: ConfigError: this run would destroy what an earlier one found, or what it starts from itself."""
+    if args.finetune_steps and Path(model_args.model_name_or_path or "").resolve() == finetuned(folder).resolve():
+        raise ConfigError(
+            f"the fine-tuned model would replace {model_args.model_name_or_path!r}, which it starts from: "
+            "choose another output_dir, or finetune_steps=0"
+        )
+    if not (args.resume or args.overwrite_output_dir):
+        for run in (folder, *runs):
+            if run.holds_work:
+                raise ConfigError(
+                    f"{run.path} holds a run: add --resume to go on with it, --overwrite_output_dir to replace it, or "
+                    "choose another output_dir"
+                )
 
 
 def finetuned(folder: RunFolder) -> Path:
@@ -168,7 +190,7 @@ def finetune(job: Job, folder: RunFolder) -> None:
     config = job.train_config(job.args.finetune_steps, job.args.finetune_learning_rate or job.args.learning_rate)
     job.model = train(
         job.model, job.train_data, config, job.accelerator, augment=job.augment, score=job.score, state_folder=state,
-        resume=job.args.resume, name="fp32 training",
+        resume=job.args.resume, on_log=Tracking(job, "fp32/").log, name="fp32 training",
     )  # fmt: skip
     if job.accelerator.is_main_process:
         with folder.replacing(kept.name) as draft:
@@ -178,7 +200,7 @@ def finetune(job: Job, folder: RunFolder) -> None:
     job.accelerator.wait_for_everyone()
 
 
-def search_for(job: Job, run: RunFolder, target: Target, start: Start) -> dict[str, Any]:
+def search_for(job: Job, run: RunFolder, target: Target, start: Start, track: Tracking) -> dict[str, Any]:
     """One search: policy and weights together, then the final allocation, packed, saved, loaded and evaluated."""
     accelerator, args = job.accelerator, job.args
     if args.resume and (run.path / "results.json").exists():
@@ -192,7 +214,7 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start) -> dict[s
     )  # fmt: skip
     if (sensitivity := start.prior.scores(run, target)) is not None:
         search.start_from(sensitivity.decision_scores)
-    accelerator.wait_for_everyone()
+    check_one_policy(accelerator, search)
     first = 0
     if accelerator.is_main_process:
         saved = states(run.state)
@@ -203,8 +225,7 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start) -> dict[s
 
     def on_log(entry: dict[str, Any]) -> None:
         run.append({**entry, "phase": search.phase(entry["step"] - 1)})
-        if args.report_to:
-            accelerator.log({key: value for key, value in entry.items() if key != "step"}, step=entry["step"])
+        track.log(entry)
 
     seconds = train_formats(
         job, start, lambda switch: SearchHook(search, switch, run.policy), start.space.formats, run.state,
@@ -213,7 +234,8 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start) -> dict[s
     final = search.finalize()
     accuracy = deliver(job, run, final.allocation, run.checkpoint.name, "searched evaluation")
     accelerator.wait_for_everyone()
-    others = {f"uniform_{name}": train_uniform(job, run, start, name) for name in start.uniform}
+    track.log({"step": job.steps, "eval/top1": accuracy.top1, "eval/loss": accuracy.loss})
+    others = {f"uniform_{name}": train_uniform(job, start, name) for name in start.uniform}
     result = {
         "target": {target.kind: target.value, "cost": search.target_cost, "cap": target.cap},
         "cost": {
@@ -254,10 +276,8 @@ def train_formats(
     """
     job.model.load_state_dict(start.original)
     teacher = copy.deepcopy(job.model) if job.args.distill else None
-    groups = {layer.name: layer.input_group for layer in start.layers}
-    switch = make_searchable(
-        job.model, formats, names=[layer.name for layer in start.layers], input_groups=groups, settings=job.quantizers
-    )
+    groups = {layer.name: layer.input_group for layer in start.space.layers}
+    switch = make_searchable(job.model, formats, names=list(groups), input_groups=groups, settings=job.quantizers)
     begin = time.perf_counter()
     job.model = train(
         job.model, job.train_data, job.train_config(job.steps, job.args.learning_rate),
@@ -285,22 +305,21 @@ def deliver(job: Job, run: RunFolder, allocation: Allocation, folder: str, name:
     return job.evaluate(packed, name)
 
 
-def train_uniform(job: Job, run: RunFolder, start: Start, fmt: str) -> dict[str, Any]:
+def train_uniform(job: Job, start: Start, fmt: str) -> dict[str, Any]:
     """The model with one format everywhere, trained for as many steps: what the search must beat.
+
+    All targets share it, and so does a run that is resumed.
 
     Returns: its accuracy, as in results.json and `uniform_<format>.json`; its packed weights are in
         `uniform_<format>/`.
     """
-    folder = f"uniform_{fmt}"
+    run, folder = start.folder, f"uniform_{fmt}"
     record = f"{folder}.json"
-    if job.args.resume and (run.path / record).exists():
+    if (run.path / record).exists():
         accuracy: dict[str, Any] = run.read(record)
         return accuracy
-    allocation = Allocation.uniform([layer.name for layer in start.layers], fmt)
+    allocation = Allocation.uniform([layer.name for layer in start.space.layers], fmt)
     state = run.path / f"{folder}-state"
-    if job.accelerator.is_main_process and not job.args.resume:
-        shutil.rmtree(state, ignore_errors=True)
-    job.accelerator.wait_for_everyone()
     train_formats(
         job, start, lambda switch: FixedFormats(switch, allocation), [parse_format(fmt)], state, f"uniform {fmt}"
     )
@@ -347,11 +366,3 @@ def report(run: RunFolder) -> str:
     except ImportError as error:
         return f"report          needs {error.name}: pip install fliqs-hf[report], then fliqs-hf report {run.path}"
     return f"report          {write_report(run.path)}"
-
-
-def push(args: TrainingArguments, run: RunFolder, target: Target | None) -> None:
-    """Publish the run: packed weights, card, allocation, history."""
-    from fliqs_hf.hf.hub import push as push_run
-
-    name = args.hub_model_id or run.path.resolve().name
-    print(f"published at {push_run(run.path, f'{name}-{target.kind}-{target.value:g}' if target else name)}")

@@ -38,8 +38,7 @@ class SearchConfig:
     #: 512 images lost 1.7 points at 2.5 bits against 1500.
     prior_images: int = 1536
     #: 2: the scores are measured once more in the model as quantized by the allocation that the first ones give, and
-    #: the geometric mean of both counts (see `second_look`). 1: those of the fp32 model alone, in less than half the
-    #: time.
+    #: the geometric mean of both counts (see `second_look`). 1: those of the fp32 model alone, in half the time.
     prior_passes: int = 2
     #: Steps that sample formats uniformly and train weights only, as a fraction. The prior makes it unnecessary.
     warmup_fraction: float = 0.0
@@ -70,10 +69,11 @@ class SearchConfig:
     policy_learning_rate: float = 0.01
     #: β_Hmax of the entropy schedule, in units of the reward.
     entropy_weight: float = 0.01
-    #: `program`: the most probable allocation within [1 − `band`, 1] of the target, by integer programming.
+    #: `program`: the most probable allocation within [1 − `band`, 1] of the target, by integer programming; in a gap
+    #: of the space up to 2 % above a two-sided target.
     #: `argmax`: the most probable format of each layer, repaired by the program only where it misses the target.
     derive: Derivation = "program"
-    #: Width of the band below the target.
+    #: Width of the band below a cap. Below a two-sided target it is 2 % at most, the target's own tolerance.
     band: float = 0.03
 
     def __post_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.nn import FormatSwitch
 from fliqs_hf.search.oneshot import OneShotSearch
+from fliqs_hf.search.run import append_line
 
 
 class SearchHook:
@@ -51,8 +51,7 @@ class SearchHook:
             "step": step,
             "probabilities": {d.name: [round(v, 5) for v in p] for d, p in zip(decisions, probabilities, strict=True)},
         }
-        with self.history.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_line(self.history, entry)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.search.state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -25,9 +26,13 @@ from fliqs_hf.search.config import SearchConfig
 from fliqs_hf.search.sensitivity import Sensitivity
 from fliqs_hf.search.space import SearchSpace
 from fliqs_hf.training import Accuracy
+from fliqs_hf.training.state import states
 
 #: Settings that may change between an interruption and `--resume`: they do not decide the result.
-FREE = ("output_dir", "resume", "push_to_hub", "hub_model_id", "report_to")
+FREE = (
+    "output_dir", "overwrite_output_dir", "resume", "push_to_hub", "hub_model_id", "hub_private_repo", "report_to",
+    "metrics", "per_device_eval_batch_size",
+)  # fmt: skip
 #: What `clear` removes: what an earlier run in the same folder left.
 FOLDERS = ("state", "checkpoint", "figures")
 RECORDS = (
@@ -59,10 +64,14 @@ class RunFolder:
         self.policy = self.path / "policy.jsonl"
         self.metrics = self.path / "metrics.jsonl"
 
+    @property
+    def holds_work(self) -> bool:
+        """Whether a search has finished here, or can be resumed."""
+        return (self.path / "results.json").exists() or bool(states(self.state))
+
     def write(self, name: str, data: Any) -> None:
-        draft = self.path / f".{name}.tmp"
-        draft.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
-        os.replace(draft, self.path / name)
+        """A record as JSON: complete, or as it was. Raises: TrainingError: the disk is full or not writable."""
+        self._replace(self.path / name, json.dumps(data, indent=2, default=str) + "\n")
 
     def read(self, name: str) -> Any:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
@@ -81,20 +90,21 @@ class RunFolder:
             os.replace(draft, final)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(draft, ignore_errors=True)
-            raise TrainingError(f"cannot write {final}: {error}; free some space and resume") from error
+            raise _disk(final, error) from error
 
-    def check(self, settings: dict[str, Any]) -> None:
-        """Refuse to resume a run of other settings.
+    def check(self, settings: dict[str, Any], config: SearchConfig) -> None:
+        """Refuse to resume a run of other settings, or of a version with other defaults.
 
         Raises: CheckpointError: it names the first setting that differs.
         """
         if not (self.path / "config.json").exists():
             return
         stored = self.read("config.json")
-        for key, value in settings.items():
-            if key not in FREE and stored.get(key) != value:
+        for key, value in {**settings, **asdict(config)}.items():
+            known = stored if key in settings else stored.get("search", {})
+            if key not in FREE and known.get(key) != value:
                 raise CheckpointError(
-                    f"{self.path} was started with {key}={stored.get(key)!r}, not {value!r}: "
+                    f"{self.path} was started with {key}={known.get(key)!r}, not {value!r}: "
                     "resume with the same settings, or start in another output_dir"
                 )
 
@@ -147,15 +157,43 @@ class RunFolder:
         return found if scores.shape == (len(space.decisions), len(space.formats)) else None
 
     def append(self, entry: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_line(self.metrics, entry)
 
     def forget_after(self, step: int) -> None:
-        """Drop recorded steps beyond `step`, which a resumed run will record again."""
+        """Drop recorded steps beyond `step`, which a resumed run will record again, and a line that is not whole."""
         for file in (self.metrics, self.policy):
             if file.exists():
-                lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
-                file.write_text("".join(line + "\n" for line in lines))
+                lines = [line for line in file.read_text().splitlines() if _step(line) <= step]
+                self._replace(file, "".join(line + "\n" for line in lines))
+
+    def _replace(self, file: Path, text: str) -> None:
+        draft = file.with_name(f".{file.name}.tmp")
+        try:
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, file)
+        except OSError as error:
+            raise _disk(file, error) from error
+
+
+def append_line(file: Path, entry: dict[str, Any]) -> None:
+    """Add a line of JSON. Raises: TrainingError: the disk is full or not writable."""
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise _disk(file, error) from error
+
+
+def _step(line: str) -> float:
+    """Of a recorded line; infinity where the line broke off."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
+
+
+def _disk(file: Path, error: Exception) -> TrainingError:
+    return TrainingError(f"cannot write {file}: {error}; free some space and resume")
 
 
 def cost_summary(layers: Sequence[LayerInfo], allocation: Allocation, other_bytes: int) -> dict[str, float]:

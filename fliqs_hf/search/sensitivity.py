@@ -27,6 +27,8 @@ from fliqs_hf.search.probes import Probes, Reduction
 from fliqs_hf.search.solver import choice_at_target
 from fliqs_hf.search.space import SearchSpace
 
+#: A second look takes no score for less than this share of the first.
+LEAST_SHARE = 1e-3
 #: inputs of one batch -> logits [batch, classes]
 Forward = Callable[[Any], Tensor]
 #: a tensor on the CPU -> its sum over all processes, the same on each
@@ -114,29 +116,35 @@ def second_look(
     first: Sensitivity,
     band: float = 0.03,
     combine: Combine | None = None,
+    settings: QuantizerSettings | None = None,
 ) -> Sensitivity:
     """Scores of the fp32 model and of the model near the target, as their geometric mean.
 
     A model that fits its training images well has gradients on few of them, and every layer is scored as if the others
     were exact. So the scores are measured once more in the model as quantized by the allocation that `first` gives,
-    before any training.
+    before any training. A decision whose gradient is gone there (a dead unit, a saturated softmax) is taken to be a
+    thousandth as sensitive as at first, not free.
 
     Args:
-        model: plain; quantized meanwhile and left as it was. batches, forward, combine: as for `fisher_scores`.
+        model: plain; quantized meanwhile and left as it was. batches, forward, combine, settings: as for
+            `fisher_scores`.
         first: scores of the plain model. band: as for `choice_at_target`.
     Returns: the mean, with the images of one pass and the seconds of both.
     Raises: DataError: as `fisher_scores`. TargetError: the target is out of reach.
     """
     allocation = space.allocation(choice_at_target(space, table, -first.decision_scores, target, band))
     groups = {layer.name: layer.input_group for layer in space.layers}
-    switch = make_searchable(model, space.formats, names=list(groups), input_groups=groups)
+    switch = make_searchable(
+        model, space.formats, names=list(groups), input_groups=groups, settings=settings or QuantizerSettings()
+    )
     try:
         switch.set_allocation(allocation)
-        second = fisher_scores(model, batches, forward, space, combine=combine)
+        second = fisher_scores(model, batches, forward, space, settings, combine=combine)
     finally:
         restore(model)
-    scores = (first.decision_scores * second.decision_scores).sqrt()
-    return Sensitivity(scores, second.images, first.seconds + second.seconds, passes=2)
+    before = first.decision_scores.double()  # products of float32 scores would underflow
+    after = second.decision_scores.double().maximum(LEAST_SHARE * before)
+    return Sensitivity((before * after).sqrt().float(), second.images, first.seconds + second.seconds, passes=2)
 
 
 @contextmanager

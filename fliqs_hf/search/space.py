@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,10 +53,10 @@ class SearchSpace:
         Args:
             formats: list of formats or the name of a space, see `formats.spaces`.
             activation: "same" gives a layer's weight and input one format; "separate" decides them apart.
-            tie: what shares a decision: "qkv" (layers that read the same tensor), "block" (up to the first number in
-                the name), "model", or patterns (see `nn.swap.matches`), each tying the layers that it matches.
-                The inputs of layers that read one tensor always share theirs: it is quantized once. With "same" this
-                ties their weights too.
+            tie: what shares a decision: "qkv" (layers that read the same tensor), "block" (the innermost numbered
+                module that holds several layers), "model", or patterns (see `nn.swap.matches`), each tying the layers
+                that it matches. The inputs of layers that read one tensor always share theirs: it is quantized once.
+                With "same" this ties their weights too.
             exclude: pattern -> formats that matching layers must not have, weight or input, such as
                 `{"*patch_embeddings*": ["int2"]}`; a decision takes what none of its layers excludes.
         Raises: ConfigError: an unknown mode, no layers, a pattern that matches none, or a decision that is left
@@ -181,11 +182,18 @@ class SearchSpace:
         if word == "qkv":
             return [("input", layer.input_group) for layer in self.layers]
         if word == "block":
-            blocks = [re.match(r"(.*?\.\d+)\.", name) for name in names]
-            return [match[1] if match else name for match, name in zip(blocks, names, strict=True)]
+            return _blocks(names)
         if not any(matches(name, word) for name in names):
             raise ConfigError(f"tie: {word!r} matches none of the {len(names)} layers, such as {names[0]!r}")
         return [None if matches(name, word) else name for name in names]
+
+
+def _blocks(names: Sequence[str]) -> list[str]:
+    """Of each layer the innermost numbered module that holds several layers, or else its own name."""
+    numbered = [[name[: match.end()] for match in re.finditer(r"(?<=\.)\d+(?=\.)", name)] for name in names]
+    holds = Counter(prefix for prefixes in numbered for prefix in prefixes)
+    shared = [[prefix for prefix in prefixes if holds[prefix] > 1] for prefixes in numbered]
+    return [prefixes[-1] if prefixes else name for prefixes, name in zip(shared, names, strict=True)]
 
 
 def _components(keys: Sequence[Sequence[Any]]) -> list[int]:

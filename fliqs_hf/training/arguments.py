@@ -54,6 +54,7 @@ class TrainingArguments:
     """How weights are trained. The same settings serve fp32 fine-tuning and the search."""
 
     output_dir: str = "runs/vit"
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace what an earlier run left there"})
     max_steps: int | None = field(default=None, metadata={"help": "steps of each search, both phases; default: 1000"})
     num_train_epochs: float | None = field(
         default=None, metadata={"help": "length of each search instead of max_steps"}
@@ -79,12 +80,17 @@ class TrainingArguments:
     load_best_model_at_end: bool = field(
         default=False, metadata={"help": "deliver the best weights of those evaluations, not the last"}
     )
-    report_to: str | None = field(default=None, metadata={"help": "trackio, tensorboard, wandb: comma-separated"})
+    report_to: str | None = field(
+        default=None, metadata={"help": "trackio, tensorboard, wandb and what accelerate has more: comma-separated"}
+    )
     seed: int = 0
     use_cpu: bool = False
     resume: bool = field(default=False, metadata={"help": "go on after an interruption, to the same result"})
     push_to_hub: bool = False
-    hub_model_id: str | None = None
+    hub_model_id: str | None = field(default=None, metadata={"help": "default: the name of output_dir"})
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "of a new one; default: as your account says"}
+    )
 
 
 @dataclass
@@ -110,7 +116,9 @@ class SearchArguments:
         default=None, metadata={"help": "BOPs of the uniform model of so many bits"}
     )
     target_bops: list[float] | None = None
-    target_size_mb: list[float] | None = field(default=None, metadata={"help": "size of the checkpoint, 10^6 bytes"})
+    target_size_mb: list[float] | None = field(
+        default=None, metadata={"help": "most that the checkpoint's file may have, 10^6 bytes"}
+    )
     target_ratio: list[float] | None = field(default=None, metadata={"help": "BOPs over those of fp32"})
     cap: bool = field(default=False, metadata={"help": "the target is a limit, never exceeded"})
     preset: str = field(default="default", metadata={"help": "default, or paper for FLIQS as published"})
@@ -163,7 +171,10 @@ def parse(
     values = vars(space)
     for name in ("config_overrides", "search_overrides"):
         if isinstance(values[name], str):
-            values[name] = yaml.safe_load(values[name])
+            try:
+                values[name] = yaml.safe_load(values[name])
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{name}={values[name]!r} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values[name], dict | None):
             raise ConfigError(f'{name}={values[name]!r} must be settings, such as "{{key: value}}"')
     arguments = [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in ARGUMENTS]

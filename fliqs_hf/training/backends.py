@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from torch import Tensor, nn
 
 from fliqs_hf.training.shards import gathered_into, load_whole, whole_optimizer, whole_weights
@@ -79,8 +79,15 @@ class Backend:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
+    def share_buffers(self) -> None:
+        """Give every process the main one's: since the last forward pass each has its own batch statistics."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.given.buffers():
+                buffer.copy_(broadcast(buffer.clone()))
+
     def finish(self) -> nn.Module:
-        """End training. Returns: a plain whole model with the trained weights, on every process."""
+        """End training. Returns: a plain whole model with the trained weights, the same on every process."""
+        self.share_buffers()
         self.accelerator.free_memory()
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return model
@@ -105,5 +112,6 @@ class ShardedBackend(Backend):
         load_whole(self.given, self.optimizer, weights, moments)
 
     def finish(self) -> nn.Module:
+        self.share_buffers()
         self.accelerator.free_memory()
         return gathered_into(self.whole, self.given)

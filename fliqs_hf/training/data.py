@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fliqs_hf.errors import DataError
 from fliqs_hf.training.images import checked_label, pixels
 from fliqs_hf.training.seeds import derived_seed
-from fliqs_hf.training.stream import StreamBatches, StreamData
+from fliqs_hf.training.stream import BUFFER_SIZE, StreamBatches, StreamData
+
+logger = logging.getLogger(__name__)
 
 DIGITS = "digits"
 
@@ -71,7 +74,13 @@ def load_splits(
             raise DataError(f"a stream cannot be split: name a validation_split; the dataset has {', '.join(names)}")
         if not 0 < train_val_split < 1:
             raise DataError(f"train_val_split={train_val_split} must be between 0 and 1")
-        parts = splits[train_split].train_test_split(train_val_split, seed=seed)
+        try:
+            parts = splits[train_split].train_test_split(train_val_split, seed=seed)
+        except ValueError as error:
+            raise DataError(
+                f"the split {train_split!r} holds {len(splits[train_split])} images, too few to hold out "
+                f"train_val_split={train_val_split} of them: add images, or give a validation split"
+            ) from error
         return parts["train"], parts["test"]
     return splits[train_split], splits[other]
 
@@ -250,10 +259,37 @@ def labelled(train: Any, validation: Any, column: str) -> tuple[Any, Any, list[s
     return train.cast_column(column, classes), validation.cast_column(column, classes), names
 
 
-def held_in_memory(stream: Any, image_column: str, max_samples: int | None) -> Any:
-    """The first images of a stream, still encoded, as a `datasets.Dataset`: for evaluating again and again."""
+def held_in_memory(
+    stream: Any,
+    names: Sequence[str],
+    max_samples: int | None,
+    *,
+    image_column: str = "image",
+    label_column: str = "label",
+) -> Any:
+    """Images of a stream, still encoded, as a `datasets.Dataset`: for evaluating again and again.
+
+    `max_samples` of them are chosen by shuffling, with a fixed seed, the order of the stream's files and then images
+    within a buffer of `BUFFER_SIZE`. All of them are thus among the first `BUFFER_SIZE` + `max_samples` images read:
+    a longer stream that is sorted by class does not show every class. Those of `names` that are missing are logged.
+
+    Raises: DataError: a column that does not exist.
+    """
     import datasets
 
+    columns = list(stream.features or {})
+    for column in (image_column, label_column):
+        if column not in columns:
+            raise DataError(f"column {column!r} does not exist; the dataset has {', '.join(columns)}")
     raw = stream.cast_column(image_column, datasets.Image(decode=False))
-    rows = list(raw if max_samples is None else raw.take(max_samples))
-    return datasets.Dataset.from_list(rows, features=raw.features).cast_column(image_column, datasets.Image())
+    chosen = raw if max_samples is None else raw.shuffle(seed=0, buffer_size=BUFFER_SIZE).take(max_samples)
+    held = datasets.Dataset.from_list(list(chosen), features=raw.features)
+    present = set(held[label_column])
+    missing = [name for index, name in enumerate(names) if index not in present]
+    if missing:
+        logger.warning(
+            "the %d evaluation images show %d of the %d classes, %r is missing: raise max_eval_samples, or store the "
+            "validation split in random order",
+            len(held), len(names) - len(missing), len(names), missing[0],
+        )  # fmt: skip
+    return held.cast_column(image_column, datasets.Image())

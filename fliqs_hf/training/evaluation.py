@@ -56,7 +56,7 @@ def evaluate(
             averages over classes (F1, precision, recall), it takes the macro average.
     Raises: ConfigError: a metric that cannot be loaded, or does not take labels.
     """
-    loaded = {metric: _load(metric) for metric in metrics}
+    loaded = {metric: load_metric(metric) for metric in metrics}
     predictions: list[int] = []
     references: list[int] = []
     training = model.training
@@ -79,7 +79,8 @@ def evaluate(
     return Accuracy(round(correct), round(correct5), round(n), loss / n, values)
 
 
-def _load(metric: str) -> Any:
+def load_metric(metric: str) -> Any:
+    """Of the `evaluate` library. Raises: ConfigError: it cannot be loaded."""
     import evaluate as library
 
     try:

@@ -34,6 +34,12 @@ from fliqs_hf.training.zero import ZeroBackend, check_zero
 Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+UNSETTLED = (
+    "the best weights cannot be kept: this search samples formats to its last step, so no evaluation before that is "
+    "of the result; lower explore_fraction, or leave load_best_model_at_end out"
+)
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM arrived; the state is saved and the run can be resumed."""
 
@@ -112,19 +118,25 @@ class TrainConfig:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels only: not for biases, norms, position embeddings and class tokens."""
-    embeddings = (
+    """Weight decay for matrices and kernels only: not for biases, norms, scales, position embeddings and tokens."""
+    spared = (
         "position_embedding",
         "cls_token",
         "distillation_token",
         "mask_token",
+        "register_tokens",  # DINOv2 with registers
         "relative_position_bias_table",
+        "attention_biases",  # LeViT, [heads, offsets]
+        "logit_scale",  # Swin v2, [heads, 1, 1]
+        "layer_scale",  # SwiftFormer, [channels, 1, 1]
+        "grn.",  # ConvNeXt v2: weight and bias of a norm, [1, 1, 1, channels]
+        "head.probe",  # SigLIP: the query that pools patches
     )
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (rest if parameter.dim() < 2 or any(word in name for word in embeddings) else decayed).append(parameter)
+            (rest if parameter.dim() < 2 or any(word in name for word in spared) else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
@@ -158,6 +170,8 @@ def train(
     _check_support(accelerator, config)
     if config.keep_best and (score is None or state_folder is None):
         raise ConfigError("keeping the best weights needs a score and a state_folder")
+    if config.keep_best and hook is not None and not hook.settled(config.max_steps - 1):
+        raise ConfigError(UNSETTLED)
     optimizer = torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=config.learning_rate)
     backend = _backend(accelerator, model, optimizer, config)
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
@@ -200,6 +214,7 @@ def train(
                 values, stop = window.read(accelerator, interrupted.is_set())
                 _check_finite(values, window.length, step, config, state_folder)
                 if judge and score is not None:
+                    backend.share_buffers()
                     with average.applied() if average is not None else nullcontext():
                         values["score"] = score(model)
                         if best is not None and accelerator.is_main_process:

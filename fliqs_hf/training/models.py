@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.training.images import resize_to
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +30,16 @@ def load_classifier(
 ) -> tuple[Any, Any]:
     """An image classifier over the classes `names`, and its image processor.
 
+    A head of other classes in the same number is kept, index by index, with the data set's names in the config; the
+    checkpoint's names stay where they are words and the data set has numbers or ids ("n01440764"). Both are logged.
+
     Args:
         model_name_or_path: a checkpoint. Its head is kept if it has as many classes, else a new one is made.
         model_type: an architecture to train from scratch instead, such as "vit", with `config_overrides`.
         image_size: side in pixels, where it differs from the checkpoint's: the processor resizes to it and absolute
             position embeddings are interpolated once (bicubic), as is usual in fine-tuning.
-    Raises: ConfigError: neither or both are given, or the architecture cannot take images of another size.
+    Raises: ConfigError: neither or both are given, the model does not take three channels, or it or its processor
+        cannot take images of another size.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
@@ -43,6 +50,7 @@ def load_classifier(
         changes = {**(config_overrides or {}), **({"image_size": image_size} if image_size else {})}
         _check_overrides(model_type, changes)
         config = AutoConfig.for_model(model_type, **changes, **labels)
+        _check_channels(config, model_type)
         side = getattr(config, "image_size", None) or 224
         processor = ViTImageProcessor(size={"height": side, "width": side})
         return AutoModelForImageClassification.from_config(config), processor
@@ -55,11 +63,8 @@ def load_classifier(
         raise ConfigError(f"cannot load model_name_or_path={model_name_or_path!r}: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{model_name_or_path} is quantized already; start from the fp32 checkpoint")
-    if config.num_labels != len(names):
-        logger.warning(
-            "the head of %s has %d classes, the data set %d: a new one is made, which needs training",
-            model_name_or_path, config.num_labels, len(names),
-        )  # fmt: skip
+    _check_channels(config, str(model_name_or_path))
+    if _takes_names(config, names, str(model_name_or_path)):
         config.num_labels = len(names)
         config.id2label, config.label2id = labels["id2label"], labels["label2id"]
     model = AutoModelForImageClassification.from_pretrained(
@@ -68,16 +73,81 @@ def load_classifier(
     if image_size and getattr(config, "image_size", None) not in (None, image_size):
         model = _resized(model, image_size)
     if image_size:
-        processor.size, processor.do_center_crop = {"height": image_size, "width": image_size}, False
+        resize_to(processor, image_size)
     return model, processor
 
 
 def label_ids(names: Sequence[str], model: Any) -> list[int] | None:
     """The model's class of each of the data set's, where they have the same names in another order, else None."""
-    own = {name: int(index) for index, name in model.config.id2label.items()}
-    if list(own) == list(names) or own.keys() != set(names):
-        return None
-    return [own[name] for name in names]
+    ids = _matched(_own_names(model.config), names)
+    return None if ids is None or ids == list(range(len(ids))) else ids
+
+
+def _matched(own: Sequence[str], names: Sequence[str]) -> list[int] | None:
+    """Where each of `names` is in `own`, None if they are not the same names.
+
+    Case and outer blanks count only if that is what tells classes apart ("a" and "A" of letters). Names that occur
+    more than once, such as ImageNet's "crane", are matched in their order.
+    """
+    for fold in (str, _folded):
+        theirs, ours = (_numbered([fold(name) for name in part]) for part in (own, names))
+        if theirs.keys() == ours.keys():
+            return [theirs[key] for key in ours]
+    return None
+
+
+def _folded(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _numbered(names: Sequence[str]) -> dict[tuple[str, int], int]:
+    """(name, how often it came before) -> index."""
+    seen: Counter[str] = Counter()
+    keys = {}
+    for index, name in enumerate(names):
+        keys[name, seen[name]] = index
+        seen[name] += 1
+    return keys
+
+
+def _are_ids(names: Sequence[str]) -> bool:
+    """Whether the names are one prefix with numbers: "0", "n01440764", "LABEL_0"."""
+    return len({re.sub(r"[0-9]+$", "", name) for name in names}) == 1 and all(name[-1:].isdigit() for name in names)
+
+
+def _own_names(config: Any) -> list[str]:
+    return [str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
+
+
+def _takes_names(config: Any, names: Sequence[str], source: str) -> bool:
+    """Whether the classes of the checkpoint `source` get the names of the data set's; logs what does not fit."""
+    own = _own_names(config)
+    if len(own) != len(names):
+        logger.warning(
+            "the head of %s has %d classes, the data set %d: a new one is made, which needs training",
+            source, len(own), len(names),
+        )  # fmt: skip
+        return True
+    if _matched(own, names) is not None:
+        return False
+    takes = not _are_ids(names) or _are_ids(own)
+    index = next(i for i, (a, b) in enumerate(zip(own, names, strict=True)) if _folded(a) != _folded(b))
+    logger.warning(
+        "the classes of %s are not named like the data set's and are matched by their numbers: class %d is %r in the "
+        "checkpoint and %r in the data set; the result has the names of the %s",
+        source, index, own[index], names[index], "data set" if takes else "checkpoint",
+    )  # fmt: skip
+    return takes
+
+
+def _check_channels(config: Any, source: str) -> None:
+    for part in (config, getattr(config, "vision_config", None)):
+        channels = getattr(part, "num_channels", None)
+        if channels not in (None, 3):
+            raise ConfigError(
+                f"{source} takes images of num_channels={channels}, but images are loaded as RGB, which has 3: choose "
+                "a model with num_channels=3"
+            )
 
 
 def _check_overrides(model_type: str, changes: Mapping[str, Any]) -> None:

@@ -14,6 +14,9 @@ from fliqs_hf.errors import DataError
 from fliqs_hf.training.images import checked_label, pixels
 from fliqs_hf.training.seeds import derived_seed
 
+#: images of a stream, undecoded, among which the next one is chosen at random
+BUFFER_SIZE = 2000
+
 
 class StreamData:
     """A streamed split, shuffled within a buffer.
@@ -31,7 +34,7 @@ class StreamData:
         image_column: str = "image",
         label_column: str = "label",
         label_ids: Sequence[int] | None = None,
-        buffer_size: int = 2000,
+        buffer_size: int = BUFFER_SIZE,
     ) -> None:
         """
         Args:

@@ -14,7 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fliqs_hf.cost import trace_layers
+from fliqs_hf.search import SearchSpace, fisher_scores
+from fliqs_hf.training.data import train_loader
+from tests.models import tiny
 from tests.recipes.test_vit import result_bytes, write
+from tests.training.test_loop import Blobs
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,6 +105,21 @@ def test_parameters_without_a_gradient_do_not_stop_ddp(tmp_path: Path, checkpoin
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output[-3000:]
     assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_batch_statistics_end_alike_and_scores_are_of_all_images(tmp_path: Path) -> None:
+    """Every process has its own running statistics after a step; what goes on must be one model."""
+    launch(tmp_path, worker="norms_worker")
+    first, second = ranks(tmp_path)
+    assert sum(name.endswith("running_mean") for name in first) > 3
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    model = tiny("resnet")
+    model.load_state_dict({name.removeprefix("model."): value for name, value in first.items() if name != "scores"})
+    space = SearchSpace(trace_layers(model), ["int3", "e2m1"])
+    batches = train_loader(Blobs(64), 8, 0, 0, 8, 0, 1, 0)  # the same 64 images
+    alone = fisher_scores(model, batches, lambda x: model(x).logits, space)
+    # Sums of float32 gradients in other batches and another order.
+    torch.testing.assert_close(first["scores"], alone.decision_scores, rtol=1e-3, atol=1e-9)
 
 
 def test_a_differentiable_search_has_one_result(tmp_path: Path) -> None:

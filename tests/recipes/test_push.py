@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
+from fliqs_hf.errors import HubError
+from fliqs_hf.pipeline import outside
+from fliqs_hf.pipeline.search import main
 from tests.hub_server import HubServer
 from tests.models import images
 from tests.recipes.test_vit import command, write
@@ -20,6 +24,34 @@ torch.set_num_threads(int(sys.argv[2]))
 model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
 torch.save(model(torch.load("images.pt")).logits.detach(), "logits.pt")
 """
+
+
+def test_a_front_is_published_and_one_refusal_does_not_stop_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pushed: list[tuple[str, str]] = []
+
+    def push(folder: Path, name: str) -> str:
+        pushed.append((folder.name, name))
+        if len(pushed) == 1:
+            raise HubError("the Hub refused.")
+        return "https://hub/commit"
+
+    made: list[tuple[str, bool | None]] = []
+    monkeypatch.setattr(
+        outside, "make_repository", lambda name, private: made.append((name, private)) or f"user/{name}"
+    )
+    monkeypatch.setattr(outside, "push_run", push)
+    bops = [1.5e6, 2e6]
+    file = write(tmp_path, finetune_steps=0, max_steps=4, target_bits=None, target_bops=bops, push_to_hub=True)
+    with pytest.raises(
+        HubError, match=r"the Hub refused. The run is complete: fliqs-hf push .*bops-1.5e06 user/run-bops-1.5e06$"
+    ):
+        main([str(file), "--hub_private_repo", "true"])
+    assert made == [("run-bops-1.5e06", True), ("run-bops-2e06", True)]  # names that the Hub takes: without a +
+    assert pushed == [("bops-1.5e06", "user/run-bops-1.5e06"), ("bops-2e06", "user/run-bops-2e06")]
+    assert "published at https://hub/commit" in capsys.readouterr().out
+    assert (tmp_path / "run" / "front.csv").exists()
 
 
 def test_the_recipe_publishes_its_run(tmp_path: Path) -> None:

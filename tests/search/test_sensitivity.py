@@ -19,7 +19,7 @@ from fliqs_hf.nn import make_searchable
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.quant import format_data
 from fliqs_hf.quant.scale import mse_scale
-from fliqs_hf.search import SearchSpace, Sensitivity, choice_at_target, fisher_scores, probes, second_look
+from fliqs_hf.search import SearchSpace, Sensitivity, choice_at_target, fisher_scores, probes, second_look, sensitivity
 from fliqs_hf.search.probes import JOINT_BITS
 from fliqs_hf.search.space import ActivationMode
 from tests.models import images, tiny
@@ -326,6 +326,23 @@ def input_and_gradient(model: nn.Module, layer: nn.Module, image: Tensor, label:
     functional.cross_entropy(logits_of(model, image[None]), label[None]).backward()
     handle.remove()
     return seen["x"], seen["g"]
+
+
+def test_a_layer_that_dies_when_quantized_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second look that finds no gradient at a layer takes it for a thousandth as sensitive, in the order of formats
+    that the first look found; scores whose product float32 cannot hold keep their mean."""
+    model = tiny("vit")
+    space = SearchSpace(trace_layers(model), FORMATS)
+    table, target = CostTable(space.layers, space.formats), Target.of(target_bits=4)
+    first = torch.rand(len(space.decisions), len(FORMATS)) + 0.1
+    first[1] = 1e-30
+    second = first.clone()
+    second[0] = 0
+    found = Sensitivity(second, 5, 1.0)
+    monkeypatch.setattr(sensitivity, "fisher_scores", lambda *_, **__: found)
+    twice = second_look(model, [], logits_of, space, table, target, Sensitivity(first, 5, 1.0)).decision_scores
+    torch.testing.assert_close(twice[0], first[0] * 1e-3**0.5)
+    torch.testing.assert_close(twice[1:], first[1:])
 
 
 def test_a_second_look_that_fails_leaves_the_model_plain() -> None:

@@ -72,6 +72,25 @@ def test_ties(tie: list[str], expected: list[set[str]], activation: str) -> None
         assert groups(space.weight_decision) == set(map(frozenset, [*QKV, *MLP] if tie == ["qkv"] else expected))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("swin", {"layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0"}),
+        ("resnet", {"stages.0.layers.0", "stages.1.layers.0"}),
+        ("vit", {"vit.layers.0", "vit.layers.1"}),
+    ],
+)
+def test_blocks_of_models(architecture: str, expected: set[str]) -> None:
+    """Stages of hierarchical models are numbered too, and so are the convolutions of a ResNet's block."""
+    space = SearchSpace(trace_layers(tiny(architecture)), ["int4", "int8"], tie=["block"])
+    tied = [decision.layers for decision in space.decisions if len(decision.layers) > 1]
+    assert len(tied) == len(expected)
+    for block in expected:
+        (layers,) = [layers for layers in tied if f"{block}." in layers[0]]
+        assert all(block in name for name in layers)
+        assert set(layers) == {layer.name for layer in space.layers if f"{block}." in layer.name}
+
+
 def test_a_choice_travels_to_an_allocation_and_back() -> None:
     space = SearchSpace(BLOCKS, "int2,e2m1,int8", "separate", ["block"])
     for choice in itertools.product(range(3), repeat=4):

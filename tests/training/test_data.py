@@ -79,6 +79,15 @@ def test_an_image_folder_is_split(tmp_path: Path) -> None:
     assert (len(train), len(held_out)) == (15, 5)
 
 
+@pytest.mark.parametrize(("count", "share"), [(1, 0.15), (2, 0.9)])
+def test_images_too_few_to_hold_any_out(tmp_path: Path, count: int, share: float) -> None:
+    (tmp_path / "cat").mkdir()
+    for index in range(count):
+        (tmp_path / "cat" / f"{index}.png").write_bytes(png(index))
+    with pytest.raises(DataError, match=rf"'train' holds {count} images, too few.*train_val_split={share}"):
+        load_splits(train_dir=str(tmp_path), train_val_split=share)
+
+
 def test_cached_images_are_the_same() -> None:
     plain, cached = (ImageData(split_of([0, 1]), PROCESSOR, 3, cache=cache) for cache in (False, True))
     for _ in range(2):
@@ -149,6 +158,17 @@ def test_classes_in_another_order_than_the_checkpoints() -> None:
     ids = label_ids(list("ebcda"), model)
     assert ids == [4, 1, 2, 3, 0]
     assert ImageData(split_of([0, 4, 1]), PROCESSOR, 5, label_ids=ids).labels == [4, 0, 1]
+    assert label_ids(["E ", "B", "C", "D", "A"], model) == ids and label_ids(list("ABCDE"), model) is None
+
+
+def test_names_that_occur_twice_or_differ_in_case_alone() -> None:
+    """ImageNet has two classes "crane", in this order; letters have "a" and "A"."""
+    from tests.models import tiny
+
+    model = tiny("vit")
+    model.config.id2label = dict(enumerate(["crane", "fox", "crane", "a", "A"]))
+    assert label_ids(["crane", "fox", "crane", "a", "A"], model) is None
+    assert label_ids(["fox", "A", "a", "crane", "crane"], model) == [1, 4, 3, 0, 2]
 
 
 @pytest.mark.parametrize("leading", [0, 1, 2])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
@@ -17,7 +18,7 @@ from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
 from fliqs_hf.training import TrainConfig, evaluate, train
 from fliqs_hf.training.loop import decay_groups
 from fliqs_hf.training.state import states
-from tests.models import tiny
+from tests.models import ARCHITECTURES, tiny
 
 
 class Blobs(torch.utils.data.Dataset[Any]):
@@ -108,6 +109,59 @@ def test_weight_decay_spares_vectors_and_embeddings() -> None:
     assert not any("norm" in names[id(p)] for p in decayed["params"])
     assert {"vit.embeddings.position_embeddings", "vit.embeddings.cls_token"} <= {names[id(p)] for p in rest["params"]}
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
+
+
+SPARED: dict[str, tuple[Any, Any, set[str]]] = {  # what looks like a matrix: model class, configuration, parameters
+    "dinov2_with_registers": (
+        hf.Dinov2WithRegistersForImageClassification,
+        lambda: hf.Dinov2WithRegistersConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+        ),
+        {"register_tokens", "cls_token", "mask_token", "position_embeddings"},
+    ),
+    "siglip": (*ARCHITECTURES["siglip"], {"probe", "position_embedding.weight"}),
+    "swinv2": (
+        hf.Swinv2ForImageClassification,
+        lambda: hf.Swinv2Config(
+            image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
+        ),
+        {"logit_scale"},
+    ),
+    "convnextv2": (
+        hf.ConvNextV2ForImageClassification,
+        lambda: hf.ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32),
+        {"grn.weight", "grn.bias"},
+    ),
+    "levit": (
+        hf.LevitForImageClassification,
+        lambda: hf.LevitConfig(
+            image_size=64, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2], depths=[1, 1, 1],
+            key_dim=[8, 8, 8],
+        ),
+        {"attention_biases"},
+    ),
+    "swiftformer": (
+        hf.SwiftFormerForImageClassification,
+        lambda: hf.SwiftFormerConfig(image_size=64, depths=[1, 1, 1, 1], embed_dims=[8, 8, 8, 8]),
+        {"layer_scale", "layer_scale_1", "layer_scale_2"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", SPARED)
+def test_weight_decay_spares_what_only_looks_like_a_matrix(architecture: str) -> None:
+    cls, configuration, wanted = SPARED[architecture]
+    model = cls(configuration())
+    decayed, rest = decay_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+    spared = {names[id(p)] for p in rest["params"] if p.dim() >= 2}
+    for end in wanted:
+        assert any(name.endswith(end) for name in spared), end
+    assert all(name.endswith(tuple(wanted)) for name in spared)
+    modules = dict(model.named_modules())
+    kinds = {type(modules[name.rpartition(".")[0]]) for name in spared}
+    assert not kinds & {nn.Linear, nn.Conv2d}  # matrices and kernels are not spared
 
 
 class StopError(Exception):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
-from fliqs_hf.errors import DataError
+import fliqs_hf.pipeline.job as job_module
+import fliqs_hf.training.data as data_module
+from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.pipeline.job import load
 from fliqs_hf.training import ImageData, load_splits
+from fliqs_hf.training.arguments import parse
 from fliqs_hf.training.data import held_in_memory, labelled, train_loader
 from fliqs_hf.training.stream import StreamData
-from tests.training.test_data import PROCESSOR, split_of
+from tests.training.test_data import PROCESSOR, png, split_of
 
 
 def stream(count: int = 20, **changes: Any) -> StreamData:
@@ -66,9 +72,44 @@ def test_a_folder_of_parquet_files_is_streamed(tmp_path: Path) -> None:
         split_of(labels).cast_column("label", classes).to_parquet(tmp_path / f"{name}.parquet")
     train, test, names = labelled(*load_splits(str(tmp_path), streaming=True), "label")
     assert isinstance(train, datasets.IterableDataset) and names == ["a", "b", "c"]
-    held = held_in_memory(test, "image", 2)
-    assert list(held["label"]) == [2, 1]
+    held = held_in_memory(test, names, None)
+    assert list(held["label"]) == [2, 1, 0]
     assert torch.equal(ImageData(held, PROCESSOR, 3)[1][0], ImageData(split_of([2, 1]), PROCESSOR, 3)[1][0])
+    with pytest.raises(DataError, match="'class' does not exist"):
+        held_in_memory(test, names, 2, label_column="class")
     (tmp_path / "test.parquet").unlink()
     with pytest.raises(DataError, match="name a validation_split; the dataset has train"):
         load_splits(str(tmp_path), streaming=True)
+
+
+def arguments(folder: Path, *more: str) -> Any:
+    """Of a recipe that streams an image folder, which is sorted by class: 10 images of each of 3."""
+    for index in range(60):
+        file = folder / ("train" if index < 30 else "validation") / "abc"[index % 30 // 10] / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(index))
+    folders = ["--train_dir", str(folder / "train"), "--validation_dir", str(folder / "validation")]
+    model = ["--model_type", "vit", "--image_size", "8", "--config_overrides", "{patch_size: 4, hidden_size: 12}"]
+    return parse([*folders, *model, "--streaming", "--use_cpu", "--output_dir", str(folder / "run"), *more])
+
+
+def test_held_images_are_of_every_class_and_the_same_each_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with caplog.at_level(logging.WARNING, "fliqs_hf"):
+        first, second = (load(*arguments(tmp_path, "--max_eval_samples", "12")).eval_data for _ in range(2))
+    assert len(first) == 12 and set(first.labels) == {0, 1, 2} and first.labels == second.labels
+    assert not [record for record in caplog.records if "evaluation images" in record.getMessage()]
+    monkeypatch.setattr(data_module, "BUFFER_SIZE", 2)  # as where a sorted stream is longer than the buffer
+    with caplog.at_level(logging.WARNING, "fliqs_hf"):
+        assert set(load(*arguments(tmp_path, "--max_eval_samples", "5")).eval_data.labels) == {0}
+    assert "the 5 evaluation images show 1 of the 3 classes, 'b' is missing: raise max_eval_samples" in caplog.text
+
+
+def test_a_limit_of_a_stream_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_module, "load_splits", lambda *_, **__: pytest.fail("data were loaded"))
+    with pytest.raises(ConfigError, match="max_train_samples=6 does not go with streaming"):
+        load(*arguments(tmp_path, "--max_train_samples", "6"))

@@ -1,0 +1,52 @@
+"""What the allocations of a search space cost, with everything that no allocation changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from safetensors.torch import save
+
+from fliqs_hf.allocation import Allocation
+from fliqs_hf.cost import CostTable, LayerInfo, bops, weight_bytes
+from fliqs_hf.cost.models import CostKind
+from fliqs_hf.hf import FLIQSConfig, quantize
+from fliqs_hf.nn import QuantizerSettings, make_searchable
+from fliqs_hf.search import SearchSpace
+
+
+def cost_table(
+    model: Any,
+    layers: Sequence[LayerInfo],
+    space: SearchSpace,
+    kind: CostKind,
+    settings: QuantizerSettings | None = None,
+) -> CostTable:
+    """Costs of the layers of `space`, on top of a fixed cost.
+
+    Args:
+        model: the fp32 model. layers: all that were traced; those outside of the space stay in fp32.
+    Returns: a table whose `fixed_cost` is, in bit operations, that of the layers in fp32; in bytes, that of everything
+        else in the file of the packed model, header included.
+    """
+    searched = {layer.name for layer in space.layers}
+    if kind == "bops":
+        fixed = bops([layer for layer in layers if layer.name not in searched], {})
+    else:
+        fixed = _file_bytes(model, space, settings or QuantizerSettings())
+    return CostTable(space.layers, space.formats, kind, fixed_cost=fixed)
+
+
+def _file_bytes(model: Any, space: SearchSpace, settings: QuantizerSettings) -> int:
+    """Bytes of the packed file beside weights and scales: other tensors, header, learned factors of inputs.
+
+    From a model that is packed in INT8, as no other format has more tensors or longer offsets.
+    """
+    allocation = Allocation.uniform([layer.name for layer in space.layers], "int8")
+    config = FLIQSConfig(allocation=allocation, activation_granularity=settings.activation_granularity)
+    whole = copy.deepcopy(model)
+    make_searchable(whole, ["int8"], names=list(allocation), settings=settings)
+    packed = quantize(whole, config)
+    data = save({name: tensor.contiguous() for name, tensor in packed.state_dict().items()}, {"format": "pt"})
+    return len(data) - weight_bytes(space.layers, allocation)
