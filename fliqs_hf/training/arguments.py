@@ -20,6 +20,7 @@ class ModelArguments:
     """Which model."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "fp32 checkpoint: a Hub id or a folder"})
+    model_revision: str | None = field(default=None, metadata={"help": "its branch, tag or commit on the Hub"})
     model_type: str | None = field(default=None, metadata={"help": "train this architecture from scratch, e.g. vit"})
     config_overrides: dict | str | None = field(default=None, metadata={"help": "its settings, e.g. hidden_size: 64"})
     image_size: int | None = field(default=None, metadata={"help": "side in pixels; default: the checkpoint's"})

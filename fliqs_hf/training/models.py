@@ -24,6 +24,7 @@ def load_classifier(
     names: Sequence[str],
     *,
     model_name_or_path: str | None = None,
+    model_revision: str | None = None,
     model_type: str | None = None,
     config_overrides: Mapping[str, Any] | None = None,
     image_size: int | None = None,
@@ -35,6 +36,7 @@ def load_classifier(
 
     Args:
         model_name_or_path: a checkpoint. Its head is kept if it has as many classes, else a new one is made.
+        model_revision: branch, tag or commit on the Hub.
         model_type: an architecture to train from scratch instead, such as "vit", with `config_overrides`.
         image_size: side in pixels, where it differs from the checkpoint's: the processor resizes to it and absolute
             position embeddings are interpolated once (bicubic), as is usual in fine-tuning.
@@ -57,8 +59,8 @@ def load_classifier(
     if config_overrides:
         raise ConfigError("config_overrides goes with model_type; a checkpoint has its own configuration")
     try:
-        processor = AutoImageProcessor.from_pretrained(model_name_or_path)
-        config = AutoConfig.from_pretrained(model_name_or_path)
+        processor = AutoImageProcessor.from_pretrained(model_name_or_path, revision=model_revision)
+        config = AutoConfig.from_pretrained(model_name_or_path, revision=model_revision)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load model_name_or_path={model_name_or_path!r}: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
@@ -68,7 +70,7 @@ def load_classifier(
         config.num_labels = len(names)
         config.id2label, config.label2id = labels["id2label"], labels["label2id"]
     model = AutoModelForImageClassification.from_pretrained(
-        model_name_or_path, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
+        model_name_or_path, revision=model_revision, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
     )
     if image_size and getattr(config, "image_size", None) not in (None, image_size):
         model = _resized(model, image_size)

@@ -2,9 +2,11 @@
 
     python recipes/bench/step.py ../shared/data/deit-tiny-imagenet --batch_size 16 --rounds 9
 
-Times are medians of interleaved rounds in one process, given as ratios to the fp32 step of the same round. Activation
-memory is what autograd saves for backward, each storage counted once, without the parameters. Peak memory is the
-growth of the resident set over one step in a fresh process per case.
+A step is forward, backward and, in a search, all that the policy does: sampling, rewards, its update. The update
+of the weights is the same for all and left out, which makes ratios larger. Times are medians of interleaved rounds
+in one process, given as ratios to the fp32 step of the same round. Activation memory is what autograd saves for
+backward, each storage counted once, without the parameters. Peak memory is the growth of the resident set over one
+step in a fresh process per case.
 """
 
 from __future__ import annotations
@@ -25,45 +27,56 @@ import torch
 import transformers
 from transformers import AutoModelForImageClassification
 
-from fliqs_hf import Allocation, FLIQSConfig, make_searchable, quantize
-from fliqs_hf.cost import trace_layers
-from fliqs_hf.formats import COMMON
-from fliqs_hf.nn import QuantizerSettings, format_switch, quantizable_layers
+from fliqs_hf import Allocation, FLIQSConfig, quantize
+from fliqs_hf.cost import CostTable, Target, trace_layers
+from fliqs_hf.nn import QuantizerSettings, make_searchable, quantizable_layers
+from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace
+from fliqs_hf.search.hook import FixedFormats, SearchHook
+from fliqs_hf.training import StepHook
 
 UNIFORM = ("int4", "e2m1", "e4m3", "int8")
 #: "search": other formats at each step. "pairs": two allocations per step, the second without a backward pass.
 #: "clipped": as "search", with learned factors on the scales of inputs.
 CASES = ("fp32", *UNIFORM, "search", "pairs", "clipped")
+STEPS = 1000  # of the search, more than are run
 
 
-def build(path: str, case: str) -> torch.nn.Module:
-    model = AutoModelForImageClassification.from_pretrained(path).train()
-    if case == "fp32":
-        return model
-    layers = trace_layers(model)
-    formats = [case] if case in UNIFORM else [fmt.name for fmt in COMMON if fmt.bits <= 8]
-    settings = QuantizerSettings(activation_granularity="per_token_clipped" if case == "clipped" else "per_token")
-    groups = {layer.name: layer.input_group for layer in layers}
-    make_searchable(model, formats, input_groups=groups, settings=settings)
-    return model
+class Case:
+    """A model with what is done around its steps."""
 
+    def __init__(self, path: str, name: str) -> None:
+        self.model = AutoModelForImageClassification.from_pretrained(path).train()
+        self.hook: StepHook | None = None
+        self.steps = 0
+        if name == "fp32":
+            return
+        layers = trace_layers(self.model)
+        space = SearchSpace(layers, [name] if name in UNIFORM else "mixed")
+        settings = QuantizerSettings(activation_granularity="per_token_clipped" if name == "clipped" else "per_token")
+        groups = {layer.name: layer.input_group for layer in layers}
+        switch = make_searchable(self.model, space.formats, input_groups=groups, settings=settings)
+        if name in UNIFORM:
+            self.hook = FixedFormats(switch, Allocation.uniform(switch.names, name))
+            return
+        config = SearchConfig(prior="none", explore_fraction=1.0, samples_per_step=1 + (name == "pairs"))
+        search = OneShotSearch(space, CostTable(layers, space.formats), Target.of(target_bits=4), config, STEPS)
+        self.hook = SearchHook(search, switch)
 
-def step(
-    model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, case: str
-) -> None:
-    try:
-        switch = format_switch(model)
-    except ValueError:
-        switch = None
-    if switch is not None:  # all layers alike, as layers that share an input must be; a new choice at each step
-        index = torch.randint(len(switch.formats), (1,), generator=generator).expand(len(switch.names))
-        switch.set(index, index)
-    model(images, labels=labels).loss.backward()
-    if case == "pairs":
-        with torch.no_grad():
-            model(images, labels=labels)
-    for parameter in model.parameters():
-        parameter.grad = None
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        passes = self.hook.begin_step(self.steps) if self.hook else [lambda: None]
+        losses = []
+        for index, set_formats in enumerate(passes):
+            set_formats()
+            with torch.set_grad_enabled(index == 0):
+                loss = self.model(images, labels=labels).loss
+            if index == 0:
+                loss.backward()
+            losses.append(loss.detach())
+        if self.hook:
+            self.hook.end_step(self.steps, -torch.stack(losses))
+        self.steps += 1
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
 
 def saved_bytes(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> int:
@@ -91,11 +104,10 @@ def peak(path: str, case: str, batch_size: int) -> int:
 
 
 def measure_peak(path: str, case: str, images: torch.Tensor, labels: torch.Tensor) -> int:
-    model = build(path, case)
-    generator = torch.Generator().manual_seed(0)
+    built = Case(path, case)
     before = resident_peak()
     for _ in range(3):
-        step(model, images, labels, generator, case)
+        built.step(images, labels)
     return resident_peak() - before
 
 
@@ -154,28 +166,28 @@ def main() -> None:
         print(measure_peak(arguments.model, arguments.peak_of, images, labels))
         return
 
-    models = {case: build(arguments.model, case) for case in CASES}
-    generator = torch.Generator().manual_seed(0)
+    cases = {name: Case(arguments.model, name) for name in CASES}
     times: dict[str, list[float]] = {case: [] for case in CASES}
     for round_ in range(arguments.rounds + 1):
-        for case, model in models.items():
+        for name, case in cases.items():
             start = time.perf_counter()
-            step(model, images, labels, generator, case)
+            case.step(images, labels)
             if round_:  # the first round warms up
-                times[case].append(time.perf_counter() - start)
-    saved = {case: saved_bytes(model, images, labels) for case, model in models.items()}
+                times[name].append(time.perf_counter() - start)
+    saved = {name: saved_bytes(case.model, images, labels) for name, case in cases.items()}
     peaks = {case: peak(arguments.model, case, arguments.batch_size) for case in CASES}
     ratio = {
         case: statistics.median(t / base for t, base in zip(times[case], times["fp32"], strict=True)) for case in CASES
     }
-    uniform = statistics.median(ratio[case] for case in UNIFORM)
     result = {
         "command": " ".join(["python", "recipes/bench/step.py", *sys.argv[1:]]),
         "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "fp32_step_s": statistics.median(times["fp32"]),
         "step_over_fp32": ratio,
-        "step_over_uniform_qat": {case: ratio[case] / uniform for case in ("search", "pairs")},
+        "step_over_uniform_qat": {
+            case: {name: ratio[case] / ratio[name] for name in UNIFORM} for case in ("search", "pairs")
+        },
         "saved_activations_over_fp32": {case: saved[case] / saved["fp32"] for case in CASES},
         "peak_over_fp32": {case: peaks[case] / peaks["fp32"] for case in CASES},
         "search_peak_over_uniform_qat": peaks["search"] / peaks["e4m3"],
