@@ -66,8 +66,9 @@ class RunFolder:
 
     @property
     def holds_work(self) -> bool:
-        """Whether a search has finished here, or can be resumed."""
-        return (self.path / "results.json").exists() or bool(states(self.state))
+        """Whether a search has finished here, or it or its fine-tuning can be resumed."""
+        resumable = any(states(folder) for folder in (self.state, self.path / "fp32-state"))
+        return resumable or (self.path / "results.json").exists()
 
     def write(self, name: str, data: Any) -> None:
         """A record as JSON: complete, or as it was. Raises: TrainingError: the disk is full or not writable."""
