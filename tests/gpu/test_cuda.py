@@ -52,10 +52,10 @@ def test_packed_equals_searchable() -> None:
 
 @pytest.mark.parametrize("architecture", ["vit", "resnet"])
 def test_sensitivities_are_those_of_the_cpu(architecture: str) -> None:
-    """First and second look. Convolutions may use TF32, whose products keep 10 bits, and scores are squares of sums."""
+    """First and second look. Convolutions may use TF32, whose factors keep 10 bits, and scores are squares of sums."""
     labels = torch.arange(16) % 5
-    space = SearchSpace(trace_layers(tiny(architecture)), ["int2", "e2m1", "int4"])
-    table, target = CostTable(space.layers, space.formats), Target.of(target_bits=3)
+    space = SearchSpace(trace_layers(tiny(architecture), images(1)), "mixed")
+    table, target = CostTable(space.layers, space.formats), Target.of(target_bits=4)
     found = []
     for device in ("cpu", "cuda"):
         model = tiny(architecture).to(device)
