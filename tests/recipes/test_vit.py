@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -419,6 +420,21 @@ def test_targets_share_the_uniform_models(tmp_path: Path, monkeypatch: pytest.Mo
     front = (tmp_path / "run" / "front.csv").read_text().splitlines()
     assert front[0] == "target,gbops,megabytes,top1" and len(front) == 3
     assert (tmp_path / "run" / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_trackers_get_every_training_of_a_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each under a name of its own, at steps that never go back, which some trackers drop."""
+    logged: list[tuple[int, dict[str, Any]]] = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append((step, values)))
+    file = write(tmp_path, finetune_steps=10, max_steps=10, target_bits=[3.0, 5.0], report_to="tensorboard, ")
+    with pytest.raises(ConfigError, match="report_to=''"):
+        main([str(file)])
+    main([str(file), "--report_to", "tensorboard"])
+    steps = [step for step, _ in logged]
+    assert steps == [5, 10, 15, 20, 20, 25, 30, 30]
+    assert [next(iter(values)).split("/")[0] for _, values in logged] == ["fp32"] * 2 + ["bits-3"] * 3 + ["bits-5"] * 3
+    results = json.loads((tmp_path / "run" / "bits-5" / "results.json").read_text())
+    assert logged[-1][1]["bits-5/eval/top1"] == results["accuracy"]["searched"]["top1"]
 
 
 @pytest.mark.parametrize("kind", ["target_bops", "target_ratio", "target_bits"])

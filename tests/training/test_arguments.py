@@ -66,6 +66,7 @@ def test_a_bad_file_is_explained(tmp_path: Path, text: str, named: str) -> None:
         (["stray"], "unknown argument 'stray'"),
         (["--max_steps", "many"], "'many'"),
         (["--search_overrides", "3"], "search_overrides=3"),
+        (["--search_overrides", "{a: "], "search_overrides='{a: ' is no YAML"),
         (["missing.yaml"], "missing.yaml"),
     ],
 )
