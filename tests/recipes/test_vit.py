@@ -8,29 +8,25 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 import fliqs_hf
-from fliqs_hf.cost import LayerInfo, bops, trace_layers
+from fliqs_hf.cost import LayerInfo, bops
 from fliqs_hf.errors import CheckpointError, ConfigError, FliqsError, HubError, TargetError, TrainingError
 from fliqs_hf.nn import packed_layers
 from fliqs_hf.pipeline import job as recipe_job
 from fliqs_hf.pipeline import prior as recipe_prior
 from fliqs_hf.pipeline import search as recipe
 from fliqs_hf.pipeline.search import main
-from fliqs_hf.search import SearchSpace, Sensitivity
-from fliqs_hf.search.run import RunFolder
 from fliqs_hf.training.arguments import DataArguments, TrainingArguments
-from tests.models import images, tiny
+from tests.models import images
 from tests.training.test_data import PROCESSOR, split_of
 
 ROOT = Path(__file__).parents[2]
@@ -57,12 +53,6 @@ SETTINGS: dict[str, Any] = {
     "search_overrides": {"prior_images": 64, "explore_fraction": 0.3},
     "target_bits": [4.0],
 }
-
-
-@pytest.fixture(autouse=True)
-def new_accelerator() -> None:
-    """Each run chooses its own mixed precision, which accelerate keeps for the whole process otherwise."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -173,41 +163,6 @@ def test_a_finished_run_is_not_repeated(finished: Path, tmp_path: Path, capsys: 
     assert times == {path: path.stat().st_mtime_ns for path in (run / "checkpoint").iterdir()}
 
 
-def test_scores_are_recorded_bit_for_bit(tmp_path: Path) -> None:
-    space = SearchSpace(trace_layers(tiny("vit")), ["int4", "e2m1", "int8"])
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(len(space.decisions), 3, generator=generator) * 10.0 ** torch.tensor([0, -7, -30])
-    measured, run = Sensitivity(scores, 64, 1.25, 2), RunFolder(tmp_path)
-    assert run.sensitivity(space) is None
-    run.begin(space.layers, space, measured)
-    recorded = run.sensitivity(space)
-    assert recorded is not None and torch.equal(recorded.decision_scores, scores)
-    assert replace(recorded, decision_scores=scores) == measured
-    assert run.sensitivity(SearchSpace(space.layers, ["int4", "int8"])) is None
-    (tmp_path / "sensitivity.json").write_text("{")
-    assert run.sensitivity(space) is None
-
-
-def test_a_full_disk_spoils_no_record(tmp_path: Path) -> None:
-    """The line that breaks off is dropped when the run goes on, as steps beyond the state are."""
-    run = RunFolder(tmp_path)
-    for step in (5, 10, 15):
-        run.append({"step": step})
-    with run.metrics.open("a") as file:
-        file.write('{"step": 2')
-    run.forget_after(10)
-    assert run.metrics.read_text() == '{"step": 5}\n{"step": 10}\n'
-    for path, attempt in (
-        ("metrics.jsonl", lambda: run.append({"step": 20})),
-        (".results.json.tmp", lambda: run.write("results.json", {})),
-    ):
-        (tmp_path / path).unlink(missing_ok=True)
-        (tmp_path / path).symlink_to("/dev/full")
-        with pytest.raises(TrainingError, match=r"cannot write .*free some space and resume"):
-            attempt()
-    assert not (tmp_path / "results.json").exists()
-
-
 def test_an_earlier_run_in_the_folder_is_not_taken_for_this_one(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,13 +245,6 @@ def test_epochs_are_steps(epochs: float, processes: int, steps: int) -> None:
     data = recipe_job.image_data(split_of([0] * 90), PROCESSOR, 3, None, DataArguments(), {})
     args = TrainingArguments(num_train_epochs=epochs, per_device_train_batch_size=10, gradient_accumulation_steps=2)
     assert recipe_job.steps_of(args, data, processes) == steps
-
-
-def test_several_targets_give_a_front(tmp_path: Path) -> None:
-    main([str(write(tmp_path)), "--target_bits", "3", "5", "--max_steps", "10"])
-    costs = [json.loads((tmp_path / "run" / f"bits-{b}" / "results.json").read_text())["cost"] for b in (3, 5)]
-    assert costs[0]["bops"] < costs[1]["bops"]
-    assert all(0.97 <= cost["target_ratio"] <= 1 for cost in costs)
 
 
 @pytest.mark.parametrize(
@@ -406,63 +354,6 @@ def test_uniform_models_for_comparison(tmp_path: Path, monkeypatch: pytest.Monke
 
     main([str(write(tmp_path, finetune_steps=0, max_steps=4, overwrite_output_dir=True))])
     assert not list(run.glob("uniform_*"))  # another run in the same folder
-
-
-def test_targets_share_the_uniform_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = []
-    original = recipe.train_formats
-    monkeypatch.setattr(recipe, "train_formats", lambda *a, **k: trained.append(a[5]) or original(*a, **k))
-    file = write(tmp_path, finetune_steps=0, max_steps=4, target_bits=[3.0, 5.0], compare_uniform=["int4"])
-    results = main([str(file)])
-    assert trained == ["search for bits 3", "uniform int4", "search for bits 5"]
-    assert results[0]["accuracy"]["uniform_int4"] == results[1]["accuracy"]["uniform_int4"]
-    assert (tmp_path / "run" / "uniform_int4" / "model.safetensors").exists()
-    front = (tmp_path / "run" / "front.csv").read_text().splitlines()
-    assert front[0] == "target,gbops,megabytes,top1" and len(front) == 3
-    assert (tmp_path / "run" / "front.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_trackers_get_every_training_of_a_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each under a name of its own, at steps that never go back, which some trackers drop."""
-    logged: list[tuple[int, dict[str, Any]]] = []
-    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append((step, values)))
-    file = write(tmp_path, finetune_steps=10, max_steps=10, target_bits=[3.0, 5.0], report_to="tensorboard, ")
-    with pytest.raises(ConfigError, match="report_to=''"):
-        main([str(file)])
-    main([str(file), "--report_to", "tensorboard"])
-    steps = [step for step, _ in logged]
-    assert steps == [5, 10, 15, 20, 20, 25, 30, 30]
-    assert [next(iter(values)).split("/")[0] for _, values in logged] == ["fp32"] * 2 + ["bits-3"] * 3 + ["bits-5"] * 3
-    results = json.loads((tmp_path / "run" / "bits-5" / "results.json").read_text())
-    assert logged[-1][1]["bits-5/eval/top1"] == results["accuracy"]["searched"]["top1"]
-
-
-@pytest.mark.parametrize("kind", ["target_bops", "target_ratio", "target_bits"])
-def test_layers_that_stay_in_fp32_count(tmp_path: Path, kind: str) -> None:
-    """A limit is one of the whole model, as `fliqs-hf estimate` and the card count it."""
-    layers = trace_layers(AutoModelForImageClassification.from_config(small_config()), torch.zeros(1, 3, 8, 8))
-    kept = [layer for layer in layers if "patch_embeddings" in layer.name]
-    fixed, whole = bops(kept, {}), bops(layers, {})
-    limit = fixed + (sum(layer.macs for layer in layers) - kept[0].macs) * 16
-    value = {"target_bops": limit, "target_ratio": limit / whole, "target_bits": 4.0}[kind]
-    changes = {"target_bits": None, kind: [value], "cap": True, "modules_to_not_convert": ["*patch_embeddings*"]}
-    (result,) = main([str(write(tmp_path, finetune_steps=0, max_steps=4, **changes))])
-    allocation = fliqs_hf.Allocation.load(tmp_path / "run" / "allocation.json")
-    assert kept[0].name not in allocation
-    assert 0.97 * limit <= bops(layers, allocation) == result["cost"]["bops"] <= limit
-    assert result["cost"]["fp32_bops"] == whole
-    assert "patch_embeddings" in (tmp_path / "run" / "report.html").read_text()
-
-
-@pytest.mark.parametrize("granularity", ["per_token", "per_token_clipped"])
-def test_a_size_is_that_of_the_file(tmp_path: Path, granularity: str) -> None:
-    changes = {"target_bits": None, "target_size_mb": [0.026], "activation_granularity": granularity}
-    (result,) = main([str(write(tmp_path, finetune_steps=0, max_steps=4, **changes))])
-    assert 0.95 * 26_000 <= result["checkpoint_bytes"] <= 26_000
-
-
-def small_config() -> Any:
-    return AutoConfig.for_model("vit", image_size=8, num_labels=10, **SETTINGS["config_overrides"])
 
 
 def test_an_unknown_uniform_format_is_refused_at_once(tmp_path: Path) -> None:
