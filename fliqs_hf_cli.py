@@ -19,7 +19,7 @@ EXAMPLES = """
 A first pilot on one model:
   fliqs-hf estimate facebook/deit-tiny-patch16-224          what each format would cost; no weights are downloaded
   fliqs-hf quantize MODEL runs/pilot --target_bits 4 --calibration photos/     formats by sensitivity, no training
-  fliqs-hf search recipes/configs/digits.yaml               formats by search, weights trained for them
+  fliqs-hf search digits                                    formats by search, weights trained for them
   fliqs-hf report runs/digits                               why each layer got its format
   fliqs-hf validate MODEL runs/pilot --dataset_name photos/ --max_drop 0.5     may it take the original's place?
   fliqs-hf push runs/pilot user/name                        weights, model card and report to the Hub
@@ -218,7 +218,8 @@ def _quantize(parser: Parser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in OUTPUT")
 
 
-_SEARCH = """  fliqs-hf search recipes/configs/digits.yaml"""
+_SEARCH = """  fliqs-hf search digits
+  fliqs-hf search settings.yaml --target_bits 4"""
 
 _COMPARE = """  fliqs-hf compare runs/digits/fp32 --dataset_name digits --output compare.csv"""
 

@@ -82,9 +82,8 @@ def test_commands_have_arguments_that_exist() -> None:
 
 
 def test_the_quick_start_runs(tmp_path: Path) -> None:
-    """Its commands as they stand, in a folder of their own."""
+    """Its commands as they stand, in a folder of their own, without a checkout."""
     (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8"), re.S)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     run = subprocess.run(
         ["bash", "-e", "-c", block], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True,

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,6 +121,14 @@ def test_import_is_light_and_registers() -> None:
     assert not cuda
     assert registered
     assert run.stderr == ""  # no warning either
+
+
+def test_the_wheel_has_no_folder_of_another_package() -> None:
+    """A folder `optimum` in it would make Transformers' `is_optimum_available()` true where optimum is missing."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert settings["packages"]["find"]["include"] == ["fliqs_hf*"]
+    assert settings["py-modules"] == ["fliqs_hf_cli"]
+    assert not (ROOT / "optimum").exists()
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)

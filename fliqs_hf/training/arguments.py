@@ -133,6 +133,8 @@ class SearchArguments:
 
 ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, SearchArguments)
 FILES = (".yaml", ".yml", ".json")
+#: Settings that come with the package, by name: `fliqs-hf search digits`.
+PACKAGED = {file.stem: file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
 
 
 class _Parser(HfArgumentParser):
@@ -140,7 +142,11 @@ class _Parser(HfArgumentParser):
 
     def __init__(self, description: str | None) -> None:
         super().__init__(ARGUMENTS, description=description, formatter_class=_Help, allow_abbrev=False)
-        self.add_argument("--config", help="a YAML or JSON file of these arguments; also as the first argument")
+        self.add_argument(
+            "--config",
+            help="a YAML or JSON file of these arguments, or one that comes with the package: "
+            f"{', '.join(PACKAGED)}; also as the first argument",
+        )
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help lists the arguments")
@@ -156,12 +162,12 @@ def parse(
     """Arguments from an optional YAML or JSON file and the command line, which overrides it.
 
     Args:
-        argv: the file is its first element, or follows `--config`.
+        argv: the file, or the name of one of `PACKAGED`, is its first element or follows `--config`.
     Raises: ConfigError: the file cannot be read, or a key or argument does not exist (with the nearest one that does)
         or has a value of the wrong type.
     """
     parser = _Parser(description)
-    if argv and argv[0].endswith(FILES):
+    if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     known, _ = parser.parse_known_args(argv)
     if known.config is not None:
@@ -184,6 +190,13 @@ def parse(
 
 def _settings(file: str) -> dict[str, Any]:
     """The settings of a file, checked by name and by type."""
+    if not file.endswith(FILES):
+        if file not in PACKAGED:
+            raise ConfigError(
+                f"{file!r} is neither a file of settings ({', '.join(FILES)}) nor the name of one that comes with "
+                f"fliqs_hf ({', '.join(PACKAGED)})"
+            )
+        file = str(PACKAGED[file])
     try:
         settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

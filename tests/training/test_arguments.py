@@ -63,7 +63,9 @@ def test_a_bad_file_is_explained(tmp_path: Path, text: str, named: str) -> None:
         (["--learning_rat", "1"], "unknown argument '--learning_rat'; did you mean 'learning_rate'"),
         (["--learning-rte=1"], "did you mean 'learning_rate'"),
         (["--max_step", "3"], "did you mean 'max_steps'"),  # argparse would take an abbreviation
-        (["stray"], "unknown argument 'stray'"),
+        (["stray"], "'stray' is neither a file of settings (.yaml, .yml, .json) nor the name of one that comes with"),
+        (["--config", "digit"], "fliqs_hf (digits)"),
+        (["--max_steps", "3", "stray"], "unknown argument 'stray'"),
         (["--max_steps", "many"], "'many'"),
         (["--search_overrides", "3"], "search_overrides=3"),
         (["--search_overrides", "{a: "], "search_overrides='{a: ' is no YAML"),
@@ -81,3 +83,8 @@ def test_the_committed_configurations_are_valid(file: Path) -> None:
     model, data, training, search = parse([str(file)])
     assert (model.model_name_or_path or model.model_type) and data.dataset_name and search.target_bits
     assert training.output_dir == f"runs/{file.stem}"
+
+
+def test_settings_that_come_with_the_package_have_a_name() -> None:
+    model, data, training, _ = parse(["digits", "--max_steps", "3"])
+    assert (model.model_type, data.dataset_name, training.max_steps) == ("vit", "digits", 3)
