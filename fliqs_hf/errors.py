@@ -33,5 +33,13 @@ class TrainingError(FliqsError, RuntimeError):
     """Training that cannot go on, such as a loss that is not finite."""
 
 
+class DiskError(TrainingError):
+    """A file or folder that cannot be written, with the reason that the system gave."""
+
+
+class BusyError(FliqsError, RuntimeError):
+    """A folder that another process is writing to."""
+
+
 class HubError(FliqsError, RuntimeError):
     """The Hub refused a request, or could not be reached."""
