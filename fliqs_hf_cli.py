@@ -25,8 +25,14 @@ A first pilot on one model:
   fliqs-hf push runs/pilot user/name                        weights, model card and report to the Hub
 
 Exit status: 0 done; 1 the answer is no (a gate not passed, a damaged checkpoint); 2 a mistake in the arguments or
-input, named on stderr; 130 interrupted. With --json the answer is one JSON object on stdout.
+input, named on stderr; 130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP. With --json the answer is one JSON object on
+stdout.
 """
+
+
+#: What a command that was stopped advises.
+GO_ON = {"search": "add --resume to go on", "compare": "the same command goes on where it was"}
+START_AGAIN = "the same command starts again"
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,11 +72,15 @@ def run(args: argparse.Namespace) -> int:
     """Carry out parsed arguments. Returns: the exit status."""
     module, _, function = args.fliqs_command.partition(":")
     errors: Any = importlib.import_module("fliqs_hf.errors")
+    interrupt: Any = importlib.import_module("fliqs_hf.interrupt")
     # Libraries print as well: DeepSpeed does when it is imported.
     alone: Any = importlib.import_module("fliqs_hf.cli.output").alone_on_stdout
     as_json = getattr(args, "json", False) or "--json" in getattr(args, "rest", ())
     try:
-        with alone() if as_json else nullcontext():
+        with (
+            interrupt.stopping(GO_ON.get(module, START_AGAIN)),
+            alone() if as_json else nullcontext(),
+        ):
             status: int = getattr(importlib.import_module(f"fliqs_hf.cli.{module}"), function)(args)
     except errors.FliqsError as error:
         return _failed(args, f"{type(error).__name__}: {error}", 1 if isinstance(error, errors.CheckpointError) else 2)
@@ -78,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
         return _failed(args, f"{type(error).__name__}: {error}", 2)
     except ImportError as error:
         return _failed(args, f"{error}; install what is missing, e.g. pip install 'fliqs-hf[report]'", 2)
-    except KeyboardInterrupt as stop:
-        return _failed(args, str(stop) or "interrupted; search and compare go on where they were", 130)
+    except interrupt.Interrupted as stop:
+        return _failed(args, str(stop), stop.status)
     return status
 
 

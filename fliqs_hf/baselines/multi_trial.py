@@ -17,8 +17,10 @@ from tqdm.auto import tqdm
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.baselines.allocations import random_scores
+from fliqs_hf.checksums import sealed, unsealed
 from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
+from fliqs_hf.files import append_text, disk_errors, write_text
 from fliqs_hf.search import SearchSpace, choice_at_target, reachable_range
 from fliqs_hf.training.seeds import derived_seed
 
@@ -76,8 +78,8 @@ def multi_trial(
         journal: JSON lines of the trials; those that it has already are not run again. What the objective does is not
             recorded: a changed one needs another journal.
     Raises: ConfigError: bad `trials` or `sampler`, or Optuna is not installed. TargetError: no allocation meets the
-        target. TrainingError: a score is not finite, or the journal cannot be written. CheckpointError: the journal
-        is damaged, or of a search with other settings.
+        target. TrainingError: a score is not finite. DiskError: the journal cannot be written. CheckpointError: the
+        journal is damaged, or of a search with other settings.
     Source: Optuna, Akiba et al. 2019; its estimator, Bergstra et al. 2011.
     """
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
@@ -174,14 +176,11 @@ class _Optuna:
 
 
 def _append(journal: Path, header: dict[str, Any], trial: Trial) -> None:
-    entry = asdict(trial)
-    try:
+    with disk_errors(journal):
         journal.parent.mkdir(parents=True, exist_ok=True)
-        with journal.open("a", encoding="utf-8") as file:
-            lines = [entry] if file.tell() else [header, entry]
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-    except OSError as error:
-        raise TrainingError(f"cannot write the journal {journal}: {error}; free some space and start again") from error
+        empty = not journal.exists() or journal.stat().st_size == 0
+    lines = [header, asdict(trial)] if empty else [asdict(trial)]
+    append_text(journal, "".join(json.dumps(sealed(line)) + "\n" for line in lines))
 
 
 def _read(journal: Path, header: dict[str, Any], space: SearchSpace) -> list[Trial]:
@@ -192,8 +191,8 @@ def _read(journal: Path, header: dict[str, Any], space: SearchSpace) -> list[Tri
         text = journal.read_text(encoding="utf-8")
         complete = text[: text.rfind("\n") + 1]
         if complete != text:
-            journal.write_text(complete, encoding="utf-8")
-        stored, *entries = [json.loads(line) for line in complete.splitlines()] or [header]
+            write_text(journal, complete)
+        stored, *entries = [unsealed(json.loads(line)) for line in complete.splitlines()] or [header]
         for key, value in header.items():
             if stored.get(key) != value:
                 raise CheckpointError(

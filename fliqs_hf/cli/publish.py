@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 
 from fliqs_hf.cli.output import answer
+from fliqs_hf.lock import locked_run
 
 
 def report(args: argparse.Namespace) -> int:
     from fliqs_hf.report.run_report import write_report
 
-    page = write_report(args.run)
+    with locked_run(args.run):
+        page = write_report(args.run)
     figures = sorted(str(path) for path in (page.parent / "figures").glob("*.png"))
     answer(args.json, {"report": str(page), "figures": figures}, "\n".join([str(page), *figures]))
     return 0
@@ -19,9 +21,10 @@ def report(args: argparse.Namespace) -> int:
 def push(args: argparse.Namespace) -> int:
     from fliqs_hf.hf.hub import push as push_run
 
-    url = push_run(
-        args.run, args.repo_id, private=args.private, revision=args.revision, commit_message=args.commit_message,
-        create_pr=args.create_pr,
-    )  # fmt: skip
+    with locked_run(args.run):
+        url = push_run(
+            args.run, args.repo_id, private=args.private, revision=args.revision, commit_message=args.commit_message,
+            create_pr=args.create_pr,
+        )  # fmt: skip
     answer(args.json, {"url": url}, url)
     return 0

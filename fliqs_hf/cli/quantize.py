@@ -13,6 +13,7 @@ from fliqs_hf.cli.output import answer
 from fliqs_hf.cost import LayerInfo, Target, trace_layers, unlisted_bytes
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf import FLIQSConfig
+from fliqs_hf.lock import locked
 from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config
 from fliqs_hf.pipeline.post_training import Found, allocate
 from fliqs_hf.search.run import RunFolder, cost_summary, layer_table
@@ -21,6 +22,11 @@ TARGETS = ("target_bits", "target_bops", "target_size_mb", "target_ratio")
 
 
 def quantize(args: argparse.Namespace) -> int:
+    with locked(args.output):
+        return _quantize(args)
+
+
+def _quantize(args: argparse.Namespace) -> int:
     target = _target(args)
     if (Path(args.output) / "checkpoint").exists() and not args.overwrite:
         raise ConfigError(f"{args.output} holds a run already; choose another folder, or pass --overwrite")

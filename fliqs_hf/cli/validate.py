@@ -8,6 +8,7 @@ from pathlib import Path
 from fliqs_hf.cli.data import load_split
 from fliqs_hf.cli.output import answer
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.lock import locked_run
 from fliqs_hf.pipeline.checkpoints import checkpoint_of, device_of, load_model, load_processor
 from fliqs_hf.report.validate import ValidationResult
 from fliqs_hf.report.validate import validate as compare
@@ -20,6 +21,11 @@ FORMS = {
 
 
 def validate(args: argparse.Namespace) -> int:
+    with locked_run(args.quantized):
+        return _validate(args)
+
+
+def _validate(args: argparse.Namespace) -> int:
     outputs = [Path(name) for name in args.output]
     for path in outputs:
         if path.suffix not in FORMS:

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import shlex
 import subprocess
 import sys
@@ -54,6 +53,8 @@ from fliqs_hf.baselines import (
 )
 from fliqs_hf.cost import CostTable, Target, bops, trace_layers
 from fliqs_hf.errors import ConfigError, FliqsError, TargetError
+from fliqs_hf.interrupt import Interrupted, stopping
+from fliqs_hf.lock import locked
 from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
 from fliqs_hf.pipeline.compare_methods import (
     FLOATS,
@@ -68,6 +69,7 @@ from fliqs_hf.pipeline.compare_methods import (
 )
 from fliqs_hf.pipeline.compare_scores import Scores
 from fliqs_hf.pipeline.compare_summary import summarise, write_summary
+from fliqs_hf.pipeline.compare_table import COLUMNS, Table
 from fliqs_hf.report.comparison import peak_memory
 from fliqs_hf.report.validate import processor_name
 from fliqs_hf.search import (
@@ -79,7 +81,8 @@ from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.search.run import versions
 from fliqs_hf.training import ImageData, StepHook, TrainConfig, evaluate, load_splits, train
 
-COLUMNS = ("method", "target_bits", "seed", "top1", "loss", "cost_ratio", "steps", "seconds", "peak_mb", "allocation")
+#: Arguments that say which rows there are and where, not what is in them.
+FREE = ("methods", "target_bits", "seeds", "output", "use_cpu")
 
 
 class Comparison:
@@ -297,34 +300,35 @@ def main(argv: list[str], command: str = "fliqs-hf compare") -> list[dict[str, A
     arguments = parser(command).parse_args(argv)
     check_methods(arguments.methods, arguments.activation, arguments.activation_granularity)
     hf_logging.disable_progress_bar()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    lines = arguments.output.read_text().splitlines() if arguments.output.exists() else []
-    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
-    done = {(row["method"], row["target_bits"], row["seed"]) for row in rows}
+    with locked(arguments.output, arguments.output.with_name(f".{arguments.output.name}.lock")):
+        _add_rows(arguments, f"{command} {shlex.join(argv)}")
+        print(write_summary(arguments.output))
+    return summarise(arguments.output)[1]
+
+
+def _add_rows(arguments: argparse.Namespace, command: str) -> None:
+    """Run what the CSV does not have yet."""
+    table = Table(arguments.output, {k: v for k, v in vars(arguments).items() if k not in FREE})
     todo = [
         (method, bits, seed)
         for method, bits, seed in runs(arguments.methods, arguments.target_bits, arguments.seeds)
-        if (method, f"{bits:g}", str(seed)) not in done
+        if (method, f"{bits:g}", str(seed)) not in table.done
     ]
-    if not todo and not lines:
+    if not todo and not table.done:
         raise ConfigError(f"nothing to compare: {', '.join(arguments.methods)} exist for whole bits only")
-    if todo:
-        comparison = Comparison(arguments)
-        for method, bits in {(method, bits) for method, bits, _ in todo}:
-            comparison.check(method, bits)
-        with arguments.output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            file.write(f"# {command} {shlex.join(argv)}\n# {provenance()}\n")
-            if not lines:
-                fp32 = evaluate(comparison.model, comparison.eval, comparison.accelerator)
-                file.write(f"# fp32: top1 {fp32.top1:.4f}, loss {fp32.loss:.4f}, {fp32.n} images\n")
-                writer.writeheader()
-            for method, bits, seed in todo:
-                writer.writerow(row := comparison.run(method, bits, seed))
-                file.flush()
-                print({key: row[key] for key in COLUMNS[:9]}, flush=True)
-    print(write_summary(arguments.output))
-    return summarise(arguments.output)[1]
+    if not todo:
+        return
+    comparison = Comparison(arguments)
+    for method, bits in {(method, bits) for method, bits, _ in todo}:
+        comparison.check(method, bits)
+    notes = [command, str(provenance())]
+    if table.new:
+        fp32 = evaluate(comparison.model, comparison.eval, comparison.accelerator)
+        notes.append(f"fp32: top1 {fp32.top1:.4f}, loss {fp32.loss:.4f}, {fp32.n} images")
+    table.begin(notes)
+    for method, bits, seed in todo:
+        table.add(row := comparison.run(method, bits, seed))
+        print({key: row[key] for key in COLUMNS[:9]}, flush=True)
 
 
 def provenance() -> dict[str, Any]:
@@ -338,12 +342,13 @@ def provenance() -> dict[str, Any]:
 
 
 def script(argv: list[str], command: str) -> int:
-    """`main` for a terminal. Returns: the exit status: 0, 2 for an error, 130 for an interruption."""
+    """`main` for a terminal. Returns: the exit status: 0, 2 for an error, 128 + number of the signal if stopped."""
     try:
-        main(argv, command)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        return 130
+        with stopping("the same command goes on"):
+            main(argv, command)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return stop.status
     except FliqsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

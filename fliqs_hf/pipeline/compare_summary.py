@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from fliqs_hf.errors import DataError
+from fliqs_hf.files import replacing, write_text
+from fliqs_hf.pipeline.compare_table import rows_of
 
 HEAD = ("bits", "method", "top-1 %", "loss", "cost / target", "seconds", "peak MB", "seeds")
 
@@ -16,12 +17,12 @@ HEAD = ("bits", "method", "top-1 %", "loss", "cost / target", "seconds", "peak M
 def summarise(path: Path) -> tuple[float | None, list[dict[str, Any]]]:
     """Top-1 of the fp32 model if it is on record, and a row per target and method, best first.
 
-    Raises: DataError: the file holds no results.
+    Raises: DataError: the file holds no results. CheckpointError: it is damaged.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     fp32 = next((float(x.split("top1 ")[1].split(",")[0]) for x in lines if x.startswith("# fp32: top1 ")), None)
     groups: dict[tuple[float, str], list[dict[str, str]]] = defaultdict(list)
-    for row in csv.DictReader(line for line in lines if not line.startswith("#")):
+    for row in rows_of(path, lines):
         groups[float(row["target_bits"]), row["method"]].append(row)
     if not groups:
         raise DataError(f"{path} holds no results yet")
@@ -67,7 +68,7 @@ def write_summary(path: Path) -> str:
 
     fp32, table = summarise(path)
     text = markdown(fp32, table)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_text(path.with_suffix(".md"), text)
     bits = sorted({row["bits"] for row in table})
     methods = list(dict.fromkeys(row["method"] for row in sorted(table, key=lambda row: -row["top1"])))
     figure = Figure(figsize=(2.4 + 2.2 * len(bits), 1.2 + 0.27 * len(methods)), layout="constrained")
@@ -87,5 +88,6 @@ def write_summary(path: Path) -> str:
     grid[0].invert_yaxis()
     if fp32 is not None:
         grid[-1].legend(frameon=False, fontsize=8)
-    figure.savefig(path.with_suffix(".png"), dpi=150, facecolor="white")
+    with replacing(path.with_suffix(".png")) as draft:
+        figure.savefig(draft, dpi=150, facecolor="white")
     return text

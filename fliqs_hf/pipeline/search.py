@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import get_int_from_env
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
+from fliqs_hf import checksums
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers, unlisted_bytes
-from fliqs_hf.errors import ConfigError, FliqsError, FormatError
+from fliqs_hf.errors import CheckpointError, ConfigError, FliqsError, FormatError
+from fliqs_hf.files import disk_errors, remove
 from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.hf import FLIQSConfig, quantize
+from fliqs_hf.interrupt import Interrupted, stopping
+from fliqs_hf.lock import locked
 from fliqs_hf.nn import make_searchable, quantizable_layers, restore
+from fliqs_hf.pipeline.completion import complete
 from fliqs_hf.pipeline.costs import cost_table
 from fliqs_hf.pipeline.job import Job, load, targets_of
 from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
 from fliqs_hf.search import OneShotSearch, SearchSpace
 from fliqs_hf.search.hook import FixedFormats, SearchHook
-from fliqs_hf.search.run import RunFolder, cost_summary, layer_table, write_front
-from fliqs_hf.training import Accuracy, Interrupted, train
-from fliqs_hf.training.arguments import ModelArguments, SearchArguments, TrainingArguments, parse
+from fliqs_hf.search.run import RunFolder, cost_summary, write_front
+from fliqs_hf.training import Accuracy, train
+from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, parse
 from fliqs_hf.training.loop import UNSETTLED
-from fliqs_hf.training.state import states
+from fliqs_hf.training.state import steps_done
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,26 @@ def main(argv: list[str] | None = None, description: str | None = None) -> list[
     folder = RunFolder(parts[2].output_dir)
     several = len(targets) > 1
     runs = {target: RunFolder(folder.path / target.label) if several else folder for target in targets}
+    with ExitStack() as stack:
+        if get_int_from_env(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0) == 0:
+            for path in dict.fromkeys(run.path for run in (folder, *runs.values())):
+                stack.enter_context(locked(path))
+        return _run(parts, folder, runs, uniform)
+
+
+def _run(
+    parts: tuple[ModelArguments, DataArguments, TrainingArguments, SearchArguments],
+    folder: RunFolder,
+    runs: dict[Target, RunFolder],
+    uniform: list[str],
+) -> list[dict[str, Any]]:
+    """`main` with folders that no other process writes to."""
     check_output(folder, runs.values(), parts[0], parts[2])
     job = load(*parts)
-    layers, space, table = searched(job, parts[3], targets)
+    layers, space, table = searched(job, parts[3], list(runs))
     if job.args.resume:
-        folder.check(job.settings, job.search)
+        for run in (folder, *runs.values()):
+            run.check(job.settings, job.search)
     job.accelerator.wait_for_everyone()
     publishing = Publishing(job, runs)
     if job.accelerator.is_main_process:
@@ -95,6 +115,7 @@ def main(argv: list[str] | None = None, description: str | None = None) -> list[
         fp32_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
         uniform=uniform,
     )  # fmt: skip
+    several = len(runs) > 1
     results = []
     for number, (target, run) in enumerate(runs.items()):
         track = Tracking(job, f"{target.label}/" if several else "", job.args.finetune_steps + number * job.steps)
@@ -110,13 +131,14 @@ def main(argv: list[str] | None = None, description: str | None = None) -> list[
 def script(argv: list[str] | None = None, description: str | None = None) -> int:
     """`main` for a terminal, with errors as one line on stderr.
 
-    Returns: the exit status: 0, 2 for an error, 130 for an interruption.
+    Returns: the exit status: 0, 2 for an error, 128 + number of the signal for an interruption.
     """
     try:
-        main(argv, description)
-    except KeyboardInterrupt as stop:
-        print(f"\n{stop if isinstance(stop, Interrupted) else 'stopped; add --resume to go on'}", file=sys.stderr)
-        return 130
+        with stopping("add --resume to go on"):
+            main(argv, description)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return stop.status
     except FliqsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -180,12 +202,14 @@ def finetune(job: Job, folder: RunFolder) -> None:
     if not job.args.finetune_steps:
         return
     kept, state = finetuned(folder), folder.path / "fp32-state"
-    if job.args.resume and (kept / "config.json").exists():
-        job.model.load_state_dict(AutoModelForImageClassification.from_pretrained(kept).state_dict())
+    if job.args.resume and kept.exists():
+        job.model.load_state_dict(_intact(kept).state_dict())
+        if job.accelerator.is_main_process:
+            _discard(state)
         return
     if not job.args.resume and job.accelerator.is_main_process:
         for old in (kept, state):
-            shutil.rmtree(old, ignore_errors=True)
+            _discard(old)
     job.accelerator.wait_for_everyone()
     config = job.train_config(job.args.finetune_steps, job.args.finetune_learning_rate or job.args.learning_rate)
     job.model = train(
@@ -196,17 +220,50 @@ def finetune(job: Job, folder: RunFolder) -> None:
         with folder.replacing(kept.name) as draft:
             job.model.save_pretrained(draft)
             job.processor.save_pretrained(draft)
-        shutil.rmtree(state, ignore_errors=True)
+            checksums.seal_folder(draft)
+        _discard(state)
     job.accelerator.wait_for_everyone()
 
 
+def _intact(kept: Path) -> Any:
+    """The fine-tuned model as it was written. Raises: CheckpointError: damaged, or changed since."""
+    try:
+        checksums.check_folder(kept)
+        return AutoModelForImageClassification.from_pretrained(kept)
+    except (CheckpointError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the fine-tuned model is lost: {error}; restore it, or remove {kept}, and --resume trains it again"
+        ) from error
+
+
+def _discard(path: Path) -> None:
+    """What the run does not need any more. Raises: DiskError."""
+    with disk_errors(path):
+        remove(path)
+
+
 def search_for(job: Job, run: RunFolder, target: Target, start: Start, track: Tracking) -> dict[str, Any]:
-    """One search: policy and weights together, then the final allocation, packed, saved, loaded and evaluated."""
+    """One search and all that a run folder has at its end, of which a resumed run makes what is not there.
+
+    Raises: CheckpointError: what was recorded is damaged.
+    """
+    result = run.read_result("results.json") if job.args.resume else None
+    if result is None:
+        result = _search(job, run, target, start, track)
+    else:
+        job.accelerator.print(f"{run.path} is finished")
+    if job.accelerator.is_main_process:
+        _discard(run.state)
+        for name in start.uniform:  # of a result that is on record: it was made from them
+            start.folder.write_result(f"uniform_{name}.json", result["accuracy"][f"uniform_{name}"])
+        print(complete(run, start.layers, start.space, result))
+    job.accelerator.wait_for_everyone()
+    return result
+
+
+def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Tracking) -> dict[str, Any]:
+    """Policy and weights together, then the final allocation, packed, saved, loaded and evaluated; the result last."""
     accelerator, args = job.accelerator, job.args
-    if args.resume and (run.path / "results.json").exists():
-        accelerator.print(f"{run.path} is finished")
-        result: dict[str, Any] = run.read("results.json")
-        return result
     search = OneShotSearch(
         start.space, start.table, target, job.search, job.steps, seed=args.seed,
         rank=accelerator.process_index, world_size=accelerator.num_processes, device=accelerator.device,
@@ -215,19 +272,16 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start, track: Tr
     if (sensitivity := start.prior.scores(run, target)) is not None:
         search.start_from(sensitivity.decision_scores)
     check_one_policy(accelerator, search)
-    first = 0
     if accelerator.is_main_process:
-        saved = states(run.state)
-        first = int(saved[-1].name.removeprefix("step-")) if saved else 0
         run.configure(job.settings, job.search)
         run.begin(start.layers, start.space, sensitivity)
-        run.forget_after(first)
+        run.forget_after(steps_done(run.state))
 
     def on_log(entry: dict[str, Any]) -> None:
         run.append({**entry, "phase": search.phase(entry["step"] - 1)})
         track.log(entry)
 
-    seconds = train_formats(
+    train_formats(
         job, start, lambda switch: SearchHook(search, switch, run.policy), start.space.formats, run.state,
         f"search for {target.kind} {target.value:g}", on_log,
     )  # fmt: skip
@@ -236,6 +290,7 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start, track: Tr
     accelerator.wait_for_everyone()
     track.log({"step": job.steps, "eval/top1": accuracy.top1, "eval/loss": accuracy.loss})
     others = {f"uniform_{name}": train_uniform(job, start, name) for name in start.uniform}
+    seconds = run.seconds()
     result = {
         "target": {target.kind: target.value, "cost": search.target_cost, "cap": target.cap},
         "cost": {
@@ -245,16 +300,13 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start, track: Tr
         "checkpoint_bytes": sum(file.stat().st_size for file in run.checkpoint.glob("*.safetensors")),
         "fp32_bytes": start.fp32_bytes,
         "seconds": seconds,
-        "seconds_per_step": seconds / max(1, job.steps - first),
+        "seconds_per_step": seconds / job.steps,
         "sensitivity_seconds": sensitivity.seconds if sensitivity is not None else None,
         "repaired": final.repaired,
         "argmax_cost_ratio": final.argmax_cost_ratio,
     }  # fmt: skip
     if accelerator.is_main_process:
-        run.write("results.json", result)
-        shutil.rmtree(run.state, ignore_errors=True)
-        print(f"\n{layer_table(start.layers, final.allocation)}\n\n{summary(result)}")
-        print(f"run folder      {run.path}\n{report(run)}")
+        run.write_result("results.json", result)
     accelerator.wait_for_everyone()
     return result
 
@@ -267,24 +319,21 @@ def train_formats(
     state: Path,
     name: str,
     on_log: Callable[[dict[str, Any]], None] | None = None,
-) -> float:
+) -> None:
     """Train `job.model` from the fp32 weights, quantized as the hook says; it stays searchable, for `deliver`.
 
     Args:
         hook: `FormatSwitch` -> `StepHook`.
-    Returns: seconds.
     """
     job.model.load_state_dict(start.original)
     teacher = copy.deepcopy(job.model) if job.args.distill else None
     groups = {layer.name: layer.input_group for layer in start.space.layers}
     switch = make_searchable(job.model, formats, names=list(groups), input_groups=groups, settings=job.quantizers)
-    begin = time.perf_counter()
     job.model = train(
         job.model, job.train_data, job.train_config(job.steps, job.args.learning_rate),
         job.accelerator, hook=hook(switch), augment=job.augment, teacher=teacher, score=job.score,
         state_folder=state, resume=job.args.resume, on_log=on_log, name=name,
     )  # fmt: skip
-    return time.perf_counter() - begin
 
 
 def deliver(job: Job, run: RunFolder, allocation: Allocation, folder: str, name: str) -> Accuracy:
@@ -315,54 +364,19 @@ def train_uniform(job: Job, start: Start, fmt: str) -> dict[str, Any]:
     """
     run, folder = start.folder, f"uniform_{fmt}"
     record = f"{folder}.json"
-    if (run.path / record).exists():
-        accuracy: dict[str, Any] = run.read(record)
+    state = run.path / f"{folder}-state"
+    accuracy = run.read_result(record)
+    if accuracy is not None:
+        if job.accelerator.is_main_process:
+            _discard(state)
         return accuracy
     allocation = Allocation.uniform([layer.name for layer in start.space.layers], fmt)
-    state = run.path / f"{folder}-state"
     train_formats(
         job, start, lambda switch: FixedFormats(switch, allocation), [parse_format(fmt)], state, f"uniform {fmt}"
     )
     accuracy = deliver(job, run, allocation, folder, f"uniform {fmt} evaluation").to_dict()
     job.accelerator.wait_for_everyone()
     if job.accelerator.is_main_process:
-        run.write(record, accuracy)
-        shutil.rmtree(state, ignore_errors=True)
+        run.write_result(record, accuracy)
+        _discard(state)
     return accuracy
-
-
-def summary(result: dict[str, Any]) -> str:
-    """Cost, size and accuracy, before and after."""
-    cost, accuracy = result["cost"], result["accuracy"]
-    fp32, found = accuracy["fp32"], accuracy["searched"]
-    lines = [
-        f"bit operations  {cost['fp32_bops'] / 1e9:9.3f} G fp32  -> {cost['bops'] / 1e9:9.3f} G  "
-        f"({cost['target_ratio']:.1%} of the target)",
-        f"checkpoint      {result['fp32_bytes'] / 1e6:9.3f} MB fp32 -> "
-        f"{result['checkpoint_bytes'] / 1e6:9.3f} MB on disk",
-        f"accuracy        {fp32['top1']:9.2%} fp32    -> {found['top1']:9.2%} searched  ({found['n']} images)",
-    ]
-    lines += [
-        f"                {other['top1']:9.2%} {name.replace('_', ' ')}, trained for as many steps"
-        for name, other in accuracy.items()
-        if name.startswith("uniform_")
-    ]
-    if result["sensitivity_seconds"] is not None:
-        spent, step = result["sensitivity_seconds"], result["seconds_per_step"]
-        lines.append(f"sensitivity     {spent:9.1f} s, as long as {spent / step:.0f} steps of this search")
-    if result["repaired"]:
-        lines.insert(
-            0,
-            f"The policy's arg-max costs {result['argmax_cost_ratio']:.3f} of the target; the integer program over "
-            "its log-probabilities chose this allocation instead.\n",
-        )
-    return "\n".join(lines)
-
-
-def report(run: RunFolder) -> str:
-    """Write the report. Returns: the line that says where it is, or what is missing to make it."""
-    try:
-        from fliqs_hf.report.run_report import write_report
-    except ImportError as error:
-        return f"report          needs {error.name}: pip install fliqs-hf[report], then fliqs-hf report {run.path}"
-    return f"report          {write_report(run.path)}"

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from fliqs_hf.files import disk_errors, replacing
 from fliqs_hf.formats import Format, parse
 
 if TYPE_CHECKING:
@@ -185,11 +186,11 @@ def svg(figure: Figure | None, salt: str) -> Markup | None:
 def write_png(figure: Figure | None, path: Path) -> None:
     """Write it, or remove what an earlier report left where there is nothing to draw any more."""
     if figure is None:
-        path.unlink(missing_ok=True)
+        with disk_errors(path):
+            path.unlink(missing_ok=True)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(_STYLE):
-        figure.savefig(path, dpi=150, facecolor="white")
+    with mpl.rc_context(_STYLE), replacing(path) as draft:
+        figure.savefig(draft, dpi=150, facecolor="white")
 
 
 def _blocks(names: Sequence[str]) -> list[tuple[int, str]]:

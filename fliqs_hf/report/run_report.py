@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import jinja2
 from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.cost import LayerInfo, bops
 from fliqs_hf.errors import CheckpointError
+from fliqs_hf.files import write_text
 from fliqs_hf.formats import Format
 from fliqs_hf.hf.card import Result, measured_models
 from fliqs_hf.hf.run_folder import RunFolder
@@ -94,7 +94,7 @@ def write_report(folder: str | Path) -> Path:
     """Write `report.html` and `figures/*.png` into a run folder.
 
     Returns: the path of the page.
-    Raises: CheckpointError: see `RunReport.read`. OSError: the folder cannot be written.
+    Raises: CheckpointError: see `RunReport.read`. DiskError: the folder cannot be written.
     """
     report = RunReport.read(folder)
     assert report.run.run is not None
@@ -120,9 +120,7 @@ def write_report(folder: str | Path) -> Path:
     for name, figure in drawn.items():
         if name != "policy":  # a panel per decision: for the page
             figures.write_png(figure, report.run.run / "figures" / f"{name}.png")
-    draft = target.with_name(f".{PAGE}.tmp")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, target)
+    write_text(target, page)
     return target
 
 

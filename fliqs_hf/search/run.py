@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
+from fliqs_hf import checksums
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, bops, weight_bytes
-from fliqs_hf.errors import CheckpointError, TrainingError
+from fliqs_hf.errors import CheckpointError
+from fliqs_hf.files import append_text, replacing, write_text
 from fliqs_hf.search.config import SearchConfig
 from fliqs_hf.search.sensitivity import Sensitivity
 from fliqs_hf.search.space import SearchSpace
@@ -39,6 +38,8 @@ RECORDS = (
     "config.json", "results.json", "allocation.json", "metrics.jsonl", "policy.jsonl", "sensitivity.json",
     "search_space.json", "layers.json", "validation.json", "validation.html", "report.html", "front.csv", "front.png",
 )  # fmt: skip
+#: What a resumed run goes on from.
+RESUMED = ("state", "fp32-state", "fp32", "results.json")
 PACKAGES = ("fliqs-hf", "torch", "transformers", "accelerate", "datasets", "safetensors", "scipy")
 
 
@@ -71,36 +72,50 @@ class RunFolder:
         return resumable or (self.path / "results.json").exists()
 
     def write(self, name: str, data: Any) -> None:
-        """A record as JSON: complete, or as it was. Raises: TrainingError: the disk is full or not writable."""
-        self._replace(self.path / name, json.dumps(data, indent=2, default=str) + "\n")
+        """A record as JSON: complete, or as it was. Raises: DiskError."""
+        write_text(self.path / name, json.dumps(data, indent=2, default=str) + "\n")
 
     def read(self, name: str) -> Any:
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
-
-    @contextmanager
-    def replacing(self, name: str) -> Iterator[Path]:
-        """A folder to fill, which becomes the sub-folder `name` when it is complete.
-
-        Raises: TrainingError: the disk is full or not writable; what was there is untouched.
-        """
-        draft, final = self.path / f".{name}.tmp", self.path / name
-        shutil.rmtree(draft, ignore_errors=True)
+        """Raises: CheckpointError: missing or damaged."""
         try:
-            yield draft
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(draft, final)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise _disk(final, error) from error
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"cannot read {self.path / name}: {error}") from error
+
+    def write_result(self, name: str, result: dict[str, Any]) -> None:
+        """A record that a resumed run believes: with a checksum. Raises: DiskError."""
+        self.write(name, checksums.sealed(result))
+
+    def read_result(self, name: str) -> dict[str, Any] | None:
+        """What `write_result` has written; None where there is nothing. Raises: CheckpointError: it is damaged."""
+        if not (self.path / name).exists():
+            return None
+        try:
+            return checksums.read_sealed(self.path / name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; remove it, and --resume makes what it was the result of again") from error
+
+    def replacing(self, name: str) -> AbstractContextManager[Path]:
+        """A folder to fill, which becomes the sub-folder `name` when it is complete. See `files.replacing`."""
+        return replacing(self.path / name)
 
     def check(self, settings: dict[str, Any], config: SearchConfig) -> None:
         """Refuse to resume a run of other settings, or of a version with other defaults.
 
-        Raises: CheckpointError: it names the first setting that differs.
+        Raises: CheckpointError: it names the first setting that differs, or says that they are not on record.
         """
-        if not (self.path / "config.json").exists():
+        file = self.path / "config.json"
+        if not file.exists() and not any((self.path / name).exists() for name in RESUMED):
             return
-        stored = self.read("config.json")
+        try:
+            stored = self.read(file.name)
+            if not isinstance(stored, dict) or not isinstance(stored.get("search", {}), dict):
+                raise CheckpointError(f"{file} is damaged: it holds no settings")
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}: whether this is the same run cannot be told; restore it, or give --overwrite_output_dir "
+                "instead of --resume to start again"
+            ) from error
         for key, value in {**settings, **asdict(config)}.items():
             known = stored if key in settings else stored.get("search", {})
             if key not in FREE and known.get(key) != value:
@@ -136,7 +151,7 @@ class RunFolder:
         if space is not None and sensitivity is not None:
             rows = zip(space.decisions, sensitivity.decision_scores.tolist(), strict=True)
             scores = {decision.name: [float(f"{value:.9g}") for value in row] for decision, row in rows}  # exact
-            self.write(
+            self.write_result(
                 "sensitivity.json",
                 {
                     "method": "fisher",
@@ -148,12 +163,15 @@ class RunFolder:
             )
 
     def sensitivity(self, space: SearchSpace) -> Sensitivity | None:
-        """The scores that `begin` has recorded, bit for bit; None where there are none of this space."""
+        """The scores that `begin` has recorded, bit for bit.
+
+        Returns: None where there are none of this space, or they are damaged: they can be measured again.
+        """
         try:
-            stored = self.read("sensitivity.json")
+            stored = checksums.read_sealed(self.path / "sensitivity.json")
             scores = torch.tensor([stored["scores"][decision.name] for decision in space.decisions])
             found = Sensitivity(scores, stored["images"], stored["seconds"], stored["passes"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (CheckpointError, ValueError, KeyError, TypeError):
             return None
         return found if scores.shape == (len(space.decisions), len(space.formats)) else None
 
@@ -161,40 +179,36 @@ class RunFolder:
         append_line(self.metrics, entry)
 
     def forget_after(self, step: int) -> None:
-        """Drop recorded steps beyond `step`, which a resumed run will record again, and a line that is not whole."""
+        """Drop recorded steps beyond `step`, which a resumed run will record again, and a last line that broke off.
+
+        Raises: CheckpointError: another line is damaged.
+        """
         for file in (self.metrics, self.policy):
             if file.exists():
-                lines = [line for line in file.read_text().splitlines() if _step(line) <= step]
-                self._replace(file, "".join(line + "\n" for line in lines))
+                *lines, _ = file.read_bytes().split(b"\n")  # after the last newline there is nothing, or a part
+                kept = [line + b"\n" for line in lines if _step(line, file) <= step]
+                with replacing(file) as draft:
+                    draft.write_bytes(b"".join(kept))
 
-    def _replace(self, file: Path, text: str) -> None:
-        draft = file.with_name(f".{file.name}.tmp")
+    def seconds(self) -> float:
+        """Of training, as its last line of metrics says. Raises: CheckpointError: there is none."""
         try:
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, file)
-        except OSError as error:
-            raise _disk(file, error) from error
+            return float(json.loads(self.metrics.read_text(encoding="utf-8").splitlines()[-1])["seconds"])
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise CheckpointError(f"{self.metrics} does not say how long the training took: {error}") from error
 
 
 def append_line(file: Path, entry: dict[str, Any]) -> None:
-    """Add a line of JSON. Raises: TrainingError: the disk is full or not writable."""
-    try:
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
-    except OSError as error:
-        raise _disk(file, error) from error
+    """Add a line of JSON. Raises: DiskError."""
+    append_text(file, json.dumps(entry) + "\n")
 
 
-def _step(line: str) -> float:
-    """Of a recorded line; infinity where the line broke off."""
+def _step(line: bytes, file: Path) -> int:
+    """Of a recorded line."""
     try:
         return int(json.loads(line)["step"])
-    except ValueError:
-        return math.inf
-
-
-def _disk(file: Path, error: Exception) -> TrainingError:
-    return TrainingError(f"cannot write {file}: {error}; free some space and resume")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}; remove the line {line[:60]!r} to go on") from error
 
 
 def cost_summary(layers: Sequence[LayerInfo], allocation: Allocation, other_bytes: int) -> dict[str, float]:

@@ -7,11 +7,9 @@ images one of (seed, epoch). A run that is interrupted and resumed therefore end
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,12 +20,14 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from fliqs_hf.errors import ConfigError, TrainingError
+from fliqs_hf.interrupt import finishing
 from fliqs_hf.training.average import WeightAverage
 from fliqs_hf.training.backends import Backend, ShardedBackend
 from fliqs_hf.training.data import ImageData, train_loader
 from fliqs_hf.training.seeds import derived_seed
 from fliqs_hf.training.state import Best, load_state, save_state, states
 from fliqs_hf.training.stream import StreamData
+from fliqs_hf.training.window import Window
 from fliqs_hf.training.zero import ZeroBackend, check_zero
 
 #: (images, labels) -> (images, labels or class probabilities), on the device; randomness from the global generator
@@ -38,10 +38,6 @@ UNSETTLED = (
     "the best weights cannot be kept: this search samples formats to its last step, so no evaluation before that is "
     "of the result; lower explore_fraction, or leave load_best_model_at_end out"
 )
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM arrived; the state is saved and the run can be resumed."""
 
 
 class StepHook(Protocol):
@@ -162,10 +158,11 @@ def train(
         accelerator: an `accelerate.Accelerator`; mixed precision and distribution are its business.
         score: evaluates the model, higher is better, the same on every process; called every `eval_steps` steps.
         state_folder: where states for `resume` go; none are written without it.
-        on_log: gets the metrics of every `logging_steps`-th step, on the main process.
+        on_log: gets the mean metrics since the last log, every `logging_steps` steps, on the main process; "seconds"
+            are those of training until then, without interruptions and what they lost.
     Returns: the model, unwrapped; with FSDP2 or DeepSpeed another one, whole, as theirs stays sharded.
-    Raises: TrainingError: the loss or a gradient is not finite, or a state cannot be written. Interrupted: Ctrl-C.
-        CheckpointError: `resume` with a state of other settings.
+    Raises: TrainingError: the loss or a gradient is not finite. DiskError: a state cannot be written. Interrupted:
+        a signal arrived, the state is saved. CheckpointError: `resume` with a damaged state, or of other settings.
     """
     _check_support(accelerator, config)
     if config.keep_best and (score is None or state_folder is None):
@@ -177,8 +174,12 @@ def train(
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
     best = Best(state_folder / "best") if config.keep_best and state_folder is not None else None
     meta = {"config": repr(config), "world_size": accelerator.num_processes, "name": name}
-    step = _resume(state_folder, backend, meta, hook, average, data) if resume else 0
-    if best is not None and step == 0 and accelerator.is_main_process:
+    window = Window(accelerator)
+    known = _resume(state_folder, backend, meta, hook, average, window, data) if resume else {}
+    step, spent = known.get("step", 0), known.get("seconds", 0.0)
+    if best is not None and step:
+        best.resume(known["best"])
+    elif best is not None and accelerator.is_main_process:
         best.forget()
     if teacher is not None:
         teacher.to(accelerator.device).eval().requires_grad_(False)
@@ -190,9 +191,8 @@ def train(
     )  # fmt: skip
     batches = iter(loader)
     bar = tqdm(total=config.max_steps, initial=step, desc=name, disable=not accelerator.is_local_main_process)
-    window = _Window(accelerator.device)
-    started = time.perf_counter()
-    with _signal_flag(accelerator.num_processes == 1) as interrupted, bar:
+    started = time.perf_counter() - spent
+    with finishing(accelerator.num_processes == 1) as signalled, bar:
         while step < config.max_steps:
             torch.manual_seed(derived_seed("step", config.seed, step, accelerator.process_index))
             backend.set_learning_rate(config.learning_rate_at(step))
@@ -209,9 +209,9 @@ def train(
             judge = judge and (hook is None or hook.settled(step - 1))
             due = last or judge or step % config.logging_steps == 0
             save = state_folder is not None and step % config.save_steps == 0
-            stop = interrupted.is_set() and accelerator.num_processes == 1
+            stop = signalled.is_set and accelerator.num_processes == 1
             if due or save or stop:
-                values, stop = window.read(accelerator, interrupted.is_set())
+                values, stop = window.read(signalled.is_set)
                 _check_finite(values, window.length, step, config, state_folder)
                 if judge and score is not None:
                     backend.share_buffers()
@@ -226,13 +226,19 @@ def train(
                         on_log(entry | {"seconds": round(time.perf_counter() - started, 3)})
                     if hook is not None:
                         hook.log(step)
+                if due:
+                    window.clear()
             if state_folder is not None and (stop or save):
                 weights, moments = backend.tensors()
                 if accelerator.is_main_process:
-                    tensors = {**(hook.state_dict() if hook else {}), **(average.state_dict() if average else {})}
-                    save_state(state_folder, step, weights, moments, tensors, meta)
+                    parts = (part for part in (hook, average, window) if part is not None)
+                    tensors = {name: tensor for part in parts for name, tensor in part.state_dict().items()}
+                    known = {"seconds": time.perf_counter() - started, "best": best.record if best else None}
+                    save_state(state_folder, step, weights, moments, tensors, {**meta, **known})
             if stop:
-                raise Interrupted(f"stopped after step {step}; add --resume to go on")
+                raise signalled.interrupted(f"stopped after step {step}")
+        if signalled.is_set:  # while the last step was being recorded
+            raise signalled.interrupted("stopped after the last step")
     if average is not None:
         average.swap()
     accelerator.wait_for_everyone()
@@ -293,75 +299,31 @@ def _step(
     return losses, quality
 
 
-class _Window:
-    """Sums of metrics on the device since the last read: reading is the only point that waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.length, self._stale = device, 0, True
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        if self._stale:
-            self.sums, self.length, self._stale = {}, 0, False
-        for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0) + value.detach().to(self.device).float()
-        self.length += 1
-
-    def read(self, accelerator: Any, interrupted: bool) -> tuple[dict[str, float], bool]:
-        """Means over steps and processes since the last read, and whether any process was interrupted."""
-        stacked = torch.stack([*self.sums.values(), torch.full((), float(interrupted), device=self.device)])
-        *sums, stops = accelerator.reduce(stacked, reduction="sum").tolist()
-        self._stale = True
-        count = self.length * accelerator.num_processes
-        return {key: value / count for key, value in zip(self.sums, sums, strict=True)}, stops > 0
-
-
-@contextmanager
-def _signal_flag(alone: bool) -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that the step in progress is finished.
-
-    A second Ctrl-C stops at once where the process is `alone`; launchers of several may send every signal twice.
-    """
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-
-    def handle(*_: object) -> None:
-        if flag.is_set() and alone:
-            raise KeyboardInterrupt
-        flag.set()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _resume(
     folder: Path | None,
     backend: Backend,
     meta: dict[str, Any],
     hook: StepHook | None,
     average: WeightAverage | None,
+    window: Window,
     data: ImageData | StreamData,
-) -> int:
+) -> dict[str, Any]:
+    """Restore the last state. Returns: what else it knows: "step", "seconds", "best"; nothing where there is none."""
     saved = states(folder) if folder is not None else []
     if not saved:
-        return 0
+        return {}
 
     def image() -> Tensor:
         first: Tensor = next(iter(train_loader(data, 1, 0, 0, 1, 0, 1, 0)))[0]
         return first
 
-    step, extra = load_state(saved[-1], lambda weights, moments: backend.load(weights, moments, image), meta)
+    known, extra = load_state(saved[-1], lambda weights, moments: backend.load(weights, moments, image), meta)
     if hook is not None:
         hook.load_state_dict(extra)
     if average is not None:
-        average.load_state_dict(extra, step)
-    return step
+        average.load_state_dict(extra, known["step"])
+    window.load_state_dict(extra)
+    return known
 
 
 def _backend(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Backend:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fliqs_hf.cost import trace_layers
-from fliqs_hf.errors import TrainingError
+from fliqs_hf.errors import CheckpointError, DiskError
 from fliqs_hf.search import SearchSpace, Sensitivity
 from fliqs_hf.search.run import RunFolder
 from tests.models import tiny
@@ -39,12 +39,28 @@ def test_a_full_disk_spoils_no_record(tmp_path: Path) -> None:
         file.write('{"step": 2')
     run.forget_after(10)
     assert run.metrics.read_text() == '{"step": 5}\n{"step": 10}\n'
-    for path, attempt in (
-        ("metrics.jsonl", lambda: run.append({"step": 20})),
-        (".results.json.tmp", lambda: run.write("results.json", {})),
-    ):
-        (tmp_path / path).unlink(missing_ok=True)
-        (tmp_path / path).symlink_to("/dev/full")
-        with pytest.raises(TrainingError, match=r"cannot write .*free some space and resume"):
-            attempt()
-    assert not (tmp_path / "results.json").exists()
+    run.metrics.unlink()
+    run.metrics.symlink_to("/dev/full")
+    with pytest.raises(DiskError, match=r"cannot write .*metrics.jsonl: .*free some space"):
+        run.append({"step": 20})
+
+
+def test_only_the_last_line_may_have_broken_off(tmp_path: Path) -> None:
+    """A whole line that cannot be read is damage, not what a stop leaves."""
+    run = RunFolder(tmp_path)
+    for line in ('{"step": 1', "[]", "{}", '{"step": null}', "\x00\x00"):
+        run.metrics.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl is damaged.*remove the line"):
+            run.forget_after(2)
+
+
+def test_a_damaged_result_is_not_believed(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.read_result("results.json") is None
+    run.write_result("results.json", {"accuracy": {"top1": 0.91}, "n": (1, 2)})
+    assert run.read_result("results.json") == {"accuracy": {"top1": 0.91}, "n": [1, 2]}
+    whole = (tmp_path / "results.json").read_text()
+    for text in (whole.replace("0.91", "0.81"), whole[:-4], "[]", "{}", "", "[" * 100_000, whole.replace("n", "m")):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"results.json is damaged.*remove it"):
+            run.read_result("results.json")

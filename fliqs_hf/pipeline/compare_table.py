@@ -1,0 +1,94 @@
+"""The CSV of a comparison, to which an interrupted one adds what is missing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from fliqs_hf.errors import CheckpointError
+from fliqs_hf.files import append_text, write_text
+
+COLUMNS = ("method", "target_bits", "seed", "top1", "loss", "cost_ratio", "steps", "seconds", "peak_mb", "allocation")
+_SETTINGS = "# settings: "
+
+
+class Table:
+    """Rows of one comparison. Lines that begin with # are notes.
+
+    Attributes:
+        new: whether nothing is in it yet.
+        done: (method, target_bits, seed) of its rows, as text.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        """Read what is there; a last line that broke off is dropped.
+
+        Raises: CheckpointError: it is damaged, or of a comparison with other settings.
+        """
+        self.path, self.settings = path, json.loads(json.dumps(settings, default=str))
+        text = self._text()
+        if not text.endswith("\n") and text:
+            text = text[: text.rfind("\n") + 1]
+            write_text(path, text)
+        lines = text.splitlines()
+        self.done = {(row["method"], row["target_bits"], row["seed"]) for row in rows_of(path, lines)}
+        self.new = not any(line and not line.startswith("#") for line in lines)
+        for line in lines:
+            if line.startswith(_SETTINGS):
+                self._check(line)
+
+    def begin(self, notes: list[str]) -> None:
+        """Note what follows and, where nothing is there yet, the settings and the head of the table."""
+        lines = [f"# {note}\n" for note in notes]
+        if self.new:
+            lines += [f"{_SETTINGS}{json.dumps(self.settings)}\n", _line(COLUMNS)]
+        append_text(self.path, "".join(lines))
+
+    def add(self, row: dict[str, Any]) -> None:
+        append_text(self.path, _line([row[column] for column in COLUMNS]))
+
+    def _text(self) -> str:
+        try:
+            return self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}; name another --output") from error
+
+    def _check(self, line: str) -> None:
+        try:
+            stored = dict(json.loads(line.removeprefix(_SETTINGS)))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.path} is damaged in the line {line[:60]!r}: {error}") from error
+        for key in {**stored, **self.settings}:
+            if stored.get(key) != self.settings.get(key):
+                raise CheckpointError(
+                    f"{self.path} is of a comparison with {key}={stored.get(key)!r}, not {self.settings.get(key)!r}: "
+                    "go on with the same settings, or name another --output"
+                )
+
+
+def rows_of(path: Path, lines: list[str]) -> list[dict[str, str]]:
+    """Rows below the head, checked. Raises: CheckpointError: it names the one that is no row of results."""
+    head, *rest = list(csv.reader(line for line in lines if line and not line.startswith("#"))) or [[]]
+    if head and tuple(head) != COLUMNS:
+        raise CheckpointError(f"{path} is no table of a comparison: its first row is {','.join(head)[:60]!r}")
+    rows = []
+    for cells in rest:
+        try:
+            row = dict(zip(COLUMNS, cells, strict=True))
+            for column in ("target_bits", "seed", "top1", "loss", "cost_ratio", "steps", "seconds"):
+                float(row[column])
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} is damaged: {','.join(cells)[:60]!r} is no row of results ({error}); remove it to go on"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def _line(cells: Any) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()

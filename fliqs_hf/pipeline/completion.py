@@ -1,0 +1,66 @@
+"""What follows once the result of a search is on record, the same however often it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fliqs_hf.cost import LayerInfo
+from fliqs_hf.errors import CheckpointError
+from fliqs_hf.hf.run_folder import RunFolder as FinishedRun
+from fliqs_hf.search import SearchSpace
+from fliqs_hf.search.run import RunFolder, layer_table
+
+
+def complete(run: RunFolder, layers: Sequence[LayerInfo], space: SearchSpace, result: dict[str, Any]) -> str:
+    """Write what a finished run has beside its result and its checkpoint.
+
+    Returns: what to tell the user. Raises: CheckpointError: the checkpoint is lost or damaged. DiskError.
+    """
+    run.begin(layers, space)
+    try:
+        allocation = FinishedRun.read(run.path).allocation
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; {run.path / 'results.json'} is of a finished run: restore what it lacks, or remove "
+            "results.json, and --resume searches again"
+        ) from error
+    allocation.save(run.path / "allocation.json")
+    return f"\n{layer_table(layers, allocation)}\n\n{summary(result)}\nrun folder      {run.path}\n{report(run)}"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Cost, size and accuracy, before and after."""
+    cost, accuracy = result["cost"], result["accuracy"]
+    fp32, found = accuracy["fp32"], accuracy["searched"]
+    lines = [
+        f"bit operations  {cost['fp32_bops'] / 1e9:9.3f} G fp32  -> {cost['bops'] / 1e9:9.3f} G  "
+        f"({cost['target_ratio']:.1%} of the target)",
+        f"checkpoint      {result['fp32_bytes'] / 1e6:9.3f} MB fp32 -> "
+        f"{result['checkpoint_bytes'] / 1e6:9.3f} MB on disk",
+        f"accuracy        {fp32['top1']:9.2%} fp32    -> {found['top1']:9.2%} searched  ({found['n']} images)",
+    ]
+    lines += [
+        f"                {other['top1']:9.2%} {name.replace('_', ' ')}, trained for as many steps"
+        for name, other in accuracy.items()
+        if name.startswith("uniform_")
+    ]
+    if result["sensitivity_seconds"] is not None:
+        spent, step = result["sensitivity_seconds"], result["seconds_per_step"]
+        lines.append(f"sensitivity     {spent:9.1f} s, as long as {spent / step:.0f} steps of this search")
+    if result["repaired"]:
+        lines.insert(
+            0,
+            f"The policy's arg-max costs {result['argmax_cost_ratio']:.3f} of the target; the integer program over "
+            "its log-probabilities chose this allocation instead.\n",
+        )
+    return "\n".join(lines)
+
+
+def report(run: RunFolder) -> str:
+    """Write the report. Returns: the line that says where it is, or what is missing to make it."""
+    try:
+        from fliqs_hf.report.run_report import write_report
+    except ImportError as error:
+        return f"report          needs {error.name}: pip install fliqs-hf[report], then fliqs-hf report {run.path}"
+    return f"report          {write_report(run.path)}"
