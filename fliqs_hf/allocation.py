@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fliqs_hf.errors import AllocationError, FormatError
+from fliqs_hf.files import write_text
 from fliqs_hf.formats import Format, parse
 
 
@@ -83,7 +84,8 @@ class Allocation(Mapping[str, LayerFormats]):
         return cls.from_dict(data)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Complete, or as it was. Raises: DiskError."""
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __getitem__(self, name: str) -> LayerFormats:
         return self._layers[name]

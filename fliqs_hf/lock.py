@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fliqs_hf.errors import BusyError
+from fliqs_hf.errors import BusyError, ConfigError
 from fliqs_hf.files import disk_errors
 
 #: In the folder, while somebody writes there.
@@ -33,7 +33,8 @@ def locked(path: str | Path, file: Path | None = None) -> Iterator[None]:
     Raises: BusyError: another process is there; it says which. DiskError: the folder cannot be written.
     """
     file = Path(path) / NAME if file is None else file
-    made = not file.parent.exists()
+    _refuse_foreign(file)
+    made = [folder for folder in file.parents if not folder.exists()]
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(file)
@@ -47,15 +48,25 @@ def locked(path: str | Path, file: Path | None = None) -> Iterator[None]:
         with suppress(OSError):  # before it is let go, or it might be another's
             file.unlink()
         lock.release()
-        if made:
-            with suppress(OSError):  # something is in it
-                file.parent.rmdir()
+        with suppress(OSError):  # something is in it
+            for folder in made:
+                folder.rmdir()
 
 
 def locked_run(name: str | Path) -> AbstractContextManager[None]:
     """`locked` for a run folder that is there. Nothing is locked where it is none, or where nobody can write."""
     path = Path(name)
     return locked(path) if (path / "checkpoint").is_dir() and os.access(path, os.W_OK) else nullcontext()
+
+
+def _refuse_foreign(file: Path) -> None:
+    """Raises: ConfigError: the name of the lock is that of a file with something else in it, which would be lost."""
+    try:
+        foreign = file.is_symlink() or (file.stat().st_size > 0 and "pid" not in _holder(file))
+    except OSError:  # there is none, or `locked` says why there cannot be one
+        return
+    if foreign:
+        raise ConfigError(f"{file} is in the way: it is no lock of fliqs_hf. Move it away, or choose another folder")
 
 
 def _acquire(lock: Any, path: str | Path, file: Path) -> None:

@@ -190,8 +190,8 @@ def _read(journal: Path, header: dict[str, Any], space: SearchSpace) -> list[Tri
     try:
         text = journal.read_text(encoding="utf-8")
         complete = text[: text.rfind("\n") + 1]
-        if complete != text:
-            write_text(journal, complete)
+        if not is_journal(text) and not json.dumps(sealed(header)).startswith(text):
+            raise ValueError("it is no journal of a multi-trial search")
         stored, *entries = [unsealed(json.loads(line)) for line in complete.splitlines()] or [header]
         for key, value in header.items():
             if stored.get(key) != value:
@@ -199,11 +199,20 @@ def _read(journal: Path, header: dict[str, Any], space: SearchSpace) -> list[Tri
                     f"the journal {journal} is of a search with {key}={stored.get(key)!r}, this one has {value!r}; "
                     "go on with the same settings, or name another journal"
                 )
+        if complete != text:
+            write_text(journal, complete)
         trials = [Trial(**{**entry, "choice": tuple(entry["choice"])}) for entry in entries]
         for number, trial in enumerate(trials):
             fits = len(trial.choice) == len(space.decisions) and trial.number == number
             if not fits or not all(k >= 0 and space.allowed[row, k] for row, k in enumerate(trial.choice)):
                 raise ValueError(f"line {number + 2} is not trial {number} of this search space")
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"the journal {journal} cannot be read: {error}; delete it to start again") from error
+        raise CheckpointError(
+            f"the journal {journal} cannot be read: {error}; delete it to start again, or name another"
+        ) from error
     return trials
+
+
+def is_journal(head: str) -> bool:
+    """Whether a file that begins like this is one, as `_append` writes its header."""
+    return head.startswith('{"search": "multi-trial", ')

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 from fliqs_hf.allocation import Allocation
@@ -15,6 +14,7 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.lock import locked
 from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config
+from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.post_training import Found, allocate
 from fliqs_hf.search.run import RunFolder, cost_summary, layer_table
 
@@ -22,14 +22,16 @@ TARGETS = ("target_bits", "target_bops", "target_size_mb", "target_ratio")
 
 
 def quantize(args: argparse.Namespace) -> int:
-    with locked(args.output):
-        return _quantize(args)
+    output = RunFolder(args.output)
+    sources = {"MODEL": args.model, "--calibration": data_source(args.calibration), "--allocation": args.allocation}
+    check_places([output], sources)
+    with locked(output.path):
+        return _quantize(args, output)
 
 
-def _quantize(args: argparse.Namespace) -> int:
+def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     target = _target(args)
-    if (Path(args.output) / "checkpoint").exists() and not args.overwrite:
-        raise ConfigError(f"{args.output} holds a run already; choose another folder, or pass --overwrite")
+    check_run_folders([output], args.overwrite, "pass --overwrite to replace it")
     if read_config(args.model, args.revision)[1] is not None:
         raise ConfigError(f"{args.model} is quantized already; start from the fp32 checkpoint")
     processor = load_processor(args.model, args.revision)
@@ -57,7 +59,7 @@ def _quantize(args: argparse.Namespace) -> int:
     if found is not None:
         cost |= {"target_ratio": found.cost / found.target_cost, "expected_loss_increase": found.loss_increase}
     pack(args, model, allocation, calibration)
-    run = _save(args, model, processor, layers, allocation, found)
+    run = _save(args, output, model, processor, layers, allocation, found)
     result: dict[str, Any] = {
         "target": {
             name.removeprefix("target_"): value for name in TARGETS if (value := getattr(args, name)) is not None
@@ -115,6 +117,7 @@ def _config(args: argparse.Namespace) -> FLIQSConfig:
 
 def _save(
     args: argparse.Namespace,
+    run: RunFolder,
     model: Any,
     processor: Any,
     layers: tuple[LayerInfo, ...],
@@ -122,8 +125,7 @@ def _save(
     found: Found | None,
 ) -> RunFolder:
     """Write the run folder of the packed model, but for its results."""
-    run = RunFolder(args.output)
-    run.clear()
+    run.files.clear()
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "fliqs_command", "func")}
     settings |= {"model_name_or_path": args.model, "dataset_name": args.calibration}
     run.configure(settings)
@@ -134,5 +136,5 @@ def _save(
     with run.replacing(run.checkpoint.name) as draft:
         model.save_pretrained(draft)
         processor.save_pretrained(draft)
-    allocation.save(run.path / "allocation.json")
+    run.write("allocation.json", allocation.to_dict())
     return run

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from fliqs_hf.cli.data import load_split
 from fliqs_hf.cli.output import answer
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.files import write_text
 from fliqs_hf.lock import locked_run
 from fliqs_hf.pipeline.checkpoints import checkpoint_of, device_of, load_model, load_processor
+from fliqs_hf.pipeline.outputs import check_apart, check_result_file, check_writable, data_source
 from fliqs_hf.report.validate import ValidationResult
 from fliqs_hf.report.validate import validate as compare
+from fliqs_hf.search.run_files import RunFiles
 
 FORMS = {
     ".html": ValidationResult.to_html,
@@ -20,26 +24,35 @@ FORMS = {
 }
 
 
+#: How what is written begins.
+OURS = {
+    ".html": re.compile("<title>Validation: original against quantized</title>"),
+    ".md": re.compile(r"\A# Validation: original against quantized\n"),
+    ".json": re.compile(r'\A\{\s*"images": \d+,\s*"confidence": '),
+}
+#: What is kept in a run folder.
+IN_A_RUN = ("validation.json", "validation.html")
+
+
 def validate(args: argparse.Namespace) -> int:
     with locked_run(args.quantized):
         return _validate(args)
 
 
 def _validate(args: argparse.Namespace) -> int:
-    outputs = [Path(name) for name in args.output]
-    for path in outputs:
-        if path.suffix not in FORMS:
-            raise ConfigError(f"--output {path}: the ending says the form, one of {', '.join(FORMS)}")
-        if not path.parent.is_dir():
-            raise ConfigError(f"--output {path}: there is no folder {path.parent}")
+    quantized = checkpoint_of(args.quantized)
+    run = RunFiles(Path(args.quantized))
+    kept = [run.path / name for name in IN_A_RUN] if quantized != args.quantized else []
+    outputs = [path for path in map(Path, args.output) if path not in kept]
+    _check_outputs(args, outputs)
+    if kept:
+        run.check(*IN_A_RUN)
+        check_writable(run.path)
     split = load_split(args.dataset_name, args.split)
     if args.max_samples is not None:
         if args.max_samples < 2:
             raise ConfigError(f"--max_samples {args.max_samples}: a validation needs at least two images")
         split = split.shuffle(seed=0).select(range(min(args.max_samples, len(split))))
-    quantized = checkpoint_of(args.quantized)
-    if quantized != args.quantized:
-        outputs += [Path(args.quantized) / "validation.json", Path(args.quantized) / "validation.html"]
     result = compare(
         load_model(checkpoint_of(args.original)),
         load_model(quantized),
@@ -54,7 +67,21 @@ def _validate(args: argparse.Namespace) -> int:
         device=device_of(args.device),
     )
     for path in outputs:
-        path.write_text(FORMS[path.suffix](result), encoding="utf-8")
-    written = "".join(f"\nwritten: {path}" for path in outputs)
+        write_text(path, FORMS[path.suffix](result))
+    for path in kept:
+        run.write(path.name, FORMS[path.suffix](result))
+    written = "".join(f"\nwritten: {path}" for path in (*outputs, *kept))
     answer(args.json, result.to_dict(), result.to_markdown() + written)
     return result.exit_code
+
+
+def _check_outputs(args: argparse.Namespace, outputs: list[Path]) -> None:
+    """Raises: ConfigError: a name that cannot be used. DiskError: a file that cannot be written."""
+    models = {"ORIGINAL": checkpoint_of(args.original), "QUANTIZED": checkpoint_of(args.quantized)}
+    for path in outputs:
+        if path.suffix not in FORMS:
+            raise ConfigError(f"--output {path}: the ending says the form, one of {', '.join(FORMS)}")
+        if not path.parent.is_dir():
+            raise ConfigError(f"--output {path}: there is no folder {path.parent}")
+        check_apart(path, {**models, "--dataset_name": data_source(args.dataset_name)})
+        check_result_file(path, OURS[path.suffix].search)

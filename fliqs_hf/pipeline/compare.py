@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import glob
 import shlex
 import subprocess
 import sys
@@ -51,6 +52,7 @@ from fliqs_hf.baselines import (
     random_allocation,
     uniform,
 )
+from fliqs_hf.baselines.multi_trial import is_journal
 from fliqs_hf.cost import CostTable, Target, bops, trace_layers
 from fliqs_hf.errors import ConfigError, FliqsError, TargetError
 from fliqs_hf.interrupt import Interrupted, stopping
@@ -68,8 +70,9 @@ from fliqs_hf.pipeline.compare_methods import (
     uniform_format,
 )
 from fliqs_hf.pipeline.compare_scores import Scores
-from fliqs_hf.pipeline.compare_summary import summarise, write_summary
-from fliqs_hf.pipeline.compare_table import COLUMNS, Table
+from fliqs_hf.pipeline.compare_summary import is_summary, summarise, write_summary
+from fliqs_hf.pipeline.compare_table import COLUMNS, Table, is_table
+from fliqs_hf.pipeline.outputs import check_apart, check_result_file, data_source
 from fliqs_hf.report.comparison import peak_memory
 from fliqs_hf.report.validate import processor_name
 from fliqs_hf.search import (
@@ -300,6 +303,7 @@ def main(argv: list[str], command: str = "fliqs-hf compare") -> list[dict[str, A
     arguments = parser(command).parse_args(argv)
     check_methods(arguments.methods, arguments.activation, arguments.activation_granularity)
     hf_logging.disable_progress_bar()
+    check_outputs(arguments)
     with locked(arguments.output, arguments.output.with_name(f".{arguments.output.name}.lock")):
         _add_rows(arguments, f"{command} {shlex.join(argv)}")
         print(write_summary(arguments.output))
@@ -329,6 +333,20 @@ def _add_rows(arguments: argparse.Namespace, command: str) -> None:
     for method, bits, seed in todo:
         table.add(row := comparison.run(method, bits, seed))
         print({key: row[key] for key in COLUMNS[:9]}, flush=True)
+
+
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Raises: ConfigError: a result would replace a file that is none, or what is compared. DiskError."""
+    output = arguments.output
+    if not output.name or output.suffix in (".md", ".png"):
+        raise ConfigError(f"--output {str(output)!r}: name a CSV file; table (.md) and figure (.png) go beside it")
+    check_apart(output, {"model": arguments.model, "--dataset_name": data_source(arguments.dataset_name)})
+    check_result_file(output, is_table)
+    summary = output.with_suffix(".md")
+    check_result_file(summary, is_summary)
+    check_result_file(output.with_suffix(".png"), lambda _: summary.exists())  # they are written together
+    for journal in output.parent.glob(f"{glob.escape(output.stem)}.multi-trial-*.jsonl"):
+        check_result_file(journal, is_journal)
 
 
 def provenance() -> dict[str, Any]:

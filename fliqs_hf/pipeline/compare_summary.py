@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -11,6 +12,10 @@ from fliqs_hf.errors import DataError
 from fliqs_hf.files import replacing, write_text
 from fliqs_hf.pipeline.compare_table import rows_of
 
+NOTE = (
+    "Mean ± standard deviation over seeds. Seconds include choosing the formats; peak MB is memory beyond what "
+    "the model and the data took before."
+)
 HEAD = ("bits", "method", "top-1 %", "loss", "cost / target", "seconds", "peak MB", "seeds")
 
 
@@ -52,11 +57,12 @@ def markdown(fp32: float | None, table: list[dict[str, Any]]) -> str:
             f"| {row['cost']:.3f} | {row['seconds']:.0f} | {peak} | {row['seeds']} |"
         )
     head = f"fp32: {fp32:.2%}. " if fp32 is not None else ""
-    note = (
-        "Mean ± standard deviation over seeds. Seconds include choosing the formats; peak MB is memory beyond what "
-        "the model and the data took before."
-    )
-    return f"{head}{note}\n\n" + "\n".join(lines) + "\n"
+    return f"{head}{NOTE}\n\n" + "\n".join(lines) + "\n"
+
+
+def is_summary(head: str) -> bool:
+    """Whether a file that begins like this is the table of a comparison."""
+    return re.match(rf"(fp32: [\d.]+%\. )?{re.escape(NOTE)}\n", head) is not None
 
 
 def write_summary(path: Path) -> str:

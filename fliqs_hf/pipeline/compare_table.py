@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,12 @@ class Table:
                     f"{self.path} is of a comparison with {key}={stored.get(key)!r}, not {self.settings.get(key)!r}: "
                     "go on with the same settings, or name another --output"
                 )
+
+
+def is_table(head: str) -> bool:
+    """Whether a file that begins like this is one; it may end after the notes, where it was killed."""
+    lines = head.splitlines()
+    return ",".join(COLUMNS) in lines or re.match(r"# .*\bcompare(\.py)? .*--output ", head) is not None
 
 
 def rows_of(path: Path, lines: list[str]) -> list[dict[str, str]]:

@@ -25,7 +25,7 @@ def complete(run: RunFolder, layers: Sequence[LayerInfo], space: SearchSpace, re
             f"{error}; {run.path / 'results.json'} is of a finished run: restore what it lacks, or remove "
             "results.json, and --resume searches again"
         ) from error
-    allocation.save(run.path / "allocation.json")
+    run.write("allocation.json", allocation.to_dict())
     return f"\n{layer_table(layers, allocation)}\n\n{summary(result)}\nrun folder      {run.path}\n{report(run)}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from fliqs_hf import checksums
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers, unlisted_bytes
 from fliqs_hf.errors import CheckpointError, ConfigError, FliqsError, FormatError
-from fliqs_hf.files import disk_errors, remove
 from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.interrupt import Interrupted, stopping
@@ -27,6 +26,7 @@ from fliqs_hf.nn import make_searchable, quantizable_layers, restore
 from fliqs_hf.pipeline.completion import complete
 from fliqs_hf.pipeline.costs import cost_table
 from fliqs_hf.pipeline.job import Job, load, targets_of
+from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
 from fliqs_hf.search import OneShotSearch, SearchSpace
@@ -74,6 +74,9 @@ def main(argv: list[str] | None = None, description: str | None = None) -> list[
     folder = RunFolder(parts[2].output_dir)
     several = len(targets) > 1
     runs = {target: RunFolder(folder.path / target.label) if several else folder for target in targets}
+    if len(targets) > len({target.label for target in targets}):
+        raise ConfigError(f"targets of one name would share a folder: {', '.join(t.label for t in targets)}")
+    check_places((folder, *runs.values()), sources_of(parts[0], parts[1]))
     with ExitStack() as stack:
         if get_int_from_env(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0) == 0:
             for path in dict.fromkeys(run.path for run in (folder, *runs.values())):
@@ -88,7 +91,7 @@ def _run(
     uniform: list[str],
 ) -> list[dict[str, Any]]:
     """`main` with folders that no other process writes to."""
-    check_output(folder, runs.values(), parts[0], parts[2])
+    check_output((folder, *runs.values()), parts[2])
     job = load(*parts)
     layers, space, table = searched(job, parts[3], list(runs))
     if job.args.resume:
@@ -99,8 +102,10 @@ def _run(
     if job.accelerator.is_main_process:
         if not job.args.resume:  # at once: whatever `--resume` finds later is of this run
             for run in (folder, *runs.values()):
-                run.clear()
+                run.files.clear()
         folder.configure(job.settings, job.search)
+        if len(runs) > 1:
+            folder.files.claim(*(f"{target.label}/" for target in runs))
 
     finetune(job, folder)
     fp32 = job.evaluate(job.model, "fp32 evaluation")
@@ -174,22 +179,20 @@ def searched(
     return layers, space, table
 
 
-def check_output(
-    folder: RunFolder, runs: Iterable[RunFolder], model_args: ModelArguments, args: TrainingArguments
-) -> None:
-    """Raises: ConfigError: this run would destroy what an earlier one found, or what it starts from itself."""
-    if args.finetune_steps and Path(model_args.model_name_or_path or "").resolve() == finetuned(folder).resolve():
-        raise ConfigError(
-            f"the fine-tuned model would replace {model_args.model_name_or_path!r}, which it starts from: "
-            "choose another output_dir, or finetune_steps=0"
-        )
-    if not (args.resume or args.overwrite_output_dir):
-        for run in (folder, *runs):
-            if run.holds_work:
-                raise ConfigError(
-                    f"{run.path} holds a run: add --resume to go on with it, --overwrite_output_dir to replace it, or "
-                    "choose another output_dir"
-                )
+def sources_of(model_args: ModelArguments, data_args: DataArguments) -> dict[str, str | None]:
+    """What is only read, by the names of the arguments."""
+    return {
+        "model_name_or_path": model_args.model_name_or_path,
+        "dataset_name": data_source(data_args.dataset_name),
+        "train_dir": data_args.train_dir,
+        "validation_dir": data_args.validation_dir,
+    }
+
+
+def check_output(runs: Sequence[RunFolder], args: TrainingArguments) -> None:
+    """Raises: ConfigError: see `check_run_folders`."""
+    replace = args.resume or args.overwrite_output_dir
+    check_run_folders(runs, replace, "add --resume to go on with it, --overwrite_output_dir to replace it")
 
 
 def finetuned(folder: RunFolder) -> Path:
@@ -205,11 +208,10 @@ def finetune(job: Job, folder: RunFolder) -> None:
     if job.args.resume and kept.exists():
         job.model.load_state_dict(_intact(kept).state_dict())
         if job.accelerator.is_main_process:
-            _discard(state)
+            folder.files.discard(state.name)
         return
-    if not job.args.resume and job.accelerator.is_main_process:
-        for old in (kept, state):
-            _discard(old)
+    if job.accelerator.is_main_process:
+        folder.files.claim(kept.name, f"{state.name}/")
     job.accelerator.wait_for_everyone()
     config = job.train_config(job.args.finetune_steps, job.args.finetune_learning_rate or job.args.learning_rate)
     job.model = train(
@@ -221,7 +223,7 @@ def finetune(job: Job, folder: RunFolder) -> None:
             job.model.save_pretrained(draft)
             job.processor.save_pretrained(draft)
             checksums.seal_folder(draft)
-        _discard(state)
+        folder.files.discard(state.name)
     job.accelerator.wait_for_everyone()
 
 
@@ -236,12 +238,6 @@ def _intact(kept: Path) -> Any:
         ) from error
 
 
-def _discard(path: Path) -> None:
-    """What the run does not need any more. Raises: DiskError."""
-    with disk_errors(path):
-        remove(path)
-
-
 def search_for(job: Job, run: RunFolder, target: Target, start: Start, track: Tracking) -> dict[str, Any]:
     """One search and all that a run folder has at its end, of which a resumed run makes what is not there.
 
@@ -253,7 +249,7 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start, track: Tr
     else:
         job.accelerator.print(f"{run.path} is finished")
     if job.accelerator.is_main_process:
-        _discard(run.state)
+        run.files.discard(run.state.name)
         for name in start.uniform:  # of a result that is on record: it was made from them
             start.folder.write_result(f"uniform_{name}.json", result["accuracy"][f"uniform_{name}"])
         print(complete(run, start.layers, start.space, result))
@@ -275,6 +271,7 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
     if accelerator.is_main_process:
         run.configure(job.settings, job.search)
         run.begin(start.layers, start.space, sensitivity)
+        run.files.claim(f"{run.state.name}/", run.checkpoint.name, run.policy.name)
         run.forget_after(steps_done(run.state))
 
     def on_log(entry: dict[str, Any]) -> None:
@@ -347,7 +344,7 @@ def deliver(job: Job, run: RunFolder, allocation: Allocation, folder: str, name:
             quantize(copy.deepcopy(job.model), config).save_pretrained(draft)
             job.processor.save_pretrained(draft)
         if folder == run.checkpoint.name:
-            allocation.save(run.path / "allocation.json")
+            run.write("allocation.json", allocation.to_dict())
     restore(job.model)
     job.accelerator.wait_for_everyone()
     packed = AutoModelForImageClassification.from_pretrained(run.path / folder).to(job.accelerator.device)
@@ -368,9 +365,11 @@ def train_uniform(job: Job, start: Start, fmt: str) -> dict[str, Any]:
     accuracy = run.read_result(record)
     if accuracy is not None:
         if job.accelerator.is_main_process:
-            _discard(state)
+            run.files.discard(state.name)
         return accuracy
     allocation = Allocation.uniform([layer.name for layer in start.space.layers], fmt)
+    if job.accelerator.is_main_process:
+        run.files.claim(folder, f"{state.name}/")
     train_formats(
         job, start, lambda switch: FixedFormats(switch, allocation), [parse_format(fmt)], state, f"uniform {fmt}"
     )
@@ -378,5 +377,5 @@ def train_uniform(job: Job, start: Start, fmt: str) -> dict[str, Any]:
     job.accelerator.wait_for_everyone()
     if job.accelerator.is_main_process:
         run.write_result(record, accuracy)
-        _discard(state)
+        run.files.discard(state.name)
     return accuracy

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from matplotlib.figure import Figure
 
 from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.cost import LayerInfo, bops
 from fliqs_hf.errors import CheckpointError
-from fliqs_hf.files import write_text
 from fliqs_hf.formats import Format
 from fliqs_hf.hf.card import Result, measured_models
 from fliqs_hf.hf.run_folder import RunFolder
 from fliqs_hf.report import run_figures as figures
 from fliqs_hf.report.explain import Explanation, explain, read_lines
+from fliqs_hf.search.run_files import RunFiles
 
 PAGE = "report.html"
+#: Those that are also files, for the card: not that of the policy, which has a panel per decision.
+FIGURES = ("allocation", "accuracy_against_cost", "search")
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,14 @@ def write_report(folder: str | Path) -> Path:
     """Write `report.html` and `figures/*.png` into a run folder.
 
     Returns: the path of the page.
-    Raises: CheckpointError: see `RunReport.read`. DiskError: the folder cannot be written.
+    Raises: CheckpointError: see `RunReport.read`. ConfigError: it holds a page or figures that are not ours, which
+        stay. DiskError: the folder cannot be written.
     """
     report = RunReport.read(folder)
     assert report.run.run is not None
+    files = RunFiles(report.run.run)
+    files.claim(PAGE)
+    files.check(*(f"figures/{name}.png" for name in FIGURES))
     drawn = {
         "allocation": figures.allocation_figure(report),
         "accuracy_against_cost": figures.cost_figure(report),
@@ -116,12 +123,19 @@ def write_report(folder: str | Path) -> Path:
             **_summary(report),
         )
     )
-    target = report.run.run / PAGE
-    for name, figure in drawn.items():
-        if name != "policy":  # a panel per decision: for the page
-            figures.write_png(figure, report.run.run / "figures" / f"{name}.png")
-    write_text(target, page)
-    return target
+    for name in FIGURES:
+        _write_figure(files, f"figures/{name}.png", drawn[name])
+    files.write(PAGE, page)
+    return report.run.run / PAGE
+
+
+def _write_figure(files: RunFiles, name: str, figure: Figure | None) -> None:
+    """Or remove what an earlier report left, where there is nothing to draw any more."""
+    if figure is None:
+        files.discard(name)
+        return
+    files.claim(name)
+    figures.write_png(figure, files.path / name)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import platform
 import shlex
-import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,24 +18,18 @@ import torch
 from fliqs_hf import checksums
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, bops, weight_bytes
-from fliqs_hf.errors import CheckpointError
-from fliqs_hf.files import append_text, replacing, write_text
+from fliqs_hf.errors import CheckpointError, ConfigError
+from fliqs_hf.files import append_text, replacing
 from fliqs_hf.search.config import SearchConfig
+from fliqs_hf.search.run_files import RunFiles
 from fliqs_hf.search.sensitivity import Sensitivity
 from fliqs_hf.search.space import SearchSpace
 from fliqs_hf.training import Accuracy
-from fliqs_hf.training.state import states
 
 #: Settings that may change between an interruption and `--resume`: they do not decide the result.
 FREE = (
     "output_dir", "overwrite_output_dir", "resume", "push_to_hub", "hub_model_id", "hub_private_repo", "report_to",
     "metrics", "per_device_eval_batch_size",
-)  # fmt: skip
-#: What `clear` removes: what an earlier run in the same folder left.
-FOLDERS = ("state", "checkpoint", "figures")
-RECORDS = (
-    "config.json", "results.json", "allocation.json", "metrics.jsonl", "policy.jsonl", "sensitivity.json",
-    "search_space.json", "layers.json", "validation.json", "validation.html", "report.html", "front.csv", "front.png",
 )  # fmt: skip
 #: What a resumed run goes on from.
 RESUMED = ("state", "fp32-state", "fp32", "results.json")
@@ -55,25 +48,22 @@ def versions() -> dict[str, str]:
 
 
 class RunFolder:
-    """Paths and files of one run."""
+    """Paths and files of one run. Nothing is made before something is written."""
 
     def __init__(self, path: str | Path) -> None:
+        """Raises: ConfigError: an empty name, which would be the working directory, or one that no folder can have."""
+        if not str(path).strip() or "\0" in str(path):
+            raise ConfigError(f"the output folder {str(path)!r} has no usable name: give one, such as runs/pilot")
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.files = RunFiles(self.path)
         self.checkpoint = self.path / "checkpoint"
         self.state = self.path / "state"
         self.policy = self.path / "policy.jsonl"
         self.metrics = self.path / "metrics.jsonl"
 
-    @property
-    def holds_work(self) -> bool:
-        """Whether a search has finished here, or it or its fine-tuning can be resumed."""
-        resumable = any(states(folder) for folder in (self.state, self.path / "fp32-state"))
-        return resumable or (self.path / "results.json").exists()
-
     def write(self, name: str, data: Any) -> None:
-        """A record as JSON: complete, or as it was. Raises: DiskError."""
-        write_text(self.path / name, json.dumps(data, indent=2, default=str) + "\n")
+        """A record as JSON: complete, or as it was. Raises: DiskError. ConfigError: what is there is not ours."""
+        self.files.write(name, json.dumps(data, indent=2, default=str) + "\n")
 
     def read(self, name: str) -> Any:
         """Raises: CheckpointError: missing or damaged."""
@@ -95,9 +85,18 @@ class RunFolder:
         except CheckpointError as error:
             raise CheckpointError(f"{error}; remove it, and --resume makes what it was the result of again") from error
 
-    def replacing(self, name: str) -> AbstractContextManager[Path]:
-        """A folder to fill, which becomes the sub-folder `name` when it is complete. See `files.replacing`."""
-        return replacing(self.path / name)
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """A folder to fill, which becomes the sub-folder `name` when it is complete. See `files.replacing`.
+
+        Raises: DiskError. ConfigError: something in the folder that is there is not ours.
+        """
+        self.files.check(name)
+        with replacing(self.path / name) as draft:
+            yield draft
+            self.files.check(name)
+            inside = (f"{name}/{file.relative_to(draft).as_posix()}" for file in draft.rglob("*") if file.is_file())
+            self.files.add(inside)
 
     def check(self, settings: dict[str, Any], config: SearchConfig) -> None:
         """Refuse to resume a run of other settings, or of a version with other defaults.
@@ -130,13 +129,6 @@ class RunFolder:
         command = shlex.join([*program, *sys.argv])
         search = {"search": asdict(config)} if config is not None else {}
         self.write("config.json", {**settings, **search, "command": command, "versions": versions()})
-
-    def clear(self) -> None:
-        """Remove what an earlier run in this folder left, so that nothing is taken for a result of this one."""
-        for file in (*(self.path / name for name in RECORDS), *self.path.glob("uniform_*.json")):
-            file.unlink(missing_ok=True)
-        for folder in (*(self.path / name for name in FOLDERS), *self.path.glob("uniform_*")):
-            shutil.rmtree(folder, ignore_errors=True)
 
     def begin(
         self,
@@ -176,6 +168,7 @@ class RunFolder:
         return found if scores.shape == (len(space.decisions), len(space.formats)) else None
 
     def append(self, entry: dict[str, Any]) -> None:
+        self.files.claim(self.metrics.name)
         append_line(self.metrics, entry)
 
     def forget_after(self, step: int) -> None:
@@ -247,6 +240,7 @@ def layer_table(layers: Sequence[LayerInfo], allocation: Allocation) -> str:
 def write_front(folder: RunFolder, results: Sequence[dict[str, Any]], fp32: Accuracy) -> str:
     """`front.csv` and `front.png` of several targets. Returns: the table as text."""
     import csv
+    import io
 
     rows = [
         {
@@ -259,10 +253,10 @@ def write_front(folder: RunFolder, results: Sequence[dict[str, Any]], fp32: Accu
         }
         for result in results
     ]
-    with (folder.path / "front.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    writer = csv.DictWriter(text := io.StringIO(), rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    folder.files.write("front.csv", text.getvalue())
     try:
         import matplotlib
 
@@ -277,7 +271,9 @@ def write_front(folder: RunFolder, results: Sequence[dict[str, Any]], fp32: Accu
         axes.axhline(100 * fp32.top1, color="0.5", linestyle="--", label="fp32")
         axes.set(xlabel="bit operations per image, G", ylabel="top-1, %")
         axes.legend()
-        figure.savefig(folder.path / "front.png", dpi=150)
+        folder.files.claim("front.png")
+        with replacing(folder.path / "front.png") as draft:
+            figure.savefig(draft, dpi=150)
         pyplot.close(figure)
     lines = [f"{'target':<16}{'GBOPs':>10}{'MB':>10}{'top-1':>10}"]
     lines += [f"{r['target']:<16}{r['gbops']:>10.3f}{r['megabytes']:>10.3f}{r['top1']:>10.2%}" for r in rows]

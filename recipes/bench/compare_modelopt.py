@@ -32,6 +32,7 @@ CANDIDATES: dict[str, Any] = {"int4": 4, "int8": 8, "e4m3": (4, 3)}
 #: What ModelOpt scales inputs by: one static number per tensor, its default, or one per token (image for convolutions)
 #: found at run time, as this project does.
 GRANULARITIES = ("per-tensor", "per-token")
+PARTS = ("calibration", "test")
 COLUMNS = (
     "formats", "granularity", "effective_bits", "method", "quantizers", "gbops", "weight_kb", "agreement", "top1",
     "loss", "search_s", "solve_s", "allocation",
@@ -62,11 +63,14 @@ def prepare(arguments: argparse.Namespace) -> None:
 
     from fliqs_hf.training import ImageData, load_splits
 
+    if there := [name for name in PARTS if (arguments.folder / f"{name}.safetensors").exists()]:
+        sys.exit(f"{arguments.folder} holds {there[0]}.safetensors already: remove it, or choose another folder")
     split = load_splits(arguments.data)[0]
     labels = AutoModelForImageClassification.from_pretrained(arguments.model).config.num_labels
     data = ImageData(split, AutoImageProcessor.from_pretrained(arguments.model), labels)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(arguments.seed)).tolist()
-    cuts = {"calibration": order[: arguments.images], "test": order[arguments.images :][: arguments.test_images]}
+    parts = order[: arguments.images], order[arguments.images :][: arguments.test_images]
+    cuts = dict(zip(PARTS, parts, strict=True))
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name, indices in cuts.items():
         pairs = [data[index] for index in indices]
@@ -169,10 +173,12 @@ def compare(arguments: argparse.Namespace) -> None:
     from fliqs_hf.cli.calibration import ROUNDING_IMAGES
     from fliqs_hf.cost import CostTable, bops, trace_layers, weight_bytes
     from fliqs_hf.nn import make_searchable
+    from fliqs_hf.pipeline.outputs import check_result_file
     from fliqs_hf.ptq import calibrate
     from fliqs_hf.search import SearchSpace, best_choice, fisher_scores
     from fliqs_hf.search.run import versions
 
+    check_result_file(arguments.output, lambda head: "recipes/bench/compare_modelopt.py" in head)
     calibration, test = (load_file(arguments.folder / f"{name}.safetensors") for name in ("calibration", "test"))
     data = batches(calibration["images"], calibration["labels"], arguments.batch_size)
     model = AutoModelForImageClassification.from_pretrained(arguments.model).eval()

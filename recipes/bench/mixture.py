@@ -24,8 +24,10 @@ from transformers import AutoModelForImageClassification
 
 from fliqs_hf.baselines.differentiable import DifferentiableConfig, DifferentiableHook, DifferentiableSearch
 from fliqs_hf.cost import CostTable, Target, trace_layers
+from fliqs_hf.files import write_text
 from fliqs_hf.formats import COMMON
 from fliqs_hf.nn import make_searchable
+from fliqs_hf.pipeline.outputs import check_result_file
 from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace
 from fliqs_hf.search.hook import SearchHook
 from fliqs_hf.training import StepHook
@@ -69,6 +71,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     arguments = parser.parse_args()
+    if arguments.output:
+        check_result_file(arguments.output, lambda head: "recipes/bench/mixture.py" in head)
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -105,7 +109,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2))
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_text(arguments.output, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

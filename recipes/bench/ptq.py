@@ -25,7 +25,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging as hf_logging
 
 from fliqs_hf import Allocation
+from fliqs_hf.files import write_text
 from fliqs_hf.nn import quantizable_layers
+from fliqs_hf.pipeline.outputs import check_result_file
 from fliqs_hf.ptq import calibrate
 from fliqs_hf.search.run import versions
 
@@ -85,6 +87,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which images calibrate")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
+    check_result_file(arguments.output, lambda head: "recipes/bench/ptq.py" in head)
     hf_logging.disable_progress_bar()
     images, labels = read(arguments.dataset_name, AutoImageProcessor.from_pretrained(arguments.model))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(arguments.seed))
@@ -101,7 +104,7 @@ def main() -> None:
             f"fp32: top1 {float((reference == labels).float().mean()):.4f}, {len(images)} images; "
             f"calibrated on {len(given)} others",
         )
-        arguments.output.write_text("".join(f"# {line}\n" for line in head) + ",".join(COLUMNS) + "\n")
+        write_text(arguments.output, "".join(f"# {line}\n" for line in head) + ",".join(COLUMNS) + "\n")
     lines = [line for line in arguments.output.read_text().splitlines() if not line.startswith("#")]
     done = {(row["format"], row["case"]) for row in csv.DictReader(lines)}
     for fmt, cases in TABLE.items():

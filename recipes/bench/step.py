@@ -29,7 +29,9 @@ from transformers import AutoModelForImageClassification
 
 from fliqs_hf import Allocation, FLIQSConfig, quantize
 from fliqs_hf.cost import CostTable, Target, trace_layers
+from fliqs_hf.files import write_text
 from fliqs_hf.nn import QuantizerSettings, make_searchable, quantizable_layers
+from fliqs_hf.pipeline.outputs import check_result_file
 from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace
 from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.training import StepHook
@@ -156,6 +158,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     parser.add_argument("--peak_of", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.output:
+        check_result_file(arguments.output, lambda head: "recipes/bench/step.py" in head)
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     images, labels = (
@@ -195,7 +199,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2))
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_text(arguments.output, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -121,6 +121,14 @@ def test_an_interrupted_search_ends_in_the_same_result(sampler: Any, cut: bool, 
     assert outcome(search(18, dies, sampler=sampler, journal=journal))[:16] == outcome(whole)  # a longer one goes on
 
 
+@pytest.mark.parametrize("text", ["mine", "{}", "mine\n", "mine\nhalf", '{"search": "other", "seed": 0}'])
+def test_a_foreign_file_is_no_journal(tmp_path: Path, text: str) -> None:
+    (tmp_path / "trials.jsonl").write_text(text)
+    with pytest.raises(CheckpointError, match="name another"):
+        search(2, lambda allocation, number: 0.0, journal=tmp_path / "trials.jsonl")
+    assert (tmp_path / "trials.jsonl").read_text() == text
+
+
 def test_a_journal_cut_off_in_its_first_line_is_begun_again(tmp_path: Path) -> None:
     journal = tmp_path / "trials.jsonl"
     search(2, journal=journal)

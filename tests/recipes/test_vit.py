@@ -181,19 +181,19 @@ def test_an_earlier_run_in_the_folder_is_not_taken_for_this_one(
         patch.setattr(recipe, "train", crash)
         with pytest.raises(KeyboardInterrupt):
             main([str(file)])
-    assert [path.name for path in run.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["config.json", "written.json"]
     main([str(file), "--resume"])
     assert json.loads((run / "results.json").read_text())["target"]["bits"] == 5.0
 
 
-def test_fine_tuning_does_not_replace_what_it_starts_from(finished: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_replace_what_it_starts_from(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     before = result_bytes(run)
     start = {"model_type": None, "config_overrides": None, "model_name_or_path": str(run / "fp32")}
-    with pytest.raises(ConfigError, match="choose another output_dir, or finetune_steps=0"):
-        main([str(write(tmp_path, **start))])
+    for steps in (0, 20):
+        with pytest.raises(ConfigError, match=r"contains model_name_or_path=.*choose another output"):
+            main([str(write(tmp_path, **start, finetune_steps=steps, overwrite_output_dir=True))])
     assert result_bytes(run) == before
-    main([str(write(tmp_path, **start, finetune_steps=0, max_steps=4, overwrite_output_dir=True))])
     assert (run / "fp32" / "model.safetensors").exists()
 
 

@@ -139,7 +139,8 @@ def test_the_page_holds_the_measured_figures(run: Path) -> None:
 
 def test_what_was_not_recorded_is_left_out(tmp_path: Path) -> None:
     write_run(tmp_path)
-    for name in ("results.json", "metrics.jsonl", "policy.jsonl", "search_space.json", "config.json"):
+    pages = ("report.html", "figures/allocation.png")  # without the config, they are not known to be ours
+    for name in ("results.json", "metrics.jsonl", "policy.jsonl", "search_space.json", "config.json", *pages):
         (tmp_path / name).unlink()
     text = write_report(tmp_path).read_text()
     for word in ("How the search went", "The policy over time", "How to repeat it", "one step down", "fp32 ("):

@@ -1,0 +1,392 @@
+"""No command replaces what this package did not write, or what a run found; it says so before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from transformers import ViTImageProcessor
+
+from fliqs_hf.cli import validate as validating
+from fliqs_hf.pipeline import compare as comparing
+from fliqs_hf.pipeline import search as searching
+from fliqs_hf_cli import main
+from tests.hf.runs import write_run
+from tests.models import tiny
+from tests.recipes.test_vit import write as write_settings
+
+FILES = [
+    "config.json", "results.json", "allocation.json", "metrics.jsonl", "policy.jsonl", "sensitivity.json",
+    "search_space.json", "layers.json", "validation.json", "validation.html", "report.html", "front.csv", "front.png",
+    "uniform_int4.json", "written.json", "checkpoint/config.json", "checkpoint/model.safetensors", "fp32/config.json",
+    "fp32/model.safetensors", "figures/allocation.png", "figures/mine.png", "uniform_int4/model.safetensors",
+    "uniform_e2m1/notes.txt", "state/step-00000005/meta.json", "state/best/model.safetensors", "state/notes.txt",
+    "fp32-state/step-00000005/model.safetensors", "uniform_int4-state/notes.txt", "bits-4/results.json",
+    ".lock", ".tmp.config.json", ".tmp.written.json", ".tmp.checkpoint/config.json",
+    ".old.checkpoint/model.safetensors",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fp32")
+    tiny("vit", 0).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (10, 32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
+    names = [f"LABEL_{i}" for i in range(5)]
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    rows = {"image": [PILImage.fromarray(picture) for picture in pixels], "label": [i % 5 for i in range(10)]}
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory, fp32: Path) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "run"
+    assert main(["quantize", str(fp32), str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def new_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file, with links as what they say."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file())
+    return {
+        str(path.relative_to(folder)): os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+        for path in found
+    }
+
+
+def fill(folder: Path, *names: str) -> dict[str, bytes]:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f'"of somebody else: {name}"')
+    return contents(folder)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert "Error: " in error and "Traceback" not in error
+    return error
+
+
+def every_command(fp32: Path, photos: Path, folder: Path, settings: Path) -> list[list[str]]:
+    """All that write, with the folder where their results would go."""
+    out, search = str(folder), ["search", str(settings), "--output_dir", str(folder)]
+    images = ["--dataset_name", str(photos)]
+    return [
+        ["quantize", str(fp32), out],
+        ["quantize", str(fp32), out, "--overwrite"],
+        search,
+        [*search, "--overwrite_output_dir"],
+        [*search, "--resume"],
+        [*search, "--overwrite_output_dir", "--target_bits", "4", "5"],
+        ["validate", str(fp32), out, *images],
+        ["validate", str(fp32), str(fp32), *images, "--output", f"{out}/validation.json", f"{out}/validation.html"],
+        ["report", out],
+        ["push", out, "user/name"],
+        ["compare", str(fp32), *images, "--output", f"{out}/front.csv"],
+        ["compare", str(fp32), *images, "--output", f"{out}/new.csv"],
+    ]
+
+
+def test_a_folder_of_foreign_files_survives_every_command(
+    fp32: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = write_settings(tmp_path, finetune_steps=0, max_steps=2)
+    beside = ("new.md", "new.png", "new.multi-trial-random-3-0.jsonl", "notes.txt", "deeper/notes.txt")
+    before = fill(tmp_path / "out", *FILES, *beside)
+    for arguments in every_command(fp32, photos, tmp_path / "out", settings):
+        capsys.readouterr()
+        assert main(arguments) in (1, 2), arguments
+        assert "Error: " in capsys.readouterr().err
+        assert contents(tmp_path / "out") == before, arguments
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_foreign_file_is_in_the_way_of_every_run(
+    fp32: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """In a folder of its own, and in that of a run which has no such file."""
+    for out in (tmp_path / "new", shutil.copytree(packed, tmp_path / "run")):
+        if out.name == "run" and ((out / name).exists() or name.startswith((".tmp.", ".old."))):  # of the run itself
+            continue
+        before = fill(out, name)
+        search = ["search", str(write_settings(tmp_path)), "--output_dir", str(out), "--overwrite_output_dir"]
+        targets = ["--target_bits", "4", "5"]
+        one_run = [["quantize", str(fp32), str(out), "--overwrite"], search]
+        for arguments in ([*search, *targets],) if name.startswith("bits-4") else one_run:
+            error = refused(capsys, *arguments)
+            assert "written.json" in error or name == ".lock"
+            assert "in the way" in error or "no record" in error
+            assert contents(out) == before
+
+
+def test_only_what_is_ours_is_replaced(fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, foreign = tmp_path / "run", ("notes.txt", "data/config.json", "uniform_cost.txt", "bits-and-pieces/x")
+    fill(out, *foreign)
+    assert main(["quantize", str(fp32), str(out)]) == 0
+    first = contents(out)
+    assert {*json.loads(first["written.json"])["written"], "written.json", *foreign} == first.keys()
+    assert "holds a run already: pass --overwrite" in refused(capsys, "quantize", str(fp32), str(out))
+    assert contents(out) == first
+    fill(out, "figures/mine.png", "checkpoint/notes.txt")
+    assert "notes.txt is in the way" in refused(capsys, "quantize", str(fp32), str(out), "--overwrite")
+    for name in ("figures/mine.png", "checkpoint/notes.txt"):
+        (out / name).unlink()
+    assert main(["quantize", str(fp32), str(out), "--overwrite", "--weight_format", "int4"]) == 0
+    second = contents(out)
+    assert second.keys() == first.keys()
+    assert second["checkpoint/model.safetensors"] != first["checkpoint/model.safetensors"]
+    assert all(second[name] == first[name] for name in foreign)
+
+
+def test_a_run_of_an_earlier_version_is_known(fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    write_run(out)
+    (out / "state" / "optimizer.bin").unlink()
+    before = fill(out, "notes.txt")
+    assert "holds a run already" in refused(capsys, "quantize", str(fp32), str(out))
+    assert contents(out) == before
+    assert main(["quantize", str(fp32), str(out), "--overwrite"]) == 0
+    after = contents(out)
+    assert "report.html" not in after and "search_space.json" not in after and not (out / "figures").exists()
+    assert after["notes.txt"] == before["notes.txt"]
+
+
+def test_an_unfinished_search_is_not_replaced_by_a_model(
+    fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, out = write_settings(tmp_path, finetune_steps=0, max_steps=10), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(searching, "deliver", None)
+        with pytest.raises(TypeError):
+            main(["search", str(settings)])
+    before = contents(out)
+    assert "state/step-00000010/meta.json" in before and "results.json" not in before
+    assert "holds a run already" in refused(capsys, "quantize", str(fp32), str(out))
+    assert contents(out) == before
+    assert main(["quantize", str(fp32), str(out), "--overwrite"]) == 0
+    assert not (out / "state").exists() and not (out / "search_space.json").exists()
+
+
+def link(path: Path, target: Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+@pytest.mark.parametrize("where", [
+    lambda m, tmp: m,
+    lambda m, tmp: m / "sub",
+    lambda m, tmp: m.parent,
+    lambda m, tmp: tmp,
+    lambda m, tmp: link(tmp / "link", m),
+    lambda m, tmp: link(tmp / "link", m) / "sub",
+    lambda m, tmp: link(tmp / "link", m.parent),
+    lambda m, tmp: Path(os.path.relpath(m)),
+    lambda m, tmp: m / ".." / "fp32",
+], ids=["same", "inside", "run", "above", "link", "in a link", "link to the run", "relative", "dots"])  # fmt: skip
+def test_an_output_is_apart_from_its_sources(
+    fp32: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: Callable[..., Path]
+) -> None:
+    """The model is that of a run, such as runs/a/fp32; the images stand beside it."""
+    model = shutil.copytree(fp32, tmp_path / "runs" / "a" / "fp32")
+    images = shutil.copytree(photos, tmp_path / "images" / "b" / "fp32")
+    before = contents(tmp_path)
+    for source, quantize, search in (
+        (model, [str(model)], ["--model_name_or_path", str(model), "--dataset_name", "digits"]),
+        (images, [str(fp32), "--calibration", str(images)], ["--model_type", "vit", "--dataset_name", str(images)]),
+        (images, None, ["--model_type", "vit", "--train_dir", str(images)]),
+        (images, None, ["--model_type", "vit", "--train_dir", str(photos), "--validation_dir", str(images)]),
+    ):
+        out = str(where(source, tmp_path))
+        commands = [["search", *search, "--output_dir", out, "--overwrite_output_dir"]]
+        if quantize is not None:
+            commands.append(["quantize", quantize[0], out, *quantize[1:], "--overwrite"])
+        for arguments in commands:
+            assert "which is only read: choose another output" in refused(capsys, *arguments), arguments
+        (tmp_path / "link").unlink(missing_ok=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a\0b"])
+def test_an_output_has_a_name(
+    fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["quantize", str(fp32), name], ["search", "--output_dir", name, "--dataset_name", "digits"]):
+        assert "no usable name" in refused(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["{tmp}/file/run", "/proc/run", "{tmp}/dangling", "{tmp}/file", "{tmp}/" + 300 * "x"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
+    fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    before = fill(tmp_path, "file")
+    link(tmp_path / "dangling", tmp_path / "nowhere")
+    monkeypatch.setattr(searching, "load", None)
+    monkeypatch.setattr("fliqs_hf.cli.quantize.read_config", None)
+    out = out.format(tmp=tmp_path)
+    for arguments in (["quantize", str(fp32), out], ["search", "--output_dir", out, "--dataset_name", "digits"]):
+        assert out in refused(capsys, *arguments)
+    (tmp_path / "dangling").unlink()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("out", ["new/deep", "new"])
+def test_nothing_is_made_for_a_command_that_fails(
+    fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    refused(capsys, "quantize", str(fp32), str(tmp_path / out), "--weight_format", "int99x")
+    refused(capsys, "search", "--output_dir", str(tmp_path / out), "--dataset_name", str(tmp_path / "nowhere"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [
+    "foreign.html", "foreign.md", "foreign.json", "new/deep.html", "folder.html", "{photos}/new.json",
+    "{fp32}/new.json", "{run}/checkpoint/new.json", "{run}/results.json", "{run}/report.html", "{run}/written.json",
+    "/proc/new.html", "{tmp}/" + 300 * "x" + ".md",
+])  # fmt: skip
+def test_validate_checks_its_outputs_first(
+    fp32: Path, photos: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], name: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(validating, "load_split", None)
+    run = shutil.copytree(packed, tmp_path / "run")
+    before = fill(tmp_path, "foreign.html", "foreign.md", "foreign.json", "folder.html/x")
+    output = tmp_path / name.format(photos=photos, fp32=fp32, run=run, tmp=tmp_path)
+    arguments = ["validate", str(fp32), str(run), "--dataset_name", str(photos), "--output", str(tmp_path / "ok.html")]
+    assert str(output) in refused(capsys, *arguments, str(output))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["validation.json", "validation.html"])
+def test_a_foreign_validation_stays(
+    fp32: Path, photos: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], name: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(validating, "load_split", None)
+    run = shutil.copytree(packed, tmp_path / "run")
+    before = fill(run, name)
+    assert f"{name} is in the way" in refused(capsys, "validate", str(fp32), str(run), "--dataset_name", str(photos))
+    assert contents(run) == before
+
+
+def test_an_earlier_validation_is_replaced(fp32: Path, photos: Path, packed: Path, tmp_path: Path) -> None:
+    """In the run folder and elsewhere, in every form."""
+    run = shutil.copytree(packed, tmp_path / "run")
+    outputs = [str(tmp_path / f"page{ending}") for ending in (".html", ".md", ".json")]
+    for limit in ("90", "99"):
+        arguments = ["--dataset_name", str(photos), "--max_drop", limit, "--output", *outputs]
+        assert main(["validate", str(fp32), str(run), *arguments]) == 0
+        for path in (tmp_path / "page.json", run / "validation.json"):
+            assert json.loads(path.read_text())["gate"]["max_drop"] == float(limit) / 100
+    assert main(["quantize", str(fp32), str(run), "--overwrite"]) == 0
+    assert not (run / "validation.json").exists()
+
+
+def test_an_interrupted_write_leaves_the_earlier_result(
+    fp32: Path, photos: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(packed, tmp_path / "run")
+    output = tmp_path / "page.md"
+    arguments = ["validate", str(fp32), str(run), "--dataset_name", str(photos), "--output", str(output)]
+    assert main(arguments) == 0
+    before = contents(tmp_path)
+    for file in (output, run / "validation.json"):
+        original = Path.write_text
+
+        def broken(self: Path, text: str, *more: Any, file: Path = file, original: Any = original, **kw: Any) -> int:
+            if self.name.endswith(file.name):
+                original(self, text[:10], *more, **kw)
+                raise KeyboardInterrupt
+            return int(original(self, text, *more, **kw))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_text", broken)
+            assert main([*arguments, "--max_drop", "50"]) == 130
+        assert (file.read_bytes(), [path.name for path in tmp_path.glob(".tmp*")]) == (
+            before[str(file.relative_to(tmp_path))], [],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.md", "out.png", "out.multi-trial-optuna-3-0.jsonl", ".out.csv.lock"])
+def test_compare_takes_no_foreign_file_for_its_own(
+    fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setattr(comparing, "Comparison", None)
+    before = fill(tmp_path, name)
+    output = str(tmp_path / "out.csv")
+    assert name in refused(capsys, "compare", str(fp32), "--dataset_name", "digits", "--output", output)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("output", ["{fp32}/out.csv", "{photos}/out.csv", "/proc/out.csv", "{tmp}/table.md", ""])
+def test_compare_checks_its_output_first(
+    fp32: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    output: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(comparing, "Comparison", None)
+    monkeypatch.chdir(tmp_path)
+    path = output.format(fp32=fp32, photos=photos, tmp=tmp_path)
+    assert "Error" in refused(capsys, "compare", str(fp32), "--dataset_name", str(photos), "--output", path)
+    assert not (Path(path).is_file() or list(tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize("name", ["report.html", "figures/allocation.png", "figures/search.png"])
+def test_a_foreign_report_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    write_run(tmp_path)
+    shutil.rmtree(tmp_path / "figures")
+    for each in ("config.json", "report.html"):
+        (tmp_path / each).unlink()
+    before = fill(tmp_path, name)
+    assert f"{name} is in the way" in refused(capsys, "report", str(tmp_path))
+    left = contents(tmp_path)
+    left.pop("written.json", None)
+    assert left == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "figures", "fp32", "state", "config.json", "results.json", "bits-4"])
+def test_links_are_not_followed(
+    fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], packed: Path, name: str
+) -> None:
+    """Such as a checkpoint that was moved to another disk."""
+    run, settings = shutil.copytree(packed, tmp_path / "run"), str(write_settings(tmp_path))
+    elsewhere = tmp_path / "elsewhere"
+    if (run / name).exists():
+        (run / name).rename(elsewhere)
+    else:
+        shutil.copytree(packed, elsewhere)
+    link(run / name, elsewhere)
+    before = contents(tmp_path)
+    for arguments in (
+        ["quantize", str(fp32), str(run), "--overwrite"],
+        ["search", settings, "--target_bits", "4", "5", "--overwrite_output_dir"],
+    ):
+        assert f"{run / name} is in the way" in refused(capsys, *arguments)
+        assert contents(tmp_path) == before
