@@ -263,10 +263,11 @@ _REPORT = """  fliqs-hf report runs/digits"""
 
 
 def _report(parser: Parser) -> None:
-    parser.add_argument("run", help="run folder of a search")
+    parser.add_argument("run", help="run folder of quantize or search")
 
 
 _PUSH = """  fliqs-hf push runs/digits user/digits-3bit --private
+  fliqs-hf push runs/pilot user/deit-4bit --base_model facebook/deit-tiny-patch16-224 --license apache-2.0
 The access token comes from `hf auth login` or HF_TOKEN."""
 
 
@@ -274,6 +275,9 @@ def _push(parser: Parser) -> None:
     parser.add_argument("run", help="run folder, or checkpoint folder")
     parser.add_argument("repo_id", help="namespace/name, or name in your own namespace")
     parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    parser.add_argument("--base_model", metavar="ID", help="the model on the Hub that was quantized")
+    parser.add_argument("--license", metavar="ID", help="as the Hub names it, such as apache-2.0; default: that in "
+                        "the README of a local original")  # fmt: skip
     parser.add_argument("--revision", help="branch to commit to (default: main)")
     parser.add_argument("--commit_message")
     parser.add_argument("--create_pr", action="store_true", help="propose it as a pull request")

@@ -24,7 +24,7 @@ def push(args: argparse.Namespace) -> int:
     with locked_run(args.run):
         url = push_run(
             args.run, args.repo_id, private=args.private, revision=args.revision, commit_message=args.commit_message,
-            create_pr=args.create_pr,
+            create_pr=args.create_pr, base_model=args.base_model, license=args.license,
         )  # fmt: skip
     answer(args.json, {"url": url}, url)
     return 0

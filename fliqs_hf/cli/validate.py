@@ -13,6 +13,7 @@ from fliqs_hf.files import write_text
 from fliqs_hf.lock import locked_run
 from fliqs_hf.pipeline.checkpoints import checkpoint_of, device_of, load_model, load_processor
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, check_writable, data_source
+from fliqs_hf.report.run_report import PAGE, write_report
 from fliqs_hf.report.validate import ValidationResult
 from fliqs_hf.report.validate import validate as compare
 from fliqs_hf.search.run_files import RunFiles
@@ -65,13 +66,16 @@ def _validate(args: argparse.Namespace) -> int:
         max_drop=args.max_drop,
         confidence=args.confidence,
         device=device_of(args.device),
+        dataset_name=args.dataset_name,
     )
     for path in outputs:
         write_text(path, FORMS[path.suffix](result))
     for path in kept:
         run.write(path.name, FORMS[path.suffix](result))
-    written = "".join(f"\nwritten: {path}" for path in (*outputs, *kept))
-    answer(args.json, result.to_dict(), result.to_markdown() + written)
+    written = [*outputs, *kept]
+    if kept and PAGE in run.listed():
+        written.append(write_report(run.path))  # the verdict stands at its top
+    answer(args.json, result.to_dict(), result.to_markdown() + "".join(f"\nwritten: {path}" for path in written))
     return result.exit_code
 
 

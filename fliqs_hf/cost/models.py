@@ -18,6 +18,7 @@ from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.cost.shapes import LayerInfo
 from fliqs_hf.errors import AllocationError, ConfigError, FormatError, TargetError
 from fliqs_hf.formats import Format, packed_bytes, parse
+from fliqs_hf.wording import figure
 
 CostKind = Literal["bops", "weight_bytes"]
 TargetKind = Literal["bits", "bops", "size_mb", "ratio"]
@@ -239,8 +240,8 @@ class Target:
             else ("above the dearest", "lower it or allow formats of more bits")
         )
         raise TargetError(
-            f"target_{self.kind}={self.value:g} is {problem} allocation of the search space, which reaches from "
-            f"{self._from_cost(low, table):.4g} to {self._from_cost(high, table):.4g}; {remedy}"
+            f"target_{self.kind}={figure(self.value)} is {problem} allocation of the search space, which reaches from "
+            f"{figure(self._from_cost(low, table))} to {figure(self._from_cost(high, table))}; {remedy}"
         )
 
     def is_met(self, cost: float, resolved: float) -> bool:

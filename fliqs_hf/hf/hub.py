@@ -13,33 +13,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils._validators import validate_repo_id
 
-from fliqs_hf.errors import HubError
-from fliqs_hf.hf.card import model_card
-from fliqs_hf.hf.run_folder import INDEX, WEIGHTS, RunFolder
+from fliqs_hf.errors import ConfigError, HubError
+from fliqs_hf.hf.card import check_names, model_card
+from fliqs_hf.hf.publication import OWN_FILES, publication
+from fliqs_hf.hf.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-
-#: Records of a run -> where they are published. What does not exist is left out.
-RECORDS = {
-    "allocation.json": "allocation.json",
-    "report.html": "report.html",
-    **{
-        name: f"search/{name}"
-        for name in (
-            "config.json",
-            "layers.json",
-            "search_space.json",
-            "metrics.jsonl",
-            "policy.jsonl",
-            "sensitivity.json",
-            "results.json",
-            "validation.json",
-        )
-    },
-}
-
-#: What an earlier push can have left in the repository, and what would contradict the new model if it stayed.
-OWN_FILES = (*RECORDS.values(), "figures/*.png", WEIGHTS, INDEX, "model-*-of-*.safetensors", "pytorch_model*.bin*")
 
 ATTEMPTS = 3
 FIRST_PAUSE_S = 1.0
@@ -66,6 +45,8 @@ def push(
     revision: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
     card: ModelCard | None = None,
 ) -> str:
     """Publish a run folder, or a checkpoint folder: packed weights, config, image processor, allocation, search
@@ -83,17 +64,22 @@ def push(
         token: default: HF_TOKEN, or that of `hf auth login`.
         revision: branch to commit to, made from main if it does not exist. Default: main.
         create_pr: propose the commit as a pull request instead.
-        card: instead of `model_card(folder, repo_id)`.
+        base_model, license: see `model_card`.
+        card: instead of `model_card(folder, repo_id, …)`; it is published as it is.
     Returns: URL of the commit, or of the pull request.
     Raises:
+        ConfigError: a base model or licence that cannot be one.
         CheckpointError: the checkpoint is incomplete or not packed; nothing was sent.
         HubError: the Hub refuses, cannot be reached, or a file holds an access token.
     """
+    if card is not None and (base_model or license):
+        raise ConfigError("base_model and license are for the card that is made here; write them into yours")
+    check_names(None, base_model, license)
     run = RunFolder.read(folder)
     api = HfApi(token=token)
     repo_id = _full_name(api, repo_id, token)
-    files: dict[str, Path | bytes] = {**_files(run)}
-    files["README.md"] = str(card or model_card(folder, repo_id)).encode()
+    files = publication(run)
+    files["README.md"] = str(card or model_card(folder, repo_id, base_model=base_model, license=license)).encode()
     _refuse_secrets(files, token)
 
     _ask(api, repo_id, api.create_repo, repo_id, private=private, exist_ok=True)
@@ -138,20 +124,6 @@ def _full_name(api: HfApi, repo_id: str, token: str | None) -> str:
     if not (token or get_token()):
         raise HubError(f"{repo_id}: whose? {_REMEDIES[401]}")
     return f"{_ask(api, repo_id, api.whoami)['name']}/{repo_id}"
-
-
-def _files(run: RunFolder) -> dict[str, Path]:
-    """Path in the repository -> file: all of the checkpoint that belongs to it, and the records of the run."""
-    files = {file.name: file for file in run.weight_files}
-    for file in run.checkpoint.iterdir():
-        if file.suffix in (".json", ".txt") and file.is_file() and (file.name != INDEX or WEIGHTS not in files):
-            files[file.name] = file
-    if run.run is not None:
-        for name, target in RECORDS.items():
-            if (run.run / name).is_file():
-                files[target] = run.run / name
-        files.update({f"figures/{file.name}": file for file in run.figures})
-    return files
 
 
 def _commit(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from fliqs_hf.baselines import elementwise_scores, hessian_trace_scores, loss_delta_scores
 from fliqs_hf.cost import CostTable, Target
@@ -17,7 +19,7 @@ from fliqs_hf.training.data import train_loader
 
 #: Images that the dearer scores are measured on, at most.
 SCORE_IMAGES = {"loss-delta": 512, "hessian": 512}
-MEASURES = {"loss-delta": loss_delta_scores, "elementwise": elementwise_scores, "hessian": hessian_trace_scores}
+MEASURES = {"elementwise": elementwise_scores, "hessian": hessian_trace_scores}
 
 
 class Scores:
@@ -49,9 +51,13 @@ class Scores:
             self.model.load_state_dict(self.original)
             batches, start = self._batches(method, seed), time.perf_counter()
             if method == "fisher":
-                scores = fisher_scores(self.model, batches, self._logits, self.space).decision_scores
+                scores = fisher_scores(
+                    self.model, self._bar(batches, method), self._logits, self.space
+                ).decision_scores
+            elif method == "loss-delta":  # many passes, under a bar of its own
+                scores = loss_delta_scores(self.model, batches, self._logits, self.space)
             else:
-                scores = MEASURES[method](self.model, batches, self._logits, self.space)
+                scores = MEASURES[method](self.model, self._bar(batches, method), self._logits, self.space)
             self.known[key] = self._same_everywhere(scores), time.perf_counter() - start
         return self.known[key]
 
@@ -63,7 +69,8 @@ class Scores:
         key = f"second look-{target.value:g}-{seed}"
         if key not in self.known:
             self.model.load_state_dict(self.original)
-            batches, once = self._batches("fisher", seed), Sensitivity(first, 0, seconds)
+            batches = self._bar(self._batches("fisher", seed), "fisher again")
+            once = Sensitivity(first, 0, seconds)
             twice = second_look(self.model, batches, self._logits, self.space, self.table, target, once, config.band)
             self.known[key] = self._same_everywhere(twice.decision_scores), twice.seconds
         return self.known[key]
@@ -78,6 +85,12 @@ class Scores:
         images, device = min(self.images, SCORE_IMAGES.get(method, self.images)), self.accelerator.device
         loader = train_loader(self.data, self.batch_size, seed, 0, -(-images // self.batch_size), 0, 1, 0)
         return [(x.to(device), y.to(device)) for x, y in loader]
+
+    def _bar(self, batches: Sequence[tuple[Tensor, Tensor]], name: str) -> Iterable[tuple[Tensor, Tensor]]:
+        shown: Iterable[tuple[Tensor, Tensor]] = tqdm(
+            batches, desc=f"scores: {name}", disable=not self.accelerator.is_local_main_process
+        )
+        return shown
 
     def _logits(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images).logits

@@ -36,6 +36,7 @@ from fliqs_hf.training import Accuracy, train
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, parse
 from fliqs_hf.training.loop import UNSETTLED
 from fliqs_hf.training.state import steps_done
+from fliqs_hf.wording import figure
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
 
     train_formats(
         job, start, lambda switch: SearchHook(search, switch, run.policy), start.space.formats, run.state,
-        f"search for {target.kind} {target.value:g}", on_log,
+        f"search for {target.kind} {figure(target.value)}", on_log,
     )  # fmt: skip
     final = search.finalize()
     accuracy = deliver(job, run, final.allocation, run.checkpoint.name, "searched evaluation")

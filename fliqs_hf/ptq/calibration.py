@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import ConfigError, DataError
@@ -124,11 +125,14 @@ def calibrate(
                     "of the allocation, or use fliqs_hf.quantize"
                 )
             packed[name] = packed_like(layer, config.allocation[name], config.settings)
-            return _pack(packed[name], name, layer, inputs[0], means.get(name), options)
+            output = _pack(packed[name], name, layer, inputs[0], means.get(name), options)
+            bar.update()
+            return output
 
         return finish
 
-    with _hooks(layers, hook):
+    name = "GPTQ" if rounding == "gptq" else "rounding"
+    with tqdm(total=len(layers), desc=name, unit="layer") as bar, _hooks(layers, hook):
         model(images)
     for name, layer in layers.items():
         if name not in packed:  # no image ever gets there: what it computes matters to none of them

@@ -70,7 +70,8 @@ def allocation_figure(report: RunReport) -> Figure:
         if any(row.formats is None or row.formats.activation is None for row in rows):
             swatches.append((SOFT, "FP32"))
         handles = [Patch(facecolor=ink, edgecolor=MUTED, linewidth=0.3, label=name) for ink, name in swatches]
-        figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 10), frameon=False)
+        columns = min(len(handles), int(figure.get_figwidth() / 0.95))  # of a swatch with a name of six characters
+        figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False)
         total = sum(row.macs for row in rows)
         macs.bar(where, [100 * row.macs / total for row in rows], width=0.86, color=MUTED)
         macs.set_ylabel("MACs, %")

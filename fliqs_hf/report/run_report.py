@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 
 from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.cost import LayerInfo, bops
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.formats import Format
-from fliqs_hf.hf.card import Result, measured_models
+from fliqs_hf.hf.making import Making
+from fliqs_hf.hf.private import command_line, without_private
+from fliqs_hf.hf.results import Result, measured_models, validation_of
 from fliqs_hf.hf.run_folder import RunFolder
+from fliqs_hf.hf.templating import environment
+from fliqs_hf.hf.validation_record import Validation
 from fliqs_hf.report import run_figures as figures
+from fliqs_hf.report import run_summary as summary
 from fliqs_hf.report.explain import Explanation, explain, read_lines
 from fliqs_hf.search.run_files import RunFiles
 
@@ -48,6 +53,8 @@ class RunReport:
 
     run: RunFolder
     name: str
+    making: Making
+    validation: Validation | None
     results: list[Result]
     rows: list[Row]
     decisions: list[Explanation]
@@ -69,8 +76,8 @@ class RunReport:
         run = RunFolder.read(folder)
         if run.run is None or not run.layers:
             raise CheckpointError(
-                f"{str(folder)!r} has no layers.json: a report needs the run folder of a search "
-                "(the output_dir of recipes/vit.py or `fliqs-hf search`)"
+                f"{str(folder)!r} has no layers.json: a report needs the run folder that `fliqs-hf quantize` or "
+                "`fliqs-hf search` wrote"
             )
         metrics, policy = (read_lines(run.run / name) for name in ("metrics.jsonl", "policy.jsonl"))
         space, sensitivity = (_read(run.run / name) for name in ("search_space.json", "sensitivity.json"))
@@ -78,11 +85,14 @@ class RunReport:
         if space:
             last = policy[-1]["probabilities"] if policy else {}
             decisions = explain(space, run.layers, run.allocation, sensitivity.get("scores", {}), last)
+        validation = validation_of(run)
         found = {fmt for pair in run.allocation.values() for fmt in (pair.weight, pair.activation) if fmt}
         return cls(
             run=run,
             name=run.run.resolve().name,
-            results=measured_models(run),
+            making=Making.of(run),
+            validation=validation,
+            results=measured_models(run, validation),
             rows=[_row(layer, run, decisions) for layer in run.layers],
             decisions=decisions,
             formats=sorted(found, key=lambda fmt: (fmt.bits, not fmt.is_integer)),
@@ -111,18 +121,7 @@ def write_report(folder: str | Path) -> Path:
         "search": figures.curves_figure(report.metrics),
         "policy": figures.policy_figure(report.policy, report.choices),
     }
-    page = (
-        _environment()
-        .get_template("run.html.j2")
-        .render(
-            report=report,
-            figures={name: figures.svg(figure, name) for name, figure in drawn.items()},
-            colours={fmt.name: (figures.colour(fmt), figures.text_colour(fmt)) for fmt in report.formats},
-            settings_json=json.dumps(_shown_settings(report), indent=2, ensure_ascii=False),
-            prices=_prices(report),
-            **_summary(report),
-        )
-    )
+    page = _page(report, drawn)
     for name in FIGURES:
         _write_figure(files, f"figures/{name}.png", drawn[name])
     files.write(PAGE, page)
@@ -136,6 +135,30 @@ def _write_figure(files: RunFiles, name: str, figure: Figure | None) -> None:
         return
     files.claim(name)
     figures.write_png(figure, files.path / name)
+
+
+def _page(report: RunReport, drawn: Mapping[str, Figure | None]) -> str:
+    settings = report.run.settings
+    shown = {key: value for key, value in settings.items() if key not in ("versions", "command")}
+    try:
+        return (
+            environment("fliqs_hf.report")
+            .get_template("run.html.j2")
+            .render(
+                report=report,
+                making=report.making,
+                banner=summary.banner(report),
+                tiles=summary.tiles(report),
+                measured_on=summary.measured_on(report),
+                figures={name: figures.svg(figure, name) for name, figure in drawn.items()},
+                colours={fmt.name: (figures.colour(fmt), figures.text_colour(fmt)) for fmt in report.formats},
+                command=command_line(settings["command"]) if settings.get("command") else None,
+                settings_json=json.dumps(without_private(shown), indent=2, ensure_ascii=False),
+                prices=_prices(report),
+            )
+        )
+    except (TypeError, AttributeError, UndefinedError) as error:
+        raise CheckpointError(f"a record in {report.run.run} holds a value of another type: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -155,23 +178,6 @@ def _row(layer: LayerInfo, run: RunFolder, decisions: Sequence[Explanation]) -> 
     return Row(layer.name, layer.macs, run.allocation.get(layer.name), own)
 
 
-def _summary(report: RunReport) -> dict[str, Any]:
-    """The figures at the top; None where they were not measured."""
-    by_name = {result.name: result for result in report.results}
-    fp32, searched = by_name.get("fp32"), by_name.get("searched")
-    cost = report.run.results.get("cost") or {}
-    return {
-        "fp32": fp32.accuracy if fp32 else None,
-        "searched": searched.accuracy if searched else None,
-        "bops": searched.bops if searched else None,
-        "fp32_bops": fp32.bops if fp32 else None,
-        "checkpoint_bytes": sum(file.stat().st_size for file in report.run.weight_files),
-        "fp32_bytes": report.run.results.get("fp32_bytes"),
-        "target_ratio": cost.get("target_ratio"),
-        "target": report.run.results.get("target") or {},
-    }
-
-
 def _prices(report: RunReport) -> dict[str, float]:
     """Signal that a step down costs, per 1 % of the model's bit operations that it saves."""
     total = bops(report.run.layers, report.run.allocation)
@@ -180,50 +186,3 @@ def _prices(report: RunReport) -> dict[str, float]:
         for decision in report.decisions
         if decision.down and decision.down.signal is not None and decision.down.bops < 0
     }
-
-
-def _shown_settings(report: RunReport) -> dict[str, Any]:
-    return {key: value for key, value in report.run.settings.items() if key not in ("versions", "command")}
-
-
-def _engineering(value: float) -> str:
-    """1234567 -> "1.23 M"."""
-    prefix = ""
-    for following in "kMGTPE":
-        if abs(value) < 999.5:
-            break
-        value, prefix = value / 1000, following
-    return f"{value:.3g} {prefix}".strip().replace("-", "−")
-
-
-def _signed(value: float) -> str:
-    return ("+" if value >= 0 else "") + _engineering(value)
-
-
-def _thousandths(value: float) -> str:
-    """0.0123 -> "12.3"."""
-    value = 1000 * value
-    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else "0" if value == 0 else f"{value:.0e}"
-
-
-def _signal(value: float) -> str:
-    return ("+" if value >= 0 else "") + _thousandths(value).replace("-", "−", 1)
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fliqs_hf.report"),
-        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        percent=lambda fraction: f"{fraction * 100:.2f} %",
-        points=lambda fraction: f"{round(fraction * 100, 2) + 0.0:+.2f}".replace("-", "−"),
-        engineering=_engineering,
-        signed=_signed,
-        signal=_signal,
-        thousandths=_thousandths,
-    )
-    return environment

@@ -23,13 +23,10 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import normal_sample_size_one_tail
 from statsmodels.stats.proportion import proportion_confint
 
+from fliqs_hf.hf.gate import POWER, Gate, Verdict
+
 BINS = 15
 """Bins of the calibration error, equally wide between 0 and 1 (as in Guo et al. 2017)."""
-
-POWER = 0.8
-"""Chance of a decision for which `images_to_settle` plans."""
-
-Verdict = Literal["pass", "fail", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -115,25 +112,6 @@ def _spread_if(drop: float, broken: float, repaired: float) -> float:
     c = -repaired * drop * (1 - drop)
     fraction = (math.sqrt(max(b * b - 8 * c, 0.0)) - b) / 4
     return math.sqrt(max(2 * fraction + drop * (1 - drop), 0.0))
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Decision whether the drop is below `max_drop` (a fraction).
-
-    Attributes:
-        lower, upper: one-sided bounds of the drop.
-        verdict: "pass" if `upper` < `max_drop`, "fail" if `lower` > `max_drop`, else "undecided".
-        images: in all, to settle an undecided case with a chance of `POWER`; None if decided, or if no number would
-            settle it because the observed drop is `max_drop`.
-    """
-
-    max_drop: float
-    confidence: float
-    lower: float
-    upper: float
-    verdict: Verdict
-    images: int | None
 
 
 def gate(broken: int, repaired: int, images: int, max_drop: float, confidence: float) -> Gate:

@@ -17,15 +17,16 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import nn
-from transformers.utils.logging import tqdm
+from tqdm.auto import tqdm
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.hf.gate import NOT_ASKED, Gate
+from fliqs_hf.hf.private import last_part
 from fliqs_hf.report import statistics, validation_page
 from fliqs_hf.report.comparison import WARM_UP_BATCHES, Comparison, Example, compare
-from fliqs_hf.report.statistics import Calibration, ClassChange, Gate, Proportion
+from fliqs_hf.report.statistics import Calibration, ClassChange, Proportion
 from fliqs_hf.report.validation_data import MatchLabels, class_names, label_reader, read_batches
-from fliqs_hf.report.validation_page import points
 from fliqs_hf.version import __version__
 
 FEWEST_TIMED_BATCHES = 5
@@ -129,30 +130,18 @@ class ValidationResult:
 
     @property
     def more_images(self) -> int | None:
-        """Images beyond those used that would settle an undecided gate."""
+        """Images beyond those used that would settle an undecided gate at its limit."""
         return None if self.gate is None or self.gate.images is None else self.gate.images - self.images
 
     @property
+    def passing_limit(self) -> float | None:
+        """The smallest limit, a fraction, that these images would have passed; None where no limit was set."""
+        return None if self.gate is None else self.gate.passing_limit
+
+    @property
     def verdict(self) -> str:
-        """The decision in one or two sentences."""
-        if self.gate is None:
-            return "No decision was asked for: max_drop was not set."
-        gate, level = self.gate, f"{100 * self.gate.confidence:.4g} %"
-        limit = f"{points(gate.max_drop)} points"
-        if gate.verdict == "pass":
-            return f"Pass: the drop is below {limit} with {level} confidence (at most {points(gate.upper)})."
-        if gate.verdict == "fail":
-            return f"Fail: the drop is above {limit} with {level} confidence (at least {points(gate.lower)})."
-        text = (
-            f"Undecided, so not passed: {self.images:,} images do not tell whether the drop is below {limit} "
-            f"({level} bounds {points(gate.lower)} and {points(gate.upper)})."
-        )
-        if self.more_images is None:
-            return f"{text} The observed drop is the limit itself: more images would not help."
-        return (
-            f"{text} About {self.more_images:,} more images ({gate.images:,} in all) would settle it with a chance of "
-            f"{100 * statistics.POWER:.0f} %, if the models go on differing on the same share of images as here."
-        )
+        """The decision in plain words, with the limit and what the images at hand show."""
+        return NOT_ASKED if self.gate is None else self.gate.sentence(self.top1_drop.value, self.images)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. Example images are left out, their row numbers are in."""
@@ -160,7 +149,8 @@ class ValidationResult:
         for worst in data["worst_classes"]:
             for example in worst["examples"]:
                 del example["jpeg"]
-        return {**data, "verdict": self.verdict, "more_images": self.more_images, "exit_code": self.exit_code}
+        said = ("verdict", "passing_limit", "more_images", "exit_code")
+        return {**data, **{name: getattr(self, name) for name in said}}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
@@ -189,6 +179,7 @@ def validate(
     resamples: int = 9999,
     seed: int = 0,
     examples_per_class: int = 4,
+    dataset_name: str | None = None,
 ) -> ValidationResult:
     """Compare two image classifiers on the same labelled images, in one pass over them.
 
@@ -204,6 +195,7 @@ def validate(
         device: default: where the original is.
         resamples, seed: of the bootstrap.
         examples_per_class: most example images kept of each class; 0 keeps images out of the report.
+        dataset_name: what to call the images in the results; of a path only the last part is kept.
     Raises: ConfigError: a setting out of range. DataError: no images, or images, labels or label sets that do not fit.
         CheckpointError: a model returns NaN or infinities.
     """
@@ -255,7 +247,10 @@ def validate(
         class_changes=changes,
         worst_classes=tuple(WorstClass(change, found.examples.get(change.label, ())) for change in worst),
         class_names=names or tuple(map(str, range(found.classes))),
-        conditions=_conditions(place, batch_size, resamples, seed),
+        conditions={
+            "dataset": None if dataset_name is None else last_part(dataset_name),
+            **_conditions(place, batch_size, resamples, seed),
+        },
     )
 
 
@@ -309,7 +304,10 @@ def _model_result(model: nn.Module, found: Comparison, i: int, confidence: float
 
 def _name(model: nn.Module) -> str:
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
-    return Path(name).resolve().name if Path(name).is_dir() else name  # a page to pass on shows no private paths
+    if not Path(name).is_dir():
+        return last_part(name)  # a page to pass on shows no paths
+    folder = Path(name).resolve()
+    return folder.parent.name if folder.name == "checkpoint" else folder.name  # of a run folder
 
 
 def _checkpoint_bytes(model: nn.Module) -> int | None:

@@ -10,7 +10,8 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from fliqs_hf.report.statistics import Calibration, Gate
+from fliqs_hf.hf.gate import Gate
+from fliqs_hf.report.statistics import Calibration
 
 _INK, _MUTED, _GRID = "#1f2430", "#5b6472", "#d8dce3"
 _COLOURS = {"pass": "#1a7f4b", "fail": "#b3261e", "undecided": "#946200"}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
+from fliqs_hf.hf import templating
 from fliqs_hf.report import statistics, validation_figures
 from fliqs_hf.report.comparison import MODELS
 
@@ -15,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def markdown(result: ValidationResult) -> str:
-    return _environment().get_template("validate.md.j2").render(**_context(result))
+    return templating.markdown("fliqs_hf.report", "validate.md.j2", _context(result))
 
 
 def html(result: ValidationResult) -> str:
@@ -27,7 +25,11 @@ def html(result: ValidationResult) -> str:
             for model in MODELS
         ],
     }
-    return _environment().get_template("validate.html.j2").render(**_context(result), **figures)
+    return (
+        templating.environment("fliqs_hf.report")
+        .get_template("validate.html.j2")
+        .render(**_context(result), **figures)
+    )
 
 
 def _context(result: ValidationResult) -> dict[str, Any]:
@@ -40,40 +42,3 @@ def _context(result: ValidationResult) -> dict[str, Any]:
         "detectable": statistics.smallest_detectable_loss(len(result.class_changes), result.confidence),
         "bins": statistics.BINS,
     }
-
-
-def points(fraction: float) -> str:
-    """Percentage points of a fraction, with a proper minus sign and no negative zero."""
-    return f"{round(fraction * 100, 2) + 0.0:.2f}".replace("-", "−")
-
-
-def _size(count: float | None) -> str:
-    if count is None:
-        return "not measured"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
-def _p_value(value: float) -> str:
-    return "< 0.0001" if value < 1e-4 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fliqs_hf.report"),
-        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        percent=lambda fraction: f"{fraction * 100:.2f} %",
-        points=points,
-        size=_size,
-        p_value=_p_value,
-        data_uri=lambda jpeg: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode(),
-        cell=lambda text: str(text).replace("|", "\\|").replace("\n", " "),
-    )
-    return environment

@@ -14,6 +14,7 @@ from torch import Tensor
 from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import TargetError
 from fliqs_hf.search.space import SearchSpace
+from fliqs_hf.wording import figure
 
 Array = npt.NDArray[np.float64]
 
@@ -136,8 +137,8 @@ class _Problem:
             else "choose a target within that"
         )
         raise TargetError(
-            f"no allocation costs between {low:.6g} and {high:.6g}; the space reaches from {cheapest:.6g} to "
-            f"{dearest:.6g}; {reason}"
+            f"no allocation costs between {figure(low)} and {figure(high)}; the space reaches "
+            f"from {figure(cheapest)} to {figure(dearest)}; {reason}"
         )
 
     def _milp(self, gain: Array, constraints: list[LinearConstraint], allowed: npt.NDArray[np.bool_]) -> Tensor | None:

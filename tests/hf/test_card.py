@@ -12,17 +12,22 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 from statsmodels.stats.proportion import proportion_confint
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
-from fliqs_hf.errors import CheckpointError
+from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.formats import parse
 from fliqs_hf.hf.card import model_card
 from fliqs_hf.hf.hub import push
+from fliqs_hf.hf.run_folder import RunFolder
 from fliqs_hf.report.validate import validate
+from fliqs_hf.wording import milliseconds
 from tests.hf.runs import change, write, write_run
 from tests.hf.test_hub import hub  # noqa: F401 - a fixture
+from tests.hf.test_templating import Text
+from tests.hf.test_validation_record import record
 from tests.hub_server import HubServer
 from tests.models import tiny
 
@@ -133,7 +138,7 @@ def test_a_layer_left_in_floating_point_is_listed_as_such(run: Path) -> None:
 _RECORDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "accuracy": (
         lambda run: change(run / "results.json", accuracy=None),
-        ("model-index", "metrics:", "top-1", "1000 images", "91.70 %", "uniform int4"),
+        ("model-index", "metrics:", "top-1", "1,000 images", "91.70 %", "uniform int4"),
     ),
     "top5": (
         lambda run: change(
@@ -155,11 +160,11 @@ _RECORDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "seed": (lambda run: change(run / "config.json", seed=None), ("Seed",)),
     "preset": (lambda run: change(run / "config.json", preset=None), ("Preset",)),
     "versions": (lambda run: change(run / "config.json", versions=None), ("Versions", "2.13.0")),
-    "command": (lambda run: change(run / "config.json", command=None), ("recipes/vit.py",)),
+    "command": (lambda run: change(run / "config.json", command=None), ("--model_name_or_path google/vit-tiny",)),
     "settings": (lambda run: (run / "config.json").unlink(), ("How it was made", "All settings")),
-    "target": (lambda run: change(run / "results.json", target=None), ("Target", "0.9931")),
-    "cost": (lambda run: change(run / "results.json", cost=None), ("0.9931",)),
-    "seconds": (lambda run: change(run / "results.json", seconds=None), ("Time:", "322 s")),
+    "target": (lambda run: change(run / "results.json", target=None), ("Target", "99.31 %")),
+    "cost": (lambda run: change(run / "results.json", cost=None), ("99.31 %",)),
+    "seconds": (lambda run: change(run / "results.json", seconds=None), ("Time:", "5 min 22 s")),
     "repaired": (lambda run: change(run / "results.json", repaired=False), ("missed the target",)),
     "results": (lambda run: (run / "results.json").unlink(), ("top-1", "Target", "Time:", "model-index")),
 }
@@ -224,7 +229,7 @@ def test_a_validation_is_reported(run: Path) -> None:
     assert f"Drop of top-1 accuracy: {drop.value * 100:.2f} points".replace(" -", " −") in text
     assert interval in text
     assert latency is not None
-    assert f"{latency.batch_ms:.3g} ms, original" in text
+    assert f"{milliseconds(latency.batch_ms)}, original" in text
     assert "its latency was not measured" not in text.lower()
 
 
@@ -256,3 +261,90 @@ def test_the_snippet_runs_as_it_stands(hub: HubServer, run: Path, tmp_path: Path
     with torch.no_grad():
         label = model(**processor(Image.new("RGB", (32, 32)), return_tensors="pt")).logits.argmax().item()
     assert result.stdout.split() == [model.config.id2label[label]] * 2
+
+
+def test_base_model_and_licence_can_be_given(run: Path) -> None:
+    change(run / "config.json", model_name_or_path="/models/vit", command=None)
+    assert not {"base_model", "license"} & set(metadata(model_card(run)))
+    data = metadata(model_card(run, base_model="org/vit", license="cc-by-4.0"))
+    assert (data["base_model"], data["base_model_relation"], data["license"]) == ("org/vit", "quantized", "cc-by-4.0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base_model": "/models/vit"}, "base_model='/models/vit' is no name on the Hub"),
+        ({"base_model": "a/b/c"}, "base_model='a/b/c'"),
+        ({"base_model": "org/vit](javascript:x)"}, "no name on the Hub"),
+        ({"license": "Apache License 2"}, "license='Apache License 2' is no identifier"),
+        ({"license": "mit\n---"}, "is no identifier"),
+        ({"license": ""}, "is no identifier"),
+        ({"repo_id": 'user/x")\nimport os'}, "repo_id="),
+    ],
+)
+def test_names_that_the_hub_cannot_know_are_refused(run: Path, arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        model_card(run, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("readme", "licence"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [a]\n---\n# Model\n", "apache-2.0"),
+        ("---\r\nlicense: mit\r\n---\r\n", "mit"),
+        ("# No metadata\nlicense: mit\n", None),
+        ("---\nlicense: [mit, gpl]\n---\n", None),
+        ("---\nlicense: 'my own\n  licence'\n---\n", None),
+        ("---\n- license\n---\n", None),
+        ("---\nlicense: {\n---\n", None),
+        ("---\n" + "[" * 50_000 + "\n---\n", None),
+    ],
+)
+def test_the_licence_of_a_local_original_is_taken_from_its_readme(
+    run: Path, tmp_path: Path, readme: str, licence: str | None
+) -> None:
+    original = tmp_path / "original"
+    original.mkdir()
+    (original / "README.md").write_bytes(readme.encode())
+    change(run / "config.json", model_name_or_path=str(original), command=None)
+    assert metadata(model_card(run)).get("license") == licence
+    assert metadata(model_card(run, license="cc0-1.0"))["license"] == "cc0-1.0"
+
+
+#: As a name of everything that a card shows.
+NASTY = "a|b`c <script>alert(1)<b> [x](javascript:alert(1)) {{ 7 * 7 }} $$ *e* _f_\n---\n# h"
+
+
+def test_names_from_records_are_shown_and_make_no_markup(run: Path) -> None:
+    """The rendered card of a run full of hostile names has the tags of a harmless one, and the names as they are."""
+    base = shape_of(run, "harmless")
+    nasty, tags, links = shape_of(run, NASTY)
+    assert (tags, links) == base[1:]
+    assert "49" not in nasty.replace(base[0], "")
+    shown = re.sub(r"\s+", " ", NASTY)
+    assert re.sub(r"\s+", " ", nasty).count(shown) >= 8
+    data = metadata(model_card(run))
+    assert data["model-index"][0]["results"][0]["dataset"]["name"].startswith("a|b`c")
+
+
+def shape_of(run: Path, name: str) -> tuple[str, list[str], list[str]]:
+    """Text, tags and links of the card of a run in which everything that has a name has this one."""
+    settings = {"model_name_or_path": name, "dataset_name": name, "preset": name, "seed": name, "note": name}
+    change(run / "config.json", **settings, versions={name: name}, command=["fliqs-hf", name])
+    layers = json.loads((run / "layers.json").read_text())
+    write(run / "layers.json", [*layers[:14], {**layers[-1], "name": name}])
+    target = {name: 3}
+    accuracy = json.loads((run / "results.json").read_text())["accuracy"]
+    others = {key: value for key, value in accuracy.items() if key in ("fp32", "searched")}
+    change(run / "results.json", target=target, accuracy={**others, name: accuracy["fp32"]})
+    model = json.loads((run / "checkpoint" / "config.json").read_text())
+    write(run / "checkpoint" / "config.json", {**model, "model_type": name})
+    for figure in (run / "figures").iterdir():
+        figure.rename(figure.with_name(f"{name.replace('/', '-')}.png"))
+    validation = record(RunFolder.read(run).allocation.summary())
+    validation["conditions"] |= {"dataset": name, "device": name}
+    write(run / "validation.json", validation)
+    rendered = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(model_card(run).text)
+    found = Text(rendered)
+    links = re.findall(r'(?:href|src)="(?!figures/)([^"]*)"', rendered)
+    return found.text, [tag for tag in found.tags if tag != "code"], links

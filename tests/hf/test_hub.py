@@ -159,7 +159,10 @@ def test_a_push_is_one_commit_of_everything(hub: HubServer, run_folder: Path) ->
         *(f"search/{name}.jsonl" for name in ("metrics", "policy")),
     }
     assert_complete(files, run_folder)
-    assert files["search/config.json"] == (run_folder / "config.json").read_bytes()
+    recorded = json.loads((run_folder / "config.json").read_text())
+    command = ["vit.py", *recorded["command"][1:]]  # of recipes/vit.py, a path where the tests run
+    assert json.loads(files["search/config.json"]) == {**recorded, "command": command}
+    assert files["search/results.json"] == (run_folder / "results.json").read_bytes()
     assert b'from_pretrained("user/model")' in files["README.md"]
 
 

@@ -124,7 +124,7 @@ def test_the_page_holds_the_measured_figures(run: Path) -> None:
     text = (run / "report.html").read_text()
     report = RunReport.read(run)
     assert "91.70 %" in text  # top-1 of results.json
-    assert "−1.30 points against fp32" in text
+    assert "−1.30 points against the original in fp32 (93.00\u00a0%)" in text
     assert "uniform int4" in text
     assert "on the fp32 model and once more on the quantized one with 64 training images" in text
     assert text.count("<tr>\n<td data-v=") == len(report.rows) == len(report.run.layers)

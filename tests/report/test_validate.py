@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import math
@@ -23,10 +24,11 @@ from fliqs_hf.errors import CheckpointError, ConfigError, DataError
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.report.comparison import peak_memory
 from fliqs_hf.report.validate import ValidationResult, validate
+from tests.hf.test_templating import render
 from tests.models import tiny
 
 CLASSES = 7
-NAMES = ("ant", "bee", "<script>alert(1)</script>", "dog|cat", "emu", "fox", "gnu")
+NAMES = ("[ant](javascript:x)", "`bee`", "<script>alert(1)</script>", "dog|cat", "{{ emu }}", "_fox_ *gnu*", "# ibis")
 
 
 class Scripted(nn.Module):
@@ -155,6 +157,10 @@ def test_markdown_tables_hold_together(case: SimpleNamespace) -> None:
     text = case.result.to_markdown()
     assert f"**{case.result.verdict}**" in text
     assert "dog\\|cat" in text
+    shown = render(text)
+    assert not {"script", "a", "img"} & set(shown.tags)
+    for name in NAMES:
+        assert name in shown.text
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
     assert len(tables) == 2
     for table in tables:
@@ -183,8 +189,15 @@ def test_gate_decides_the_exit_code(broken: int, repaired: int, limit: float, ve
     assert result.verdict.startswith(verdict)
     assert result.exit_code == code
     assert f"{limit:.2f} points" in result.verdict
-    for text in (result.to_markdown(), result.to_html()):
-        assert result.verdict in text
+    assert result.verdict in result.to_markdown()
+    assert result.gate is not None
+    drop, page = result.top1_drop.value, html.unescape(result.to_html()).replace("\u00a0", " ")
+    for text in (
+        result.gate.word,
+        result.gate.explanation(drop, result.images),
+        result.gate.advice(drop, result.images),
+    ):
+        assert text in page
 
 
 def test_undecided_says_how_many_more_images() -> None:
@@ -192,7 +205,7 @@ def test_undecided_says_how_many_more_images() -> None:
     z = 1.6448536269514722
     needed = math.floor(z**2 * (1 / 0.005 - 1)) + 1  # closed form of the bound where nothing differs
     assert result.more_images == needed - 100
-    assert f"About {needed - 100:,} more images ({needed:,} in all)" in result.verdict
+    assert f"takes about {needed - 100:,} more images ({needed:,} in all)" in result.verdict
     at_limit = outcome(10, 0, 990, max_drop=1.0)
     assert at_limit.more_images is None
     assert "more images would not help" in at_limit.verdict

@@ -1,0 +1,135 @@
+"""The models that a run folder has figures of: the original, this one, and those that it was compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.stats import binomtest
+
+from fliqs_hf.allocation import Allocation
+from fliqs_hf.cost import bops, weight_bytes
+from fliqs_hf.errors import CheckpointError, FormatError
+from fliqs_hf.formats import Format, parse
+from fliqs_hf.hf.run_folder import RunFolder
+from fliqs_hf.hf.validation_record import ValidatedModel, Validation
+
+CONFIDENCE = 0.95
+FP32 = "fp32"
+SEARCHED = "searched"
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 accuracy of one model with its two-sided 95 % Wilson interval, and top-5 where measured; fractions."""
+
+    correct: int
+    images: int
+    low: float
+    high: float
+    top5: float | None
+
+    @property
+    def top1(self) -> float:
+        return self.correct / self.images
+
+    @classmethod
+    def of(cls, name: str, data: Mapping[str, Any]) -> Accuracy:
+        """From `{"top1", "top5", "correct", "n"}`; only top5 may be absent.
+
+        Raises: CheckpointError: counts that are impossible or contradict top1.
+        """
+        try:
+            correct, images, top1 = int(data["correct"]), int(data["n"]), float(data["top1"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"results.json: accuracy of {name!r}: needs top1, correct and n ({error!r})"
+            ) from error
+        # A stored fraction may be rounded, but never to another count.
+        if not 0 <= correct <= images or images == 0 or abs(top1 - correct / images) >= 0.5 / images:
+            raise CheckpointError(
+                f"results.json: accuracy of {name!r}: top1={top1} contradicts {correct} correct of {images}; "
+                "evaluate the model again"
+            )
+        top5 = data.get("top5")
+        return cls.counted(correct, images, None if top5 is None else float(top5))
+
+    @classmethod
+    def counted(cls, correct: int, images: int, top5: float | None) -> Accuracy:
+        interval = binomtest(correct, images).proportion_ci(CONFIDENCE, method="wilson")
+        return cls(correct, images, float(interval.low), float(interval.high), top5)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table of results; None where it was not measured, or where no layer shapes were recorded.
+
+    Attributes:
+        bops: bit operations per image.
+        weight_bytes: packed weights and scales of the Linear and Conv2d layers.
+    """
+
+    name: str
+    accuracy: Accuracy | None
+    bops: int | None
+    weight_bytes: int | None
+
+    @property
+    def label(self) -> str:
+        return {FP32: "original (fp32)", SEARCHED: "this model"}.get(self.name, self.name.replace("_", " "))
+
+
+def validation_of(run: RunFolder) -> Validation | None:
+    """Raises: CheckpointError: see `Validation.of`."""
+    return Validation.of(run.validation, run.allocation.summary())
+
+
+def measured_models(run: RunFolder, validation: Validation | None) -> list[Result]:
+    """The original first, this model last, with or without measurements; between them what results.json has besides.
+
+    Accuracies are those of results.json or, where it has none of this model, those of the validation.
+    """
+    measured = _accuracies(run, validation)
+    others = [name for name in measured if name not in (FP32, SEARCHED)]
+    # The cost of the original needs no measurement, but without any result there is nothing to compare.
+    names = [*([FP32] if measured or run.layers else []), *others, SEARCHED]
+    rows = []
+    for name in names:
+        accuracy = measured.get(name)
+        allocation = _allocation_of(name, run)
+        if not run.layers or allocation is None:
+            rows.append(Result(name, accuracy, None, None))
+        else:
+            rows.append(Result(name, accuracy, bops(run.layers, allocation), weight_bytes(run.layers, allocation)))
+    return rows
+
+
+def _accuracies(run: RunFolder, validation: Validation | None) -> dict[str, Accuracy]:
+    recorded = run.results.get("accuracy") or {}
+    if SEARCHED not in recorded and validation is not None:
+        pair: dict[str, ValidatedModel] = {FP32: validation.original, SEARCHED: validation.quantized}
+        return {name: Accuracy.counted(model.correct, validation.images, model.top5) for name, model in pair.items()}
+    if not isinstance(recorded, Mapping):
+        raise CheckpointError(f"results.json: accuracy is a {type(recorded).__name__}, not an object")
+    return {name: Accuracy.of(name, entry) for name, entry in recorded.items()}
+
+
+def _allocation_of(name: str, run: RunFolder) -> Allocation | None:
+    """Of a row of the results: empty for the original, and None where its name does not say it."""
+    if name == FP32:
+        return Allocation({})
+    if name == SEARCHED:
+        return run.allocation
+    if (fmt := _uniform_format(name)) is None:
+        return None
+    return Allocation.uniform(run.allocation, fmt)
+
+
+def _uniform_format(name: str) -> Format | None:
+    """`uniform_int4` -> INT4."""
+    prefix, _, fmt = name.replace("-", "_").replace(" ", "_").partition("_")
+    try:
+        return parse(fmt) if prefix == "uniform" else None
+    except FormatError:
+        return None
