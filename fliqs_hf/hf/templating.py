@@ -19,13 +19,13 @@ from fliqs_hf import wording
 
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _SPECIAL = re.compile(
-    r"[\\`*\[\]<>|~&$@]"
+    r"[\\`*\[\]<>|~&$@#]"
     r"|(?<![^\W_])_|_(?![^\W_])"  # within a word an underscore is one
     r"|(?<=www)\.|:(?=//|[\w+-]+:)"  # autolinks, :names: of pictures
-    r"|^[#+\-=:]",  # the beginning of a block
+    r"|(?:^|(?<=^ ))[+\-=:]",  # the beginning of a block
     re.IGNORECASE,
 )
-_NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
+_NUMBERED = re.compile(r"^( ?\d{1,9})([.)])(?=\s|$)")
 _FENCE = re.compile(r"`{3,}")
 
 
