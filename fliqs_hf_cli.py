@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 DESCRIPTION = "Mixed-precision quantization of vision transformers: search, quantize, validate, publish."
@@ -71,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Carry out parsed arguments. Returns: the exit status."""
     module, _, function = args.fliqs_command.partition(":")
-    errors: Any = importlib.import_module("fliqs_hf.errors")
-    interrupt: Any = importlib.import_module("fliqs_hf.interrupt")
-    # Libraries print as well: DeepSpeed does when it is imported.
-    alone: Any = importlib.import_module("fliqs_hf.cli.output").alone_on_stdout
+    with _importing():
+        errors: Any = importlib.import_module("fliqs_hf.errors")
+        interrupt: Any = importlib.import_module("fliqs_hf.interrupt")
+        # Libraries print as well: DeepSpeed does when it is imported.
+        alone: Any = importlib.import_module("fliqs_hf.cli.output").alone_on_stdout
     as_json = getattr(args, "json", False) or "--json" in getattr(args, "rest", ())
     try:
         with (
@@ -91,6 +95,24 @@ def run(args: argparse.Namespace) -> int:
     except interrupt.Interrupted as stop:
         return _failed(args, str(stop), stop.status)
     return status
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """For the seconds before `fliqs_hf.interrupt` is there to do it: a signal ends the process with a word."""
+
+    def stop(number: int, _: object) -> None:
+        print(f"fliqs-hf: stopped by {signal.Signals(number).name}; {START_AGAIN}", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    here = threading.current_thread() is threading.main_thread()
+    previous = {n: signal.signal(n, stop) for n in numbers if here and n and signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for n, handler in previous.items():
+            signal.signal(n, handler)
 
 
 def _failed(args: argparse.Namespace, message: str, status: int) -> int:

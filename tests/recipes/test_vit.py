@@ -134,7 +134,7 @@ def test_an_interrupted_search_resumes_to_the_same_bits(
         time.sleep(0.02)
     process.send_signal(stop)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == (-stop if stop == signal.SIGKILL else 130), output
+    assert process.returncode == (-stop if stop == signal.SIGKILL else 128 + stop), output
     assert list(state.glob("step-*/meta.json")) and not (tmp_path / "run" / "results.json").exists()
     main([str(file), "--resume"])
     assert result_bytes(tmp_path / "run") == uninterrupted
