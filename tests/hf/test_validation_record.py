@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def pilot(folder: Path) -> Path:
     write_run(folder)
     for name in ("metrics.jsonl", "policy.jsonl", "search_space.json", "report.html"):
         (folder / name).unlink()
+    shutil.rmtree(folder / "figures")
     change(folder / "results.json", accuracy=None, repaired=None, seconds=None)
     change(folder / "config.json", model_name_or_path="/models/vit", dataset_name=None, preset=None, command=None)
     write(folder / "validation.json", record(RunFolder.read(folder).allocation.summary()))
