@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from accelerate.tracking import get_available_trackers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from fliqs_hf.cost import Target
-from fliqs_hf.errors import ConfigError, FormatError
+from fliqs_hf.errors import ConfigError, FormatError, HubError
 from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.limits import check_distinct
@@ -17,6 +19,7 @@ from fliqs_hf.search import SearchConfig
 from fliqs_hf.training import TrainConfig
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
 from fliqs_hf.training.augment import check_augment
+from fliqs_hf.training.models import read_classifier
 
 #: How trackers call the name of a run; the others of accelerate name it by themselves.
 RUN_NAMES = {
@@ -31,7 +34,7 @@ RUN_NAMES = {
 def check_arguments(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, search_args: SearchArguments
 ) -> None:
-    """Raises: ConfigError, TargetError: arguments that cannot work, alone or together."""
+    """Raises: ConfigError, TargetError, HubError: arguments that cannot work, alone or together."""
     search = search_config(search_args)
     targets = targets_of(search_args)
     try:
@@ -46,7 +49,7 @@ def check_arguments(
     if args.finetune_steps:
         train_config(args, args.finetune_steps, args.finetune_learning_rate or args.learning_rate, search.quality)
     if (data_args.dataset_name is None) == (data_args.train_dir is None):
-        raise ConfigError("give either dataset_name (a Hub id, a folder or 'digits') or train_dir (image folder)")
+        raise ConfigError("no data, or two: give either dataset_name (a Hub id, a folder or 'digits') or train_dir")
     if data_args.streaming and data_args.max_train_samples is not None:
         raise ConfigError(
             f"max_train_samples={data_args.max_train_samples} does not go with streaming, which reads all training "
@@ -57,6 +60,12 @@ def check_arguments(
     check_augment(data_args.augment or [])
     check_run_name(args.run_name, trackers_of(args.report_to))
     _check_hub_name(args, targets)
+    read_classifier(**model_settings(model_args))
+
+
+def model_settings(model_args: ModelArguments) -> dict[str, Any]:
+    """What `load_classifier` takes; the token is in the environment, see `hub_token`."""
+    return {key: value for key, value in asdict(model_args).items() if key != "token"}
 
 
 def targets_of(search_args: SearchArguments) -> list[Target]:
@@ -153,4 +162,4 @@ def _check_hub_name(args: TrainingArguments, targets: list[Target]) -> None:
         for target in targets:
             validate_repo_id(f"{name}-{target.label}" if len(targets) > 1 else name)
     except HFValidationError as error:
-        raise ConfigError(f"{said} {name!r} is no name of a repository: {' '.join(str(error).split())}") from error
+        raise HubError(f"{said} {name!r} is no name of a repository: {' '.join(str(error).split())}") from error

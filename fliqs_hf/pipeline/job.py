@@ -13,14 +13,14 @@ from transformers.utils import logging as hf_logging
 
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.nn import QuantizerSettings
-from fliqs_hf.pipeline.checks import RUN_NAMES, search_config, trackers_of, train_config
+from fliqs_hf.pipeline.checks import RUN_NAMES, model_settings, search_config, trackers_of, train_config
 from fliqs_hf.search import SearchConfig
 from fliqs_hf.training import Accuracy, ImageData, TrainConfig, evaluate, load_splits
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
 from fliqs_hf.training.augment import BatchAugment
 from fliqs_hf.training.data import held_in_memory, labelled
 from fliqs_hf.training.evaluation import load_metric
-from fliqs_hf.training.models import label_ids, load_classifier, read_classifier
+from fliqs_hf.training.models import label_ids, load_classifier
 from fliqs_hf.training.stream import StreamData
 from fliqs_hf.training.zero import load_models_whole
 
@@ -68,8 +68,6 @@ def load(
     quantizers = QuantizerSettings(activation_granularity=search_args.activation_granularity)
     quantizers.require_dynamic(learned=True)
     trackers = trackers_of(args.report_to)
-    model_settings = {key: value for key, value in asdict(model_args).items() if key != "token"}
-    read_classifier(**model_settings)  # what is wrong with the model shows before the data are fetched
     for metric in data_args.metrics or []:
         load_metric(metric)  # one that cannot be had must not stop the run after hours of training
     accelerator = Accelerator(
@@ -96,7 +94,7 @@ def load(
             cache_dir=model_args.cache_dir,
         )
         train_split, eval_split, names = labelled(train_split, eval_split, data_args.label_column_name)
-    model, processor = load_classifier(names, **model_settings)
+    model, processor = load_classifier(names, **model_settings(model_args))
     if args.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         try:

@@ -57,12 +57,15 @@ def load(cls: Any, name: str, what: str = "model", **options: Any) -> Any:
     """
     check_source(name)
     try:
-        return cls.from_pretrained(name, **options)
-    except FliqsError:
-        raise
-    except MemoryError:
+        # False, for otherwise Transformers asks on the terminal whether it may run code that comes with the model.
+        return cls.from_pretrained(name, trust_remote_code=False, **options)
+    except (FliqsError, MemoryError):
         raise
     except Exception as error:  # of a damaged or foreign file Transformers lets through whatever reading it raises
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{name!r} brings code of its own, which is never run: use an architecture that Transformers has"
+            ) from error
         raise ConfigError(f"cannot load the {what} of {name!r}: {_first_sentence(error)}") from error
 
 
