@@ -234,7 +234,7 @@ RECIPE: list[tuple[dict[str, Any], str]] = [
     ({"augment": ["nonesuch"]}, "nonesuch"),
     ({"augment": ["mixup", "cutmix"]}, "mixup or cutmix"),
     ({"streaming": True}, "streaming"),
-    ({"model_type": None}, "config_overrides goes with model_type"),
+    ({"model_type": None}, "give either model_name_or_path"),
     ({"model_name_or_path": "x"}, "give either model_name_or_path"),
     ({"model_type": "vitt"}, "did you mean 'vit'"),
     ({"model_type": "bert", "config_overrides": None, "image_size": None}, "no image classifier"),
@@ -314,8 +314,8 @@ LINES = [
     (["--mixed_precision", "x"], "'x'"),
     (["--learning_rate", "nan"], "learning_rate=nan"),
     (["--use_cpu", "perhaps"], "perhaps"),
-    (["--config", "{}"], "cannot read the settings"),
-    (["{}/vit"], "is no settings file"),
+    (["--config", "{}"], "is neither a file of settings"),
+    (["{}/vit"], "is neither a file of settings"),
     (["--config_overrides", "{a: 1, a: 2}"], "is there twice"),
 ]
 
