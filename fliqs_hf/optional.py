@@ -13,7 +13,6 @@ EXTRAS = {
     "kornia": "augment",
     "matplotlib": "report",
     "statsmodels": "report",
-    "optimum": "cli",
     "optuna": "multi-trial",
     "deepspeed": "deepspeed",
 }

@@ -88,7 +88,7 @@ def traced(model: Any) -> tuple[tuple[LayerInfo, ...], str]:
     """
     parameters = inspect.signature(model.forward).parameters
     if "pixel_values" not in parameters:
-        raise ConfigError(f"{type(model).__name__} takes no images (pixel_values), so they cost nothing")
+        raise ConfigError(f"{type(model).__name__} takes no images (pixel_values), and costs are per image")
     image = example_image(model)
     inputs, on = {"pixel_values": image}, f"image of {image.shape[-1]} pixels"
     if "input_ids" in parameters:

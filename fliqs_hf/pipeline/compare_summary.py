@@ -10,8 +10,8 @@ from typing import Any
 
 from fliqs_hf.errors import DataError
 from fliqs_hf.files import replacing, write_text
-from fliqs_hf.pipeline.compare_table import rows_of
 from fliqs_hf.optional import needed_for
+from fliqs_hf.pipeline.compare_table import rows_of
 
 NOTE = (
     "Mean ± standard deviation over seeds. Seconds include choosing the formats; peak MB is memory beyond what "

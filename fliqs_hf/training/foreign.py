@@ -13,7 +13,7 @@ from fliqs_hf.errors import ConfigError
 class ForeignArguments:
     """Other names, as in Transformers' `TrainingArguments`."""
 
-    bf16: bool | None = field(default=None, metadata={"help": "the same as mixed_precision: bf16"})
+    bf16: bool = field(default=False, metadata={"help": "the same as mixed_precision: bf16"})
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "the same as resume: true, false, or the path of this run"}
     )
