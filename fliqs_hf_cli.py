@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 DESCRIPTION = "Mixed-precision quantization of vision transformers: search, quantize, validate, publish."
 EXAMPLES = """
@@ -29,7 +29,7 @@ A first pilot on one model:
 
 Exit status: 0 done; 1 the answer is no (a gate not passed, a damaged checkpoint); 2 a mistake in the arguments or
 input, named on stderr; 130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP. With --json the answer is one JSON object on
-stdout.
+stdout, {"error": …} if there is none. FLIQS_HF_TRACEBACK=1 shows where an error came from.
 """
 
 
@@ -45,8 +45,13 @@ class Parser(argparse.ArgumentParser):
         settings: dict[str, Any] = {"add_help": not pass_through, "allow_abbrev": False, **kwargs}
         super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
         self.pass_through = pass_through
+        self.as_json = False
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_failed(f"{' '.join(message.split())}; {self.prog} --help lists the arguments", 2, self.as_json))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.as_json = "--json" in (sys.argv[1:] if args is None else args)
         if not self.pass_through:
             return super().parse_known_args(args, namespace)
         namespace = namespace or argparse.Namespace()
@@ -59,7 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="fliqs-hf", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     add_commands(parser)
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:
+        if stop.code != 2:  # --help
+            raise
+        return 2
     if args.version:
         from importlib.metadata import version
 
@@ -75,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     """Carry out parsed arguments. Returns: the exit status."""
     module, _, function = args.fliqs_command.partition(":")
     with _importing():
-        errors: Any = importlib.import_module("fliqs_hf.errors")
+        failures: Any = importlib.import_module("fliqs_hf.failures")
         interrupt: Any = importlib.import_module("fliqs_hf.interrupt")
         # Libraries print as well: DeepSpeed does when it is imported.
         alone: Any = importlib.import_module("fliqs_hf.cli.output").alone_on_stdout
@@ -85,15 +95,13 @@ def run(args: argparse.Namespace) -> int:
             interrupt.stopping(GO_ON.get(module, START_AGAIN)),
             alone() if as_json else nullcontext(),
         ):
+            if not hasattr(args, "rest"):  # those that are passed through are checked by who parses them
+                importlib.import_module("fliqs_hf.limits").check_values(vars(args))
             status: int = getattr(importlib.import_module(f"fliqs_hf.cli.{module}"), function)(args)
-    except errors.FliqsError as error:
-        return _failed(args, f"{type(error).__name__}: {error}", 1 if isinstance(error, errors.CheckpointError) else 2)
-    except OSError as error:
-        return _failed(args, f"{type(error).__name__}: {error}", 2)
-    except ImportError as error:
-        return _failed(args, f"{error}; install what is missing, e.g. pip install 'fliqs-hf[report]'", 2)
-    except interrupt.Interrupted as stop:
-        return _failed(args, str(stop), stop.status)
+    except (Exception, KeyboardInterrupt) as error:  # whatever it is: a program owes its user a sentence
+        message, status = failures.explain(error)
+        print(failures.trace(error), end="", file=sys.stderr)
+        return _failed(message, status, as_json)
     return status
 
 
@@ -115,8 +123,8 @@ def _importing() -> Iterator[None]:
             signal.signal(n, handler)
 
 
-def _failed(args: argparse.Namespace, message: str, status: int) -> int:
-    if getattr(args, "json", False):
+def _failed(message: str, status: int, as_json: bool) -> int:
+    if as_json:
         print(json.dumps({"error": message}))
     print(f"fliqs-hf: {message}", file=sys.stderr)
     return status

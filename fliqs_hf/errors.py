@@ -43,3 +43,7 @@ class BusyError(FliqsError, RuntimeError):
 
 class HubError(FliqsError, RuntimeError):
     """The Hub refused a request, or could not be reached."""
+
+
+class DependencyError(FliqsError, ImportError):
+    """An optional package that is not installed; the message names the extra that brings it."""

@@ -21,6 +21,7 @@ from fliqs_hf.checksums import sealed, unsealed
 from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
 from fliqs_hf.files import append_text, disk_errors, write_text
+from fliqs_hf.optional import needed_for
 from fliqs_hf.search import SearchSpace, choice_at_target, reachable_range
 from fliqs_hf.training.seeds import derived_seed
 
@@ -77,7 +78,7 @@ def multi_trial(
             and bits, that meets the target, and the estimator is told the allocation so repaired.
         journal: JSON lines of the trials; those that it has already are not run again. What the objective does is not
             recorded: a changed one needs another journal.
-    Raises: ConfigError: bad `trials` or `sampler`, or Optuna is not installed. TargetError: no allocation meets the
+    Raises: ConfigError: bad `trials` or `sampler`. DependencyError: no Optuna. TargetError: no allocation meets the
         target. TrainingError: a score is not finite. DiskError: the journal cannot be written. CheckpointError: the
         journal is damaged, or of a search with other settings.
     Source: Optuna, Akiba et al. 2019; its estimator, Bergstra et al. 2011.
@@ -127,13 +128,11 @@ class _Random:
 
 
 class _Optuna:
-    """Raises: ConfigError: Optuna is not installed."""
+    """Raises: DependencyError: Optuna is not installed."""
 
     def __init__(self, space: SearchSpace, seed: int) -> None:
-        try:
+        with needed_for("sampler='optuna'"):
             import optuna
-        except ImportError as error:
-            raise ConfigError("sampler='optuna' needs Optuna: pip install 'fliqs-hf[multi-trial]'") from error
         self.optuna: Any = optuna
         self.space, self.seed = space, seed
         self.bits = torch.tensor([float(fmt.bits) for fmt in space.formats])

@@ -7,23 +7,23 @@ from typing import Any
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.output import answer, table
-from fliqs_hf.cost import bops, trace_layers, unlisted_bytes, weight_bytes
-from fliqs_hf.errors import ConfigError
+from fliqs_hf.cost import bops, unlisted_bytes, weight_bytes
 from fliqs_hf.formats import parse
 from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.nn import quantizable_layers
-from fliqs_hf.pipeline.checkpoints import checkpoint_of, empty_model, read_config
+from fliqs_hf.pipeline.checkpoints import checkpoint_of, empty_model, read_config, traced
+from fliqs_hf.training.scratch import check_patches
 
 
 def estimate(args: argparse.Namespace) -> int:
     name = checkpoint_of(args.model)
     config, quantization = read_config(name, args.revision)
     if args.image_size is not None:
-        if args.image_size < 1:
-            raise ConfigError(f"image_size={args.image_size} must be a positive number of pixels")
-        config.image_size = args.image_size
+        check_patches(config, args.image_size)
+        sized = config.vision_config if hasattr(config, "vision_config") else config
+        sized.image_size = args.image_size
     model = empty_model(config)
-    layers = trace_layers(model)
+    layers, on = traced(model)
     chosen = quantizable_layers(model, args.modules_to_not_convert)
     other = unlisted_bytes(model, layers)
     models = {"fp32": Allocation({})}
@@ -32,10 +32,10 @@ def estimate(args: argparse.Namespace) -> int:
         models["this checkpoint"] = quantization.resolve(model)
     if args.allocation is not None:
         models[args.allocation] = FLIQSConfig(allocation=args.allocation).resolve(model)
-    traced = {layer.name for layer in layers}
+    called_names = {layer.name for layer in layers}
     rows: list[dict[str, Any]] = []
     for label, allocation in models.items():
-        called = Allocation({layer: formats for layer, formats in allocation.items() if layer in traced})
+        called = Allocation({layer: formats for layer, formats in allocation.items() if layer in called_names})
         size = weight_bytes(layers, called, other_bytes=other)
         rows.append({"formats": label, "bops": bops(layers, called), "bytes": size})
     fp32 = rows[0]
@@ -48,8 +48,7 @@ def estimate(args: argparse.Namespace) -> int:
     ]  # fmt: skip
     macs = sum(layer.macs for layer in layers)
     text = (
-        f"{type(model).__name__}: {len(chosen)} layers, {macs / 1e9:.3f} G MACs per image of "
-        f"{getattr(config, 'image_size', 'default')} pixels\n\n"
+        f"{type(model).__name__}: {len(chosen)} layers, {macs / 1e9:.3f} G MACs per {on}\n\n"
         + table(("formats", "G bit operations", "fewer", "MB", "smaller"), lines)
         + "\n\nWeights and inputs in the same format; bit operations are MACs × weight bits × input bits. Everything "
         "else\n(biases, norms, embeddings) stays in fp32. Bytes are those of the checkpoint less its header."

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from typing import Any
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.calibration import Calibration, check, pack
 from fliqs_hf.cli.output import answer
-from fliqs_hf.cost import LayerInfo, Target, trace_layers, unlisted_bytes
+from fliqs_hf.cost import LayerInfo, Target, unlisted_bytes
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.lock import locked
-from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config
+from fliqs_hf.pipeline.checkpoints import device_of, is_classifier, load_model, load_processor, read_config, traced
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.post_training import Found, allocate
 from fliqs_hf.search.run import RunFolder, cost_summary, layer_table
@@ -34,8 +35,12 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     check_run_folders([output], args.overwrite, "pass --overwrite to replace it")
     if read_config(args.model, args.revision)[1] is not None:
         raise ConfigError(f"{args.model} is quantized already; start from the fp32 checkpoint")
+    device = device_of(args.device)
     processor = load_processor(args.model, args.revision)
-    model = load_model(args.model, args.revision).to(device_of(args.device))
+    model = load_model(args.model, args.revision)
+    if args.calibration and not is_classifier(model):
+        raise ConfigError(f"--calibration runs images through a classifier, which {type(model).__name__} is not")
+    model.to(device)
     start = time.perf_counter()
     calibration = Calibration(args, model, processor) if args.calibration else None
     found = None
@@ -52,10 +57,10 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
         layers, allocation = found.layers, found.allocation
     else:
         allocation = _config(args).resolve(model)
-        layers = trace_layers(model)
+        layers = _costed(model)
     state = model.state_dict().values()
     fp32_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state)
-    cost: dict[str, float] = cost_summary(layers, allocation, unlisted_bytes(model, layers))
+    cost: dict[str, float] = cost_summary(layers, allocation, unlisted_bytes(model, layers)) if layers else {}
     if found is not None:
         cost |= {"target_ratio": found.cost / found.target_cost, "expected_loss_increase": found.loss_increase}
     pack(args, model, allocation, calibration)
@@ -74,6 +79,10 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     text = (
         f"{layer_table(layers, allocation)}\n\n"
         f"bit operations  {cost['fp32_bops'] / 1e9:9.3f} G fp32  -> {cost['bops'] / 1e9:9.3f} G{ratio}\n"
+        if layers
+        else f"{allocation.summary()}\n\nbit operations  unknown\n"
+    )
+    text += (
         f"checkpoint      {result['fp32_bytes'] / 1e6:9.3f} MB fp32 -> {result['checkpoint_bytes'] / 1e6:9.3f} MB\n"
         f"saved in        {args.output}/checkpoint\n"
         f"next            fliqs-hf validate {args.model} {args.output} --dataset_name … --max_drop 0.5"
@@ -96,12 +105,18 @@ def _target(args: argparse.Namespace) -> Target | None:
             f"--{given[0]} chooses formats by their effect on images: give some with --calibration DATASET"
         )
     check(args)
-    for name in ("calibration_images", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} {getattr(args, name)} must be at least 1")
     if not given:
         return None
     return Target.of(**{given[0]: getattr(args, given[0])}, cap=given[0] == "target_size_mb")
+
+
+def _costed(model: Any) -> tuple[LayerInfo, ...]:
+    """The layers with their costs; none where the model cannot be run, which formats that are given do not need."""
+    try:
+        return traced(model)[0]
+    except ConfigError as error:
+        print(f"costs are not known: {error}", file=sys.stderr)
+        return ()
 
 
 def _config(args: argparse.Namespace) -> FLIQSConfig:
@@ -129,10 +144,10 @@ def _save(
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "fliqs_command", "func")}
     settings |= {"model_name_or_path": args.model, "dataset_name": args.calibration}
     run.configure(settings)
-    if found is None:
-        run.begin(layers)
-    else:
+    if found is not None:
         run.begin(layers, found.space, found.sensitivity)
+    elif layers:
+        run.begin(layers)
     with run.replacing(run.checkpoint.name) as draft:
         model.save_pretrained(draft)
         processor.save_pretrained(draft)

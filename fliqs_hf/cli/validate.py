@@ -11,7 +11,7 @@ from fliqs_hf.cli.output import answer
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.files import write_text
 from fliqs_hf.lock import locked_run
-from fliqs_hf.pipeline.checkpoints import checkpoint_of, device_of, load_model, load_processor
+from fliqs_hf.pipeline.checkpoints import checkpoint_of, device_of, load_model, load_processor, read_config
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, check_writable, data_source
 from fliqs_hf.report.run_report import PAGE, write_report
 from fliqs_hf.report.validate import ValidationResult
@@ -49,10 +49,11 @@ def _validate(args: argparse.Namespace) -> int:
     if kept:
         run.check(*IN_A_RUN)
         check_writable(run.path)
+    device = device_of(args.device)
+    for name in (checkpoint_of(args.original), quantized):
+        read_config(name)  # what is wrong with a model shows before the data are fetched
     split = load_split(args.dataset_name, args.split)
     if args.max_samples is not None:
-        if args.max_samples < 2:
-            raise ConfigError(f"--max_samples {args.max_samples}: a validation needs at least two images")
         split = split.shuffle(seed=0).select(range(min(args.max_samples, len(split))))
     result = compare(
         load_model(checkpoint_of(args.original)),
@@ -65,7 +66,7 @@ def _validate(args: argparse.Namespace) -> int:
         match_labels=args.match_labels,
         max_drop=args.max_drop,
         confidence=args.confidence,
-        device=device_of(args.device),
+        device=device,
         dataset_name=args.dataset_name,
     )
     for path in outputs:

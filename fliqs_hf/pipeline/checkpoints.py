@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from fliqs_hf.errors import CheckpointError, ConfigError
+from fliqs_hf.cost import LayerInfo, example_image, trace_layers
+from fliqs_hf.errors import ConfigError, FliqsError
 from fliqs_hf.hf.config import METHOD, FLIQSConfig
+from fliqs_hf.training.loading import load
+
+#: Of a text that goes with an image; CLIP reads so many.
+TEXT_TOKENS = 77
 
 
 def checkpoint_of(name: str) -> str:
@@ -22,58 +29,96 @@ def checkpoint_of(name: str) -> str:
 def read_config(name: str, revision: str | None = None) -> tuple[Any, FLIQSConfig | None]:
     """Model config without its quantization, and that quantization if it is ours.
 
-    Raises: ConfigError: no such model. CheckpointError: it is quantized by another method.
+    Raises: ConfigError: no such model, or it is quantized by another method.
     """
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the model {name!r}: {error}") from error
+    config = load(AutoConfig, name, "configuration", revision=revision)
     data = getattr(config, "quantization_config", None)
     if data is None:
         return config, None
     if not isinstance(data, dict):
         data = data.to_dict()
     if data.get("quant_method") != METHOD:
-        raise CheckpointError(f"{name} is quantized by {data.get('quant_method')!r}, not by fliqs_hf")
+        raise ConfigError(f"{name} is quantized by {data.get('quant_method')!r}, not by fliqs_hf")
     del config.quantization_config
     return config, FLIQSConfig.from_dict(data)
 
 
 def model_class(config: Any) -> Any:
-    """The class that the checkpoint was saved from."""
-    names = getattr(config, "architectures", None) or ()
-    return getattr(transformers, names[0], AutoModel) if names else AutoModel
+    """The class that the checkpoint was saved from, where it is one of Transformers."""
+    names = getattr(config, "architectures", None)
+    found = getattr(transformers, str(names[0]), None) if isinstance(names, (list, tuple)) and names else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModel
 
 
 def empty_model(config: Any) -> Any:
-    """The architecture without weights, on the meta device."""
+    """The architecture without weights, on the meta device. Raises: ConfigError: it cannot be built."""
     cls = model_class(config)
-    with torch.device("meta"):
-        return cls.from_config(config) if cls is AutoModel else cls(config)
+    try:
+        with torch.device("meta"):
+            return cls.from_config(config) if cls is AutoModel else cls(config)
+    except Exception as error:  # each architecture fails in its own way over settings that do not work
+        raise ConfigError(
+            f"a config of type {config.model_type!r} makes no model ({type(error).__name__}: "
+            f"{' '.join(str(error).split())})"
+        ) from error
 
 
 def load_model(name: str, revision: str | None = None) -> Any:
     """The model in evaluation mode, fp32 where it is not quantized. Raises: ConfigError: it cannot be loaded."""
     config, _ = read_config(name, revision)
-    try:
-        return model_class(config).from_pretrained(name, revision=revision, dtype=torch.float32).eval()
-    except (OSError, ValueError) as error:
-        if isinstance(error, (ConfigError, CheckpointError)):
-            raise
-        raise ConfigError(f"cannot load the model {name!r}: {error}") from error
+    return load(model_class(config), name, revision=revision, dtype=torch.float32).eval()
 
 
 def load_processor(name: str, revision: str | None = None) -> Any:
     """Its image processor. Raises: ConfigError: it has none."""
+    return load(AutoImageProcessor, name, "image processor", revision=revision)
+
+
+def is_classifier(model: Any) -> bool:
+    """Whether it takes images alone and answers with one logit per class."""
+    known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+    return type(model).__name__ in {name for names in known for name in ([names] if isinstance(names, str) else names)}
+
+
+def traced(model: Any) -> tuple[tuple[LayerInfo, ...], str]:
+    """`trace_layers` of whatever model a command is given, on one image and, where it reads text as well, on a text.
+
+    Returns: the layers, and what they were run on: "image of 224 pixels and text of 77 tokens".
+    Raises: ConfigError: it takes no images, or needs something that is not known how to make.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if "pixel_values" not in parameters:
+        raise ConfigError(f"{type(model).__name__} takes no images (pixel_values), and costs are per image")
+    image = example_image(model)
+    inputs, on = {"pixel_values": image}, f"image of {image.shape[-1]} pixels"
+    if "input_ids" in parameters:
+        text = getattr(model.config, "text_config", model.config)
+        tokens = min(getattr(text, "max_position_embeddings", None) or TEXT_TOKENS, TEXT_TOKENS)
+        inputs["input_ids"] = torch.zeros(1, tokens, dtype=torch.int64, device=image.device)
+        on += f" and text of {tokens} tokens"
+    if "decoder_input_ids" in parameters:
+        inputs["decoder_input_ids"] = torch.zeros(1, 1, dtype=torch.int64, device=image.device)
+        on += " and text of 1 token"
     try:
-        return AutoImageProcessor.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name} has no image processor that could be loaded: {error}") from error
+        return trace_layers(model, inputs), on
+    except FliqsError:
+        raise
+    except Exception as error:  # a forward pass of somebody else's may raise anything
+        raise ConfigError(
+            f"{type(model).__name__} cannot be run on an {on} ({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
 
 
 def device_of(name: str | None) -> torch.device:
-    """Raises: ConfigError: no such device."""
+    """Raises: ConfigError: no such device, or this machine has none."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r}: {error}") from error
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # of the meta device nothing can be read
+    except Exception as error:  # what a missing backend raises depends on the backend
+        text = " ".join(str(error).split()).partition(". ")[0]
+        raise ConfigError(f"device={name!r} is not available here: {text}") from error
+    if device.type == "cpu" and device.index:
+        raise ConfigError(f"device={name!r} does not exist: there is one CPU device, 'cpu'")
+    return device

@@ -35,11 +35,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 from transformers.utils import logging as hf_logging
 
 from fliqs_hf.allocation import Allocation
@@ -54,10 +54,13 @@ from fliqs_hf.baselines import (
 )
 from fliqs_hf.baselines.multi_trial import is_journal
 from fliqs_hf.cost import CostTable, Target, bops, trace_layers
-from fliqs_hf.errors import ConfigError, FliqsError, TargetError
-from fliqs_hf.interrupt import Interrupted, stopping
+from fliqs_hf.errors import ConfigError, TargetError
+from fliqs_hf.failures import explain, trace
+from fliqs_hf.interrupt import stopping
+from fliqs_hf.limits import check_values
 from fliqs_hf.lock import locked
 from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
+from fliqs_hf.pipeline.checkpoints import load_processor
 from fliqs_hf.pipeline.compare_methods import (
     FLOATS,
     METHODS,
@@ -83,6 +86,7 @@ from fliqs_hf.search import (
 from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.search.run import versions
 from fliqs_hf.training import ImageData, StepHook, TrainConfig, evaluate, load_splits, train
+from fliqs_hf.training.loading import load
 
 #: Arguments that say which rows there are and where, not what is in them.
 FREE = ("methods", "target_bits", "seeds", "output", "use_cpu")
@@ -98,10 +102,10 @@ class Comparison:
         for steps in (arguments.max_steps, self.trial_steps):
             self.settings(seed=0, steps=steps)  # refuses bad values before anything is loaded
         self.accelerator = Accelerator(cpu=arguments.use_cpu)
-        self.model = AutoModelForImageClassification.from_pretrained(arguments.model)
+        self.model = load(AutoModelForImageClassification, arguments.model)
         self.model.to(self.accelerator.device)
         self.teacher = copy.deepcopy(self.model) if arguments.distill else None
-        processor = AutoImageProcessor.from_pretrained(arguments.model)
+        processor = load_processor(arguments.model)
         splits = load_splits(arguments.dataset_name)
         labels = self.model.config.num_labels
         limits = (arguments.max_train_samples, arguments.max_eval_samples)
@@ -262,9 +266,14 @@ class Comparison:
         )
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{' '.join(message.split())}; {self.prog} --help lists the arguments")
+
+
 def parser(command: str) -> argparse.ArgumentParser:
     text = (__doc__ or "").replace("{command}", command)
-    made = argparse.ArgumentParser(command, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = _Parser(command, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("model", help="folder of the fp32 checkpoint that everything starts from")
     made.add_argument("--dataset_name", required=True, help="Hub id, folder, or 'digits'")
     made.add_argument("--methods", nargs="+", default=list(METHODS))
@@ -301,6 +310,9 @@ def main(argv: list[str], command: str = "fliqs-hf compare") -> list[dict[str, A
     Raises: FliqsError: a method, target, model or data set that does not work.
     """
     arguments = parser(command).parse_args(argv)
+    check_values(vars(arguments))
+    for bits in arguments.target_bits:
+        Target.of(target_bits=bits)
     check_methods(arguments.methods, arguments.activation, arguments.activation_granularity)
     hf_logging.disable_progress_bar()
     check_outputs(arguments)
@@ -364,10 +376,8 @@ def script(argv: list[str], command: str) -> int:
     try:
         with stopping("the same command goes on"):
             main(argv, command)
-    except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        return stop.status
-    except FliqsError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:  # whatever it is: a program owes its user a sentence
+        message, status = explain(error)
+        print(f"{trace(error)}{message}", file=sys.stderr)
+        return status
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from fliqs_hf.errors import DataError
 from fliqs_hf.files import replacing, write_text
+from fliqs_hf.optional import needed_for
 from fliqs_hf.pipeline.compare_table import rows_of
 
 NOTE = (
@@ -70,7 +71,8 @@ def write_summary(path: Path) -> str:
 
     Raises: DataError: the file holds no results.
     """
-    from matplotlib.figure import Figure
+    with needed_for("the figure of a comparison"):
+        from matplotlib.figure import Figure
 
     fp32, table = summarise(path)
     text = markdown(fp32, table)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fliqs_hf.cost import LayerInfo
-from fliqs_hf.errors import CheckpointError
+from fliqs_hf.errors import CheckpointError, DependencyError
 from fliqs_hf.hf.run_folder import RunFolder as FinishedRun
 from fliqs_hf.search import SearchSpace
 from fliqs_hf.search.run import RunFolder, layer_table
@@ -61,6 +61,6 @@ def report(run: RunFolder) -> str:
     """Write the report. Returns: the line that says where it is, or what is missing to make it."""
     try:
         from fliqs_hf.report.run_report import write_report
-    except ImportError as error:
-        return f"report          needs {error.name}: pip install fliqs-hf[report], then fliqs-hf report {run.path}"
+    except DependencyError as error:
+        return f"report          {error}, then fliqs-hf report {run.path}"
     return f"report          {write_report(run.path)}"

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from transformers.utils import logging as hf_logging
 
-from fliqs_hf.cost import Target
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.nn import QuantizerSettings
+from fliqs_hf.pipeline.checks import RUN_NAMES, model_settings, search_config, trackers_of, train_config
 from fliqs_hf.search import SearchConfig
 from fliqs_hf.training import Accuracy, ImageData, TrainConfig, evaluate, load_splits
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
@@ -49,25 +48,7 @@ class Job:
         return self.args.max_steps
 
     def train_config(self, steps: int, learning_rate: float) -> TrainConfig:
-        return TrainConfig(
-            max_steps=steps,
-            batch_size=self.args.per_device_train_batch_size,
-            learning_rate=learning_rate,
-            weight_decay=self.args.weight_decay,
-            warmup_ratio=self.args.warmup_ratio,
-            max_grad_norm=self.args.max_grad_norm,
-            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-            label_smoothing=self.args.label_smoothing_factor,
-            distill_weight=self.args.distill,
-            quality=self.search.quality,
-            seed=self.args.seed,
-            logging_steps=self.args.logging_steps,
-            save_steps=self.args.save_steps,
-            eval_steps=self.args.eval_steps,
-            keep_best=self.args.load_best_model_at_end,
-            ema_decay=self.args.ema_decay,
-            workers=self.args.dataloader_num_workers,
-        )
+        return train_config(self.args, steps, learning_rate, self.search.quality)
 
     def score(self, model: Any) -> float:
         return self.evaluate(model, "evaluation").top1
@@ -79,31 +60,14 @@ class Job:
         )
 
 
-def targets_of(search_args: SearchArguments) -> list[Target]:
-    """The targets, in the order given; 4 bits if there is none. A size is always a cap."""
-    kinds = ("target_bits", "target_bops", "target_size_mb", "target_ratio")
-    given = [(kind, values) for kind in kinds if (values := getattr(search_args, kind))]
-    if len(given) > 1:
-        raise ConfigError(f"give one kind of target, not {' and '.join(kind for kind, _ in given)}")
-    kind, values = given[0] if given else ("target_bits", [4.0])
-    return [Target.of(**{kind: value}, cap=search_args.cap or kind == "target_size_mb") for value in values]
-
-
 def load(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, search_args: SearchArguments
 ) -> Job:
     """Accelerator, data, model and image processor."""
-    search = SearchConfig.preset(search_args.preset, **_settings(search_args.search_overrides))
+    search = search_config(search_args)
     quantizers = QuantizerSettings(activation_granularity=search_args.activation_granularity)
     quantizers.require_dynamic(learned=True)
-    if data_args.streaming and data_args.max_train_samples is not None:
-        raise ConfigError(
-            f"max_train_samples={data_args.max_train_samples} does not go with streaming, which reads all training "
-            "images as they come: leave one of them out"
-        )
     trackers = trackers_of(args.report_to)
-    if args.per_device_eval_batch_size < 1:
-        raise ConfigError(f"per_device_eval_batch_size={args.per_device_eval_batch_size} must be at least 1")
     for metric in data_args.metrics or []:
         load_metric(metric)  # one that cannot be had must not stop the run after hours of training
     accelerator = Accelerator(
@@ -127,9 +91,10 @@ def load(
             train_val_split=data_args.train_val_split,
             streaming=data_args.streaming,
             seed=args.seed,
+            cache_dir=model_args.cache_dir,
         )
         train_split, eval_split, names = labelled(train_split, eval_split, data_args.label_column_name)
-    model, processor = load_classifier(names, **asdict(model_args))
+    model, processor = load_classifier(names, **model_settings(model_args))
     if args.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         try:
@@ -160,28 +125,15 @@ def load(
         augment = BatchAugment(data_args.augment, len(names), mean, std)
     args = replace(args, max_steps=steps_of(args, train_data, accelerator.num_processes))
     parts = (model_args, data_args, args, search_args)
-    settings = json.loads(json.dumps({k: v for part in parts for k, v in asdict(part).items()}))
+    settings = json.loads(json.dumps({k: v for part in parts for k, v in asdict(part).items() if k != "token"}))
     if trackers:
-        accelerator.init_trackers("fliqs", {key: str(value) for key, value in settings.items()})
+        named = {tracker: {RUN_NAMES[tracker]: args.run_name} for tracker in trackers} if args.run_name else {}
+        accelerator.init_trackers("fliqs", {key: str(value) for key, value in settings.items()}, named)
     model.to(accelerator.device)
     metrics = data_args.metrics or []
     return Job(
         args, accelerator, search, quantizers, settings, model, processor, train_data, eval_data, augment, metrics
     )
-
-
-def trackers_of(report_to: str | None) -> list[str]:
-    """Names of `--report_to`. Raises: ConfigError: one that accelerate does not have, or that is not installed."""
-    names = [name.strip() for name in (report_to or "none").split(",")]
-    if names == ["none"]:
-        return []
-    there = sorted(str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers())
-    for name in names:
-        if name not in there and name != "all":
-            raise ConfigError(
-                f"report_to={name!r} is not available: install it, or choose from {', '.join(there) or 'none'}"
-            )
-    return names
 
 
 def image_data(
@@ -197,14 +149,6 @@ def steps_of(args: TrainingArguments, data: ImageData | StreamData, processes: i
     """Optimizer steps of a search."""
     if args.num_train_epochs is None:
         return args.max_steps if args.max_steps is not None else 1000
-    if args.max_steps is not None:
-        raise ConfigError(f"give max_steps={args.max_steps} or num_train_epochs={args.num_train_epochs}, not both")
-    if isinstance(data, StreamData):
-        raise ConfigError("a stream has no known length: give max_steps instead of num_train_epochs")
+    assert not isinstance(data, StreamData), "`check_arguments` refuses it"
     batches = max(1, len(data) // (args.per_device_train_batch_size * processes))
     return math.ceil(args.num_train_epochs * batches / args.gradient_accumulation_steps)
-
-
-def _settings(overrides: dict[str, Any] | str | None) -> dict[str, Any]:
-    assert not isinstance(overrides, str), "`parse` makes a dictionary of it"
-    return overrides or {}

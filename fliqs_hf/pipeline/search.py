@@ -17,15 +17,17 @@ from transformers import AutoModelForImageClassification
 from fliqs_hf import checksums
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers, unlisted_bytes
-from fliqs_hf.errors import CheckpointError, ConfigError, FliqsError, FormatError
+from fliqs_hf.errors import CheckpointError, ConfigError
+from fliqs_hf.failures import explain, trace
 from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.hf import FLIQSConfig, quantize
-from fliqs_hf.interrupt import Interrupted, stopping
+from fliqs_hf.interrupt import stopping
 from fliqs_hf.lock import locked
 from fliqs_hf.nn import make_searchable, quantizable_layers, restore
+from fliqs_hf.pipeline.checks import check_arguments, search_space, targets_of, uniform_formats
 from fliqs_hf.pipeline.completion import complete
 from fliqs_hf.pipeline.costs import cost_table
-from fliqs_hf.pipeline.job import Job, load, targets_of
+from fliqs_hf.pipeline.job import Job, load
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
@@ -34,6 +36,7 @@ from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.search.run import RunFolder, cost_summary, write_front
 from fliqs_hf.training import Accuracy, train
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, parse
+from fliqs_hf.training.loading import hub_token
 from fliqs_hf.training.loop import UNSETTLED
 from fliqs_hf.training.state import steps_done
 from fliqs_hf.wording import figure
@@ -71,14 +74,14 @@ def main(argv: list[str] | None = None, description: str | None = None) -> list[
     Raises: FliqsError: anything that is wrong with arguments, data, model or run folder.
     """
     parts = parse(sys.argv[1:] if argv is None else argv, description or __doc__)
-    targets, uniform = targets_of(parts[3]), uniform_formats(parts[3])
-    folder = RunFolder(parts[2].output_dir)
-    several = len(targets) > 1
-    runs = {target: RunFolder(folder.path / target.label) if several else folder for target in targets}
-    if len(targets) > len({target.label for target in targets}):
-        raise ConfigError(f"targets of one name would share a folder: {', '.join(t.label for t in targets)}")
-    check_places((folder, *runs.values()), sources_of(parts[0], parts[1]))
     with ExitStack() as stack:
+        stack.enter_context(hub_token(parts[0].token))
+        check_arguments(*parts)
+        targets, uniform = targets_of(parts[3]), uniform_formats(parts[3])
+        folder = RunFolder(parts[2].output_dir)
+        several = len(targets) > 1
+        runs = {target: RunFolder(folder.path / target.label) if several else folder for target in targets}
+        check_places((folder, *runs.values()), sources_of(parts[0], parts[1]))
         if get_int_from_env(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0) == 0:
             for path in dict.fromkeys(run.path for run in (folder, *runs.values())):
                 stack.enter_context(locked(path))
@@ -135,28 +138,18 @@ def _run(
 
 
 def script(argv: list[str] | None = None, description: str | None = None) -> int:
-    """`main` for a terminal, with errors as one line on stderr.
+    """`main` for a terminal, with errors as one line on stderr (`FLIQS_HF_TRACEBACK=1`: and how they came about).
 
-    Returns: the exit status: 0, 2 for an error, 128 + number of the signal for an interruption.
+    Returns: the exit status, as `fliqs_hf.failures.explain` says it.
     """
     try:
         with stopping("add --resume to go on"):
             main(argv, description)
-    except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        return stop.status
-    except FliqsError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:  # whatever it is: a program owes its user a sentence
+        message, status = explain(error)
+        print(f"{trace(error)}{message}", file=sys.stderr)
+        return status
     return 0
-
-
-def uniform_formats(search_args: SearchArguments) -> list[str]:
-    """Names of `--compare_uniform`, checked. Raises: ConfigError."""
-    try:
-        return [parse_format(name).name for name in search_args.compare_uniform or ()]
-    except FormatError as error:
-        raise ConfigError(f"compare_uniform: {error}") from error
 
 
 def searched(
@@ -168,7 +161,7 @@ def searched(
     layers = trace_layers(job.model, job.eval_data[0][0][None].to(job.accelerator.device))
     space = SearchSpace(
         [layer for layer in layers if layer.name in wanted],
-        search_args.search_space[0] if len(search_args.search_space) == 1 else search_args.search_space,
+        search_space(search_args),
         search_args.activation,
         search_args.tie or (),
     )

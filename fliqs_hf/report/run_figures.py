@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from fliqs_hf.files import disk_errors, replacing
 from fliqs_hf.formats import Format, parse
+from fliqs_hf.optional import needed_for
+
+with needed_for("a report"):
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 if TYPE_CHECKING:
     from fliqs_hf.report.run_report import RunReport

@@ -18,10 +18,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import normal_sample_size_one_tail
-from statsmodels.stats.proportion import proportion_confint
+
+from fliqs_hf.optional import needed_for
+
+with needed_for("the comparison of two models"):
+    from statsmodels.stats.contingency_tables import mcnemar
+    from statsmodels.stats.multitest import multipletests
+    from statsmodels.stats.power import normal_sample_size_one_tail
+    from statsmodels.stats.proportion import proportion_confint
 
 from fliqs_hf.hf.gate import POWER, Gate, Verdict
 

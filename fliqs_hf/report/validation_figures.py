@@ -6,12 +6,15 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib as mpl
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from fliqs_hf.hf.gate import Gate
+from fliqs_hf.optional import needed_for
 from fliqs_hf.report.statistics import Calibration
+
+with needed_for("the figures of a validation"):
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
 _INK, _MUTED, _GRID = "#1f2430", "#5b6472", "#d8dce3"
 _COLOURS = {"pass": "#1a7f4b", "fail": "#b3261e", "undecided": "#946200"}

@@ -98,7 +98,7 @@ class SearchConfig:
             )
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> SearchConfig:
+    def preset(cls, name: str, /, **changes: Any) -> SearchConfig:
         """The `default` or the `paper` preset, with changes. Raises: ConfigError: unknown preset or key."""
         if name not in PRESETS:
             raise ConfigError(f"preset={name!r} does not exist; choose from {', '.join(PRESETS)}")

@@ -29,7 +29,7 @@ from fliqs_hf.training import Accuracy
 #: Settings that may change between an interruption and `--resume`: they do not decide the result.
 FREE = (
     "output_dir", "overwrite_output_dir", "resume", "push_to_hub", "hub_model_id", "hub_private_repo", "report_to",
-    "metrics", "per_device_eval_batch_size",
+    "metrics", "per_device_eval_batch_size", "cache_dir", "run_name",
 )  # fmt: skip
 #: What a resumed run goes on from.
 RESUMED = ("state", "fp32-state", "fp32", "results.json")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.limits import check_values
+from fliqs_hf.training.foreign import ForeignArguments, advice, fold
+from fliqs_hf.training.schedule import Schedule
 
 
 @dataclass
@@ -24,6 +28,10 @@ class ModelArguments:
     model_type: str | None = field(default=None, metadata={"help": "train this architecture from scratch, e.g. vit"})
     config_overrides: dict | str | None = field(default=None, metadata={"help": "its settings, e.g. hidden_size: 64"})
     image_size: int | None = field(default=None, metadata={"help": "side in pixels; default: the checkpoint's"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where downloads of models and data are kept"})
+    token: str | None = field(
+        default=None, repr=False, metadata={"help": "of the Hub; in a settings file only, and never recorded"}
+    )
 
 
 @dataclass
@@ -65,12 +73,14 @@ class TrainingArguments:
     finetune_learning_rate: float | None = field(default=None, metadata={"help": "default: learning_rate"})
     weight_decay: float = 0.05
     warmup_ratio: float = 0.05
+    warmup_steps: int | None = field(default=None, metadata={"help": "of each training, instead of warmup_ratio"})
+    lr_scheduler_type: Schedule = field(default="cosine", metadata={"help": "after the warm-up; constant has none"})
     max_grad_norm: float = 1.0
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 64
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
-    mixed_precision: str | None = field(default=None, metadata={"help": "no or bf16; default: accelerate's"})
+    mixed_precision: Literal["no", "bf16"] | None = field(default=None, metadata={"help": "default: accelerate's"})
     ema_decay: float = field(default=0.0, metadata={"help": "deliver a moving average of the weights, e.g. 0.999"})
     label_smoothing_factor: float = 0.0
     distill: float = field(default=0.0, metadata={"help": "share of the loss that imitates the fp32 model, 0 to 1"})
@@ -84,6 +94,7 @@ class TrainingArguments:
     report_to: str | None = field(
         default=None, metadata={"help": "trackio, tensorboard, wandb and what accelerate has more: comma-separated"}
     )
+    run_name: str | None = field(default=None, metadata={"help": "of the run in those trackers"})
     seed: int = 0
     use_cpu: bool = False
     resume: bool = field(default=False, metadata={"help": "go on after an interruption, to the same result"})
@@ -135,13 +146,15 @@ ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, SearchArguments)
 FILES = (".yaml", ".yml", ".json")
 #: Settings that come with the package, by name: `fliqs-hf search digits`.
 PACKAGED = {file.stem: file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
+_ALL = (*ARGUMENTS, ForeignArguments)
+_NAMES = tuple(f.name for cls in ARGUMENTS for f in fields(cls))
 
 
 class _Parser(HfArgumentParser):
     """Names the argument that exists where one does not; accepts no abbreviations, which a typo could be."""
 
     def __init__(self, description: str | None) -> None:
-        super().__init__(ARGUMENTS, description=description, formatter_class=_Help, allow_abbrev=False)
+        super().__init__(_ALL, description=description, formatter_class=_Help, allow_abbrev=False)
         self.add_argument(
             "--config",
             help="a YAML or JSON file of these arguments, or one that comes with the package: "
@@ -149,7 +162,7 @@ class _Parser(HfArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help lists the arguments")
+        raise ConfigError(f"{' '.join(message.split())}; --help lists the arguments")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -163,8 +176,8 @@ def parse(
 
     Args:
         argv: the file, or the name of one of `PACKAGED`, is its first element or follows `--config`.
-    Raises: ConfigError: the file cannot be read, or a key or argument does not exist (with the nearest one that does)
-        or has a value of the wrong type.
+    Raises: ConfigError: the file cannot be read, or a key or argument does not exist (with the one that is meant), has
+        a value of the wrong type, or one outside `fliqs_hf.limits`.
     """
     parser = _Parser(description)
     if argv and not argv[0].startswith("-"):
@@ -175,15 +188,16 @@ def parse(
     space, unknown = parser.parse_known_args(argv)
     for argument in unknown:
         raise ConfigError(f"unknown argument {argument!r}{_nearest(argument.lstrip('-').partition('=')[0])}")
+    if any(argument.partition("=")[0] == "--token" for argument in argv):
+        raise ConfigError(
+            "--token would be seen by every user of the machine: use token in a settings file, HF_TOKEN, or hf auth "
+            "login"
+        )
     values = vars(space)
+    fold(values)
     for name in ("config_overrides", "search_overrides"):
-        if isinstance(values[name], str):
-            try:
-                values[name] = yaml.safe_load(values[name])
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{name}={values[name]!r} is no YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values[name], dict | None):
-            raise ConfigError(f'{name}={values[name]!r} must be settings, such as "{{key: value}}"')
+        values[name] = _mapping(name, values[name])
+    check_values({name: values[name] for name in _NAMES})
     arguments = [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in ARGUMENTS]
     return tuple(arguments)  # type: ignore[return-value]
 
@@ -198,23 +212,64 @@ def _settings(file: str) -> dict[str, Any]:
             )
         file = str(PACKAGED[file])
     try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        settings = _yaml(Path(file).read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the settings {file!r}: {error}") from error
+    if settings is None:
+        raise ConfigError(f"{file}: the file holds no settings; they are 'key: value' lines")
     if not isinstance(settings, dict):
         raise ConfigError(f"{file}: settings are 'key: value' lines, not a {type(settings).__name__}")
-    types = {f.name: t for cls in ARGUMENTS for f in fields(cls) for t in [get_type_hints(cls)[f.name]]}
+    types = {f.name: t for cls in _ALL for f in fields(cls) for t in [get_type_hints(cls)[f.name]]}
     for key in settings:
         if key not in types:
             raise ConfigError(f"{file}: unknown key {key!r}{_nearest(str(key))}")
     return {key: _typed(f"{file}: {key}", value, types[key]) for key, value in settings.items()}
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's own would drop one without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"the key {key!r} is there twice")
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str) -> Any:
+    """Raises: ValueError: no YAML, or a key twice."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any] | None:
+    """Settings of `config_overrides` or `search_overrides`: what JSON can hold, as config.json is to record them."""
+    if isinstance(value, str):
+        try:
+            value = _yaml(value)
+        except ValueError as error:
+            raise ConfigError(f"{name}={value!r} is no YAML: {error}") from error
+    if not isinstance(value, dict | None) or not all(isinstance(key, str) for key in value or ()):
+        raise ConfigError(f'{name}={value!r} must be settings, such as "{{key: value}}"')
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}={value!r} holds what JSON cannot: {error}") from error
+    return value
+
+
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """`value` as the type of its argument: one value where a list is wanted becomes a list, "1e-4" a number."""
-    union = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    union = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
     if value is None and type(None) in union:
         return None
+    if value is False and any("no" in get_args(wanted) for wanted in union):
+        return "no"  # YAML reads the word as a truth value
+    if isinstance(value, bool) and name.endswith("resume_from_checkpoint"):
+        return str(value)
     for wanted in union:
         if wanted in (dict, bool):
             if isinstance(value, wanted):
@@ -227,9 +282,11 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         ):
             return value
         elif wanted in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+            if wanted is int and isinstance(value, int):
+                return value
             try:
                 number = float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 continue
             if wanted is float or number.is_integer():
                 return wanted(number)
@@ -239,10 +296,13 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 def _words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(get_args(hint))
-    text = " or ".join(str(getattr(t, "__name__", t)) for t in get_args(hint) if t is not type(None))
-    return text if isinstance(hint, UnionType) else str(getattr(hint, "__name__", hint))
+    if isinstance(hint, UnionType) or get_origin(hint) is Union:
+        return " or ".join(_words(t) for t in get_args(hint) if t is not type(None))
+    return str(getattr(hint, "__name__", hint))
 
 
 def _nearest(key: str) -> str:
-    close = get_close_matches(key, [f.name for cls in ARGUMENTS for f in fields(cls)], 1)
+    if (known := advice(key)) is not None:
+        return f"; {known}"
+    close = get_close_matches(key, _NAMES, 1)
     return f"; did you mean {close[0]!r}?" if close else "; --help lists what exists"

@@ -10,8 +10,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.optional import needed_for
 
 NAMES = ("flip", "crop", "randaugment", "mixup", "cutmix")
+
+
+def check_augment(names: Sequence[str]) -> None:
+    """Raises: ConfigError: an unknown name, or mixup together with cutmix."""
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise ConfigError(f"augmentation {unknown[0]!r} does not exist; choose from {', '.join(NAMES)}")
+    if "mixup" in names and "cutmix" in names:
+        raise ConfigError("choose mixup or cutmix, not both")
 
 
 class BatchAugment:
@@ -20,19 +30,13 @@ class BatchAugment:
     Implements `training.loop.Augment`: (images [batch, C, H, W], labels [batch]) -> images and labels, or images and
     class probabilities [batch, classes] with mixup or cutmix.
 
-    Raises: ConfigError: an unknown name, mixup together with cutmix, or kornia is not installed.
+    Raises: ConfigError: an unknown name, or mixup together with cutmix. DependencyError: kornia is not installed.
     """
 
     def __init__(self, names: Sequence[str], num_labels: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        unknown = [name for name in names if name not in NAMES]
-        if unknown:
-            raise ConfigError(f"augmentation {unknown[0]!r} does not exist; choose from {', '.join(NAMES)}")
-        if "mixup" in names and "cutmix" in names:
-            raise ConfigError("choose mixup or cutmix, not both")
-        try:
+        check_augment(names)
+        with needed_for("augmentation"):
             import kornia.augmentation as K
-        except ImportError as error:
-            raise ConfigError("augmentation needs kornia: pip install 'fliqs-hf[augment]'") from error
         self.num_labels = num_labels
         steps: list[Any] = []
         if "flip" in names:

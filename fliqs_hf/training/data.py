@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fliqs_hf.errors import DataError
+from fliqs_hf.optional import needed_for
 from fliqs_hf.training.images import checked_label, pixels
 from fliqs_hf.training.seeds import derived_seed
 from fliqs_hf.training.stream import BUFFER_SIZE, StreamBatches, StreamData
@@ -33,6 +34,7 @@ def load_splits(
     train_val_split: float = 0.15,
     streaming: bool = False,
     seed: int = 0,
+    cache_dir: str | None = None,
 ) -> tuple[Any, Any]:
     """Training and validation split as `datasets.Dataset`s, or `datasets.IterableDataset`s.
 
@@ -43,6 +45,7 @@ def load_splits(
         validation_split: default: "validation" or "test" where there is one, else `train_val_split` of the training
             split.
         streaming: read the data set as it comes, instead of downloading it first.
+        cache_dir: where downloads and prepared data are kept.
     Raises: DataError: nothing to load, a split that does not exist or is empty.
     """
     import datasets
@@ -51,7 +54,7 @@ def load_splits(
         return _digits(int(dataset_name.partition(":")[2] or 0))
     if dataset_name is not None:
         try:
-            splits = datasets.load_dataset(dataset_name, dataset_config_name, streaming=streaming)
+            splits = datasets.load_dataset(dataset_name, dataset_config_name, streaming=streaming, cache_dir=cache_dir)
         except (FileNotFoundError, ValueError, ConnectionError, OSError) as error:
             raise DataError(f"cannot load the dataset {dataset_name!r}: {error}") from error
     elif train_dir is not None:
@@ -59,7 +62,7 @@ def load_splits(
         if validation_dir is not None:
             folders["validation"] = str(Path(validation_dir) / "**")
         try:
-            splits = datasets.load_dataset("imagefolder", data_files=folders, streaming=streaming)
+            splits = datasets.load_dataset("imagefolder", data_files=folders, streaming=streaming, cache_dir=cache_dir)
         except (FileNotFoundError, ValueError, OSError) as error:
             raise DataError(f"cannot load the images of {' and '.join(folders.values())}: {error}") from error
     else:
@@ -92,8 +95,10 @@ def is_digits(name: str) -> bool:
 def _digits(seed: int) -> tuple[Any, Any]:
     import datasets
     import numpy as np
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+
+    with needed_for(f"the data set {DIGITS!r}"):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)

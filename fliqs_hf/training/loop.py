@@ -24,6 +24,7 @@ from fliqs_hf.interrupt import finishing
 from fliqs_hf.training.average import WeightAverage
 from fliqs_hf.training.backends import Backend, ShardedBackend
 from fliqs_hf.training.data import ImageData, train_loader
+from fliqs_hf.training.schedule import Schedule, check_schedule, learning_rate_at
 from fliqs_hf.training.seeds import derived_seed
 from fliqs_hf.training.state import Best, load_state, save_state, states
 from fliqs_hf.training.stream import StreamData
@@ -74,6 +75,8 @@ class TrainConfig:
     learning_rate: float = 1e-4
     weight_decay: float = 0.05
     warmup_ratio: float = 0.05
+    warmup_steps: int | None = None  # instead of the ratio
+    schedule: Schedule = "cosine"  # of the learning rate after the warm-up
     max_grad_norm: float = 1.0
     gradient_accumulation_steps: int = 1
     label_smoothing: float = 0.0
@@ -94,6 +97,7 @@ class TrainConfig:
         for name in ("label_smoothing", "distill_weight", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be between 0 and 1")
+        check_schedule(self.schedule, self.warmup_steps, self.max_steps)
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay={self.ema_decay} must be at least 0 and below 1")
         for name in ("learning_rate", "max_grad_norm"):
@@ -106,11 +110,8 @@ class TrainConfig:
             raise ConfigError("keeping the best weights needs evaluations: set eval_steps")
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then one cosine to zero."""
-        warmup = round(self.warmup_ratio * self.max_steps)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        return self.learning_rate * (1 + math.cos(math.pi * (step - warmup) / max(1, self.max_steps - warmup))) / 2
+        warmup = round(self.warmup_ratio * self.max_steps) if self.warmup_steps is None else self.warmup_steps
+        return learning_rate_at(step, self.learning_rate, self.schedule, warmup, self.max_steps)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch.nn import functional
 
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.training.images import resize_to
+from fliqs_hf.training.loading import load
+from fliqs_hf.training.scratch import check_patches, image_side, scratch_config
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def load_classifier(
     model_type: str | None = None,
     config_overrides: Mapping[str, Any] | None = None,
     image_size: int | None = None,
+    cache_dir: str | None = None,
 ) -> tuple[Any, Any]:
     """An image classifier over the classes `names`, and its image processor.
 
@@ -40,43 +42,68 @@ def load_classifier(
         model_type: an architecture to train from scratch instead, such as "vit", with `config_overrides`.
         image_size: side in pixels, where it differs from the checkpoint's: the processor resizes to it and absolute
             position embeddings are interpolated once (bicubic), as is usual in fine-tuning.
-    Raises: ConfigError: neither or both are given, the model does not take three channels, or it or its processor
-        cannot take images of another size.
+        cache_dir: where downloads are kept.
+    Raises: ConfigError: see `read_classifier`; or the weights cannot be loaded, or not for images of that size.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+    from transformers import AutoModelForImageClassification
 
-    if (model_name_or_path is None) == (model_type is None):
-        raise ConfigError("give either model_name_or_path (a checkpoint) or model_type (training from scratch)")
+    config, processor = read_classifier(
+        model_name_or_path=model_name_or_path, model_revision=model_revision, model_type=model_type,
+        config_overrides=config_overrides, image_size=image_size, cache_dir=cache_dir,
+    )  # fmt: skip
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     if model_type is not None:
-        changes = {**(config_overrides or {}), **({"image_size": image_size} if image_size else {})}
-        _check_overrides(model_type, changes)
-        config = AutoConfig.for_model(model_type, **changes, **labels)
-        _check_channels(config, model_type)
-        side = getattr(config, "image_size", None) or 224
-        processor = ViTImageProcessor(size={"height": side, "width": side})
+        config.id2label, config.label2id = labels["id2label"], labels["label2id"]
         return AutoModelForImageClassification.from_config(config), processor
-    if config_overrides:
-        raise ConfigError("config_overrides goes with model_type; a checkpoint has its own configuration")
-    try:
-        processor = AutoImageProcessor.from_pretrained(model_name_or_path, revision=model_revision)
-        config = AutoConfig.from_pretrained(model_name_or_path, revision=model_revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model_name_or_path={model_name_or_path!r}: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{model_name_or_path} is quantized already; start from the fp32 checkpoint")
-    _check_channels(config, str(model_name_or_path))
     if _takes_names(config, names, str(model_name_or_path)):
         config.num_labels = len(names)
         config.id2label, config.label2id = labels["id2label"], labels["label2id"]
-    model = AutoModelForImageClassification.from_pretrained(
-        model_name_or_path, revision=model_revision, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
-    )
+    model = load(
+        AutoModelForImageClassification, str(model_name_or_path), revision=model_revision, config=config,
+        ignore_mismatched_sizes=True, dtype=torch.float32, cache_dir=cache_dir,
+    )  # fmt: skip
     if image_size and getattr(config, "image_size", None) not in (None, image_size):
         model = _resized(model, image_size)
     if image_size:
         resize_to(processor, image_size)
     return model, processor
+
+
+def read_classifier(
+    *,
+    model_name_or_path: str | None = None,
+    model_revision: str | None = None,
+    model_type: str | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    cache_dir: str | None = None,
+) -> tuple[Any, Any]:
+    """Configuration and image processor of what `load_classifier` will load: what is wrong shows without weights.
+
+    Raises: ConfigError: neither or both of checkpoint and architecture are given, there is no such or it is no image
+        classifier, the model does not take three channels or images of that size, or a setting does not exist.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+
+    if (model_name_or_path is None) == (model_type is None):
+        raise ConfigError("give either model_name_or_path (a checkpoint) or model_type (training from scratch)")
+    if model_type is not None:
+        config = scratch_config(model_type, config_overrides or {}, image_size)
+        _check_channels(config, model_type)
+        side = image_side(config, image_size)
+        return config, ViTImageProcessor(size={"height": side, "width": side})
+    if config_overrides:
+        raise ConfigError("config_overrides goes with model_type; a checkpoint has its own configuration")
+    name, options = str(model_name_or_path), {"revision": model_revision, "cache_dir": cache_dir}
+    config = load(AutoConfig, name, "configuration", **options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{model_name_or_path} is quantized already; start from the fp32 checkpoint")
+    if type(config) not in AutoModelForImageClassification._model_mapping:
+        raise ConfigError(f"{name!r} is a model of type {config.model_type}, which is no image classifier")
+    _check_channels(config, name)
+    if image_size is not None and image_size != image_side(config):
+        check_patches(config, image_size)
+    return config, load(AutoImageProcessor, name, "image processor", **options)
 
 
 def label_ids(names: Sequence[str], model: Any) -> list[int] | None:
@@ -150,22 +177,6 @@ def _check_channels(config: Any, source: str) -> None:
                 f"{source} takes images of num_channels={channels}, but images are loaded as RGB, which has 3: choose "
                 "a model with num_channels=3"
             )
-
-
-def _check_overrides(model_type: str, changes: Mapping[str, Any]) -> None:
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    if model_type not in CONFIG_MAPPING:
-        close = get_close_matches(model_type, list(CONFIG_MAPPING), 1)
-        raise ConfigError(
-            f"model_type={model_type!r} does not exist" + (f"; did you mean {close[0]!r}?" if close else "")
-        )
-    known = AutoConfig.for_model(model_type)
-    for key in changes:
-        if not hasattr(known, key):
-            close = get_close_matches(key, list(known.to_dict()), 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"config_overrides: {model_type} has no setting {key!r}{hint}")
 
 
 def _resized(model: Any, image_size: int) -> Any:

@@ -111,7 +111,7 @@ def test_estimate_of_an_allocation_and_of_a_checkpoint(
     for arguments in ([str(fp32), "--allocation", str(tmp_path / "a.json")], [str(tmp_path / "packed")]):
         rows = answer(capsys, "estimate", *arguments)["models"]
         assert rows[-1]["bops"] == bops(layers, allocation)
-    assert "cannot load the model" in failure(capsys, "estimate", str(tmp_path / "nowhere"))
+    assert "there is no folder" in failure(capsys, "estimate", str(tmp_path / "nowhere"))
 
 
 def test_quantize_uniform_inspect_and_card(fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

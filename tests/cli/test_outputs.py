@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -184,8 +185,7 @@ def test_an_unfinished_search_is_not_replaced_by_a_model(
     settings, out = write_settings(tmp_path, finetune_steps=0, max_steps=10), tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(searching, "deliver", None)
-        with pytest.raises(TypeError):
-            main(["search", str(settings)])
+        assert main(["search", str(settings)]) == 2
     before = contents(out)
     assert "state/step-00000010/meta.json" in before and "results.json" not in before
     assert "holds a run already" in refused(capsys, "quantize", str(fp32), str(out))
@@ -239,7 +239,7 @@ def test_an_output_has_a_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for arguments in (["quantize", str(fp32), name], ["search", "--output_dir", name, "--dataset_name", "digits"]):
-        assert "no usable name" in refused(capsys, *arguments)
+        assert re.search("is empty|holds a zero byte", refused(capsys, *arguments))
     assert not list(tmp_path.iterdir())
 
 
@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
     monkeypatch.setattr(searching, "load", None)
     monkeypatch.setattr("fliqs_hf.cli.quantize.read_config", None)
     out = out.format(tmp=tmp_path)
-    for arguments in (["quantize", str(fp32), out], ["search", "--output_dir", out, "--dataset_name", "digits"]):
+    for arguments in (["quantize", str(fp32), out], ["search", "digits", "--output_dir", out]):
         assert out in refused(capsys, *arguments)
     (tmp_path / "dangling").unlink()
     assert contents(tmp_path) == before

@@ -128,7 +128,7 @@ def test_distillation(fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("option", ["--distill 1.5", "--max_steps 0", "--trial_steps 0"])
 def test_bad_values_are_refused_before_anything_is_loaded(tmp_path: Path, option: str) -> None:
     output = tmp_path / "out.csv"
-    with pytest.raises(ConfigError, match="distill_weight=1.5" if "distill" in option else "max_steps=0"):
+    with pytest.raises(ConfigError, match=option.strip("-").replace(" ", "=")):
         compare.main([*arguments(tmp_path / "no model", output, "search"), *option.split()])
     assert not output.exists()
 

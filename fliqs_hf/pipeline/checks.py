@@ -1,0 +1,165 @@
+"""What of a job's arguments can be refused before data and model are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import get_available_trackers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+
+from fliqs_hf.cost import Target
+from fliqs_hf.errors import ConfigError, FormatError, HubError
+from fliqs_hf.formats import parse as parse_format
+from fliqs_hf.formats.spaces import parse_formats
+from fliqs_hf.limits import check_distinct
+from fliqs_hf.search import SearchConfig
+from fliqs_hf.training import TrainConfig
+from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
+from fliqs_hf.training.augment import check_augment
+from fliqs_hf.training.models import read_classifier
+
+#: How trackers call the name of a run; the others of accelerate name it by themselves.
+RUN_NAMES = {
+    "wandb": "name",
+    "trackio": "name",
+    "mlflow": "run_name",
+    "clearml": "task_name",
+    "swanlab": "experiment_name",
+}
+
+
+def check_arguments(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, search_args: SearchArguments
+) -> None:
+    """Raises: ConfigError, TargetError, HubError: arguments that cannot work, alone or together."""
+    search = search_config(search_args)
+    targets = targets_of(search_args)
+    try:
+        parse_formats(search_space(search_args))
+    except FormatError as error:
+        raise ConfigError(f"search_space: {error}") from error
+    uniform_formats(search_args)
+    if args.max_steps is not None and args.num_train_epochs is not None:
+        raise ConfigError(f"give max_steps={args.max_steps} or num_train_epochs={args.num_train_epochs}, not both")
+    # Epochs become steps when the data are known; until then there are enough of them for any warm-up.
+    train_config(args, args.max_steps or max(1000, args.warmup_steps or 0), args.learning_rate, search.quality)
+    if args.finetune_steps:
+        train_config(args, args.finetune_steps, args.finetune_learning_rate or args.learning_rate, search.quality)
+    if (data_args.dataset_name is None) == (data_args.train_dir is None):
+        raise ConfigError("no data, or two: give either dataset_name (a Hub id, a folder or 'digits') or train_dir")
+    if data_args.streaming and data_args.max_train_samples is not None:
+        raise ConfigError(
+            f"max_train_samples={data_args.max_train_samples} does not go with streaming, which reads all training "
+            "images as they come: leave one of them out"
+        )
+    if data_args.streaming and args.num_train_epochs is not None:
+        raise ConfigError("a stream has no known length: give max_steps instead of num_train_epochs")
+    check_augment(data_args.augment or [])
+    check_run_name(args.run_name, trackers_of(args.report_to))
+    _check_hub_name(args, targets)
+    read_classifier(**model_settings(model_args))
+
+
+def model_settings(model_args: ModelArguments) -> dict[str, Any]:
+    """What `load_classifier` takes; the token is in the environment, see `hub_token`."""
+    return {key: value for key, value in asdict(model_args).items() if key != "token"}
+
+
+def targets_of(search_args: SearchArguments) -> list[Target]:
+    """The targets, in the order given; 4 bits if there is none. A size is always a cap."""
+    kinds = ("target_bits", "target_bops", "target_size_mb", "target_ratio")
+    given = [(kind, values) for kind in kinds if (values := getattr(search_args, kind))]
+    if len(given) > 1:
+        raise ConfigError(f"give one kind of target, not {' and '.join(kind for kind, _ in given)}")
+    kind, values = given[0] if given else ("target_bits", [4.0])
+    targets = [Target.of(**{kind: value}, cap=search_args.cap or kind == "target_size_mb") for value in values]
+    check_distinct(kind, [target.label for target in targets])  # which names their folders
+    return targets
+
+
+def search_config(search_args: SearchArguments) -> SearchConfig:
+    overrides = search_args.search_overrides
+    assert not isinstance(overrides, str), "`parse` makes a dictionary of it"
+    return SearchConfig.preset(search_args.preset, **(overrides or {}))
+
+
+def search_space(search_args: SearchArguments) -> str | list[str]:
+    """The name of a space, or a list of formats."""
+    space = search_args.search_space
+    return space[0] if len(space) == 1 else space
+
+
+def uniform_formats(search_args: SearchArguments) -> list[str]:
+    """Names of `--compare_uniform`, checked. Raises: ConfigError."""
+    try:
+        return [parse_format(name).name for name in search_args.compare_uniform or ()]
+    except FormatError as error:
+        raise ConfigError(f"compare_uniform: {error}") from error
+
+
+def train_config(args: TrainingArguments, steps: int, learning_rate: float, quality: str) -> TrainConfig:
+    """How `steps` steps are trained. Raises: ConfigError: a value out of range."""
+    return TrainConfig(
+        max_steps=steps,
+        batch_size=args.per_device_train_batch_size,
+        learning_rate=learning_rate,
+        weight_decay=args.weight_decay,
+        warmup_ratio=args.warmup_ratio,
+        warmup_steps=args.warmup_steps,
+        schedule=args.lr_scheduler_type,
+        max_grad_norm=args.max_grad_norm,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        label_smoothing=args.label_smoothing_factor,
+        distill_weight=args.distill,
+        quality=quality,
+        seed=args.seed,
+        logging_steps=args.logging_steps,
+        save_steps=args.save_steps,
+        eval_steps=args.eval_steps,
+        keep_best=args.load_best_model_at_end,
+        ema_decay=args.ema_decay,
+        workers=args.dataloader_num_workers,
+    )
+
+
+def trackers_of(report_to: str | None) -> list[str]:
+    """Names of `--report_to`. Raises: ConfigError: one that accelerate does not have, or that is not installed."""
+    names = [name.strip() for name in (report_to or "none").split(",")]
+    if names == ["none"]:
+        return []
+    there = sorted(str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers())
+    for name in names:
+        if name not in there and name != "all":
+            raise ConfigError(
+                f"report_to={name!r} is not available: install it, or choose from {', '.join(there) or 'none'}"
+            )
+    check_distinct("report_to", names)
+    return names
+
+
+def check_run_name(run_name: str | None, trackers: list[str]) -> None:
+    """Raises: ConfigError: a name for a run that no tracker shows under it."""
+    if run_name is None:
+        return
+    if not trackers:
+        raise ConfigError(f"run_name={run_name!r} is for trackers: name one in report_to")
+    if nameless := [name for name in trackers if name not in RUN_NAMES]:
+        raise ConfigError(
+            f"run_name={run_name!r} cannot be given to {nameless[0]}, which names runs by itself: leave it out, or "
+            f"choose report_to from {', '.join(RUN_NAMES)}"
+        )
+
+
+def _check_hub_name(args: TrainingArguments, targets: list[Target]) -> None:
+    name = args.hub_model_id or (Path(args.output_dir).resolve().name if args.push_to_hub else None)
+    if name is None:
+        return
+    said = "hub_model_id" if args.hub_model_id else "output_dir, which names the repository: give hub_model_id;"
+    try:
+        for target in targets:
+            validate_repo_id(f"{name}-{target.label}" if len(targets) > 1 else name)
+    except HFValidationError as error:
+        raise HubError(f"{said} {name!r} is no name of a repository: {' '.join(str(error).split())}") from error

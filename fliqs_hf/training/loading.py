@@ -1,0 +1,92 @@
+"""Reading models and processors by name, with what is wrong with a name said in words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+
+from fliqs_hf.errors import ConfigError, FliqsError
+
+
+def check_source(name: str) -> None:
+    """Raises: ConfigError: `name` is no folder with a model, and cannot be the name of one on the Hub."""
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise ConfigError(f"{name!r} names no model: give a Hub id or a folder")
+    path = Path(name)
+    if path.is_file():
+        raise ConfigError(f"{name!r} is a file: give the folder that it is in, {str(path.parent)!r}")
+    if path.exists():
+        _check_folder(name, path)
+        return
+    local = name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or path.is_absolute()
+    if local or (path.parent.is_dir() and path.parent != Path()):
+        raise ConfigError(f"there is no folder {name!r}")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f"there is no folder {name!r}, and it cannot be a Hub id (namespace/name) either") from error
+
+
+def _check_folder(name: str, path: Path) -> None:
+    if (path / "config.json").exists():
+        return
+    if (path / "model_index.json").exists():
+        raise ConfigError(
+            f"{name!r} is a pipeline of several models (model_index.json), not one that Transformers loads: give the "
+            "folder of an image model"
+        )
+    if (path / "adapter_config.json").exists():
+        raise ConfigError(f"{name!r} holds an adapter only: merge it into its base model, and save that")
+    inside = sorted(str(file.parent) for file in path.glob("*/config.json"))
+    hint = f"; did you mean {inside[0]!r}?" if inside else ""
+    raise ConfigError(f"the folder {name!r} holds no model: it has no config.json{hint}")
+
+
+def load(cls: Any, name: str, what: str = "model", **options: Any) -> Any:
+    """`cls.from_pretrained(name, **options)`.
+
+    Args:
+        what: it is, for the message: "model", "image processor".
+    Raises: ConfigError: there is no such, or Transformers cannot read it. FliqsError: as our quantizer raises it.
+    """
+    check_source(name)
+    try:
+        # False, for otherwise Transformers asks on the terminal whether it may run code that comes with the model.
+        return cls.from_pretrained(name, trust_remote_code=False, **options)
+    except (FliqsError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged or foreign file Transformers lets through whatever reading it raises
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{name!r} brings code of its own, which is never run: use an architecture that Transformers has"
+            ) from error
+        raise ConfigError(f"cannot load the {what} of {name!r}: {_first_sentence(error)}") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """Transformers lists every architecture that it knows, or a traceback, after what it has to say."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    end = text.find(". ", 60)
+    return text if end < 0 or len(text) < 300 else text[:end]
+
+
+@contextmanager
+def hub_token(token: str | None) -> Iterator[None]:
+    """Have every request to the Hub, of whichever library, use `token`; None leaves all as it is."""
+    before = os.environ.get("HF_TOKEN")
+    if token is not None:
+        os.environ["HF_TOKEN"] = token
+    try:
+        yield
+    finally:
+        if token is not None:
+            if before is None:
+                del os.environ["HF_TOKEN"]
+            else:
+                os.environ["HF_TOKEN"] = before
