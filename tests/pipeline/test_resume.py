@@ -217,7 +217,7 @@ def test_records_of_an_unfinished_run_are_not_believed_if_damaged(finished: Path
     number = max((word for word in text.split('"loss": ' if "uniform" in name else "\n")), key=len)[:12]
     alter(folder / name, number, number.translate(str.maketrans("123456789", "234567891")))
     if name == "uniform_int4.json":
-        with pytest.raises(CheckpointError, match="uniform_int4.json is damaged.*remove it"):
+        with pytest.raises(CheckpointError, match=r"uniform_int4.json is damaged.*remove it"):
             run(file, "--resume")
         (folder / name).unlink()
     run(file, "--resume")
