@@ -169,7 +169,7 @@ def test_an_earlier_run_in_the_folder_is_not_taken_for_this_one(
     """Another run is started there and stops at once: resuming it finds nothing of the first."""
     run = shutil.copytree(finished, tmp_path / "run")
     before = result_bytes(run)
-    with pytest.raises(ConfigError, match="holds a run already: add --resume to go on with it, --overwrite_output_dir"):
+    with pytest.raises(ConfigError, match="holds a run already: add --resume to go on with it, --overwrite"):
         main([str(write(tmp_path, target_bits=[5.0]))])
     assert result_bytes(run) == before
     file = write(tmp_path, finetune_steps=10, target_bits=[5.0], overwrite_output_dir=True)
