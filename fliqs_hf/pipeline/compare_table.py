@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fliqs_hf.errors import CheckpointError
-from fliqs_hf.files import append_text, write_text
+from fliqs_hf.files import append_text, replacing
 
 COLUMNS = ("method", "target_bits", "seed", "top1", "loss", "cost_ratio", "steps", "seconds", "peak_mb", "allocation")
 _SETTINGS = "# settings: "
@@ -30,11 +30,7 @@ class Table:
         Raises: CheckpointError: it is damaged, or of a comparison with other settings.
         """
         self.path, self.settings = path, json.loads(json.dumps(settings, default=str))
-        text = self._text()
-        if not text.endswith("\n") and text:
-            text = text[: text.rfind("\n") + 1]
-            write_text(path, text)
-        lines = text.splitlines()
+        lines = self._lines()
         self.done = {(row["method"], row["target_bits"], row["seed"]) for row in rows_of(path, lines)}
         self.new = not any(line and not line.startswith("#") for line in lines)
         for line in lines:
@@ -51,11 +47,19 @@ class Table:
     def add(self, row: dict[str, Any]) -> None:
         append_text(self.path, _line([row[column] for column in COLUMNS]))
 
-    def _text(self) -> str:
+    def _lines(self) -> list[str]:
         try:
-            return self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            data = self.path.read_bytes() if self.path.exists() else b""
+            whole = data[: data.rfind(b"\n") + 1]
+            text = whole.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}; name another --output") from error
+        if whole != data:
+            if not data.startswith(b"#"):  # as every table begins
+                raise CheckpointError(f"{self.path} is no table of a comparison; name another --output")
+            with replacing(self.path) as draft:
+                draft.write_bytes(whole)
+        return text.splitlines()
 
     def _check(self, line: str) -> None:
         try:

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from fliqs_hf.baselines import short_training
-from fliqs_hf.errors import ConfigError, TargetError
+from fliqs_hf.errors import BusyError, CheckpointError, ConfigError, TargetError
+from fliqs_hf.lock import locked
 from fliqs_hf.pipeline import compare
 from fliqs_hf.pipeline.compare_methods import METHODS as DEFAULTS
 from fliqs_hf.pipeline.compare_methods import check_methods, runs, uniform_format
 from fliqs_hf.pipeline.compare_summary import markdown, summarise, write_summary
+from fliqs_hf.pipeline.compare_table import COLUMNS, Table, rows_of
 from fliqs_hf.training import train
 
 METHODS = [
@@ -233,3 +235,65 @@ def test_the_summary_is_mean_and_sample_deviation(tmp_path: Path) -> None:
     assert "| 3 | b | 90.00 | 0.500 | 1.000 | 1 | 5 | 1 |" in text
     assert "| 3 | a | 60.00 ± 14.14 |" in text
     assert write_summary(file) == text == (tmp_path / "r.md").read_text()
+
+
+SETTINGS = {"model": "m", "max_steps": 3, "distill": 0.0}
+ROW = dict.fromkeys(COLUMNS, "1") | {"method": "search", "allocation": "2 × int4, 1 × int8"}
+
+
+def test_a_table_goes_on_wherever_it_was_cut_off(tmp_path: Path) -> None:
+    """At every byte: what is whole is kept, what is not is written again, and the head is there once."""
+    file = tmp_path / "t.csv"
+    table = Table(file, SETTINGS)
+    table.begin(["command", "versions"])
+    for seed in "01":
+        table.add(ROW | {"seed": seed})
+    whole = file.read_bytes()
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        table = Table(file, SETTINGS)
+        table.begin(["again"])
+        for seed in "01":
+            if ("search", "1", seed) not in table.done:
+                table.add(ROW | {"seed": seed})
+        lines = file.read_text().splitlines()
+        assert [row["seed"] for row in rows_of(file, lines)] == ["0", "1"], length
+        assert lines.count(",".join(COLUMNS)) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("search,1,0,1", "search,1,0,O", "no row of results"),
+        ("search,1,0,1,", "search,1,0,", "no row of results"),
+        ("method,target", "methad,target", "no table of a comparison"),
+        ('"max_steps": 3', '"max_steps": 4', "max_steps=4, not 3"),
+        ('{"model"', '{model"', "damaged"),
+        ("search,1,0", "\udcff", "cannot be read"),
+    ],
+)
+def test_a_damaged_table_or_one_of_other_settings_is_not_added_to(
+    tmp_path: Path, old: str, new: str, named: str
+) -> None:
+    file = tmp_path / "t.csv"
+    table = Table(file, SETTINGS)
+    table.begin([])
+    table.add(ROW | {"seed": "0"})
+    text = file.read_text()
+    assert old in text
+    file.write_bytes(text.replace(old, new).encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match=named):
+        Table(file, SETTINGS)
+
+
+def test_what_is_no_table_is_not_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "notes.csv").write_text("a line without an end")
+    with pytest.raises(CheckpointError, match="no table of a comparison"):
+        Table(tmp_path / "notes.csv", SETTINGS)
+    assert (tmp_path / "notes.csv").read_text() == "a line without an end"
+
+
+def test_two_comparisons_do_not_write_into_one_table(fp32: Path, tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    with locked(file, tmp_path / ".t.csv.lock"), pytest.raises(BusyError, match=r"t\.csv: process"):
+        compare.main(arguments(fp32, file, "uniform-int"))
