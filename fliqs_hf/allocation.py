@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fliqs_hf.errors import AllocationError, FormatError
+from fliqs_hf.errors import AllocationError, CheckpointError, FormatError
 from fliqs_hf.files import write_text
 from fliqs_hf.formats import Format, parse
+from fliqs_hf.json_file import read_json
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,9 @@ class Allocation(Mapping[str, LayerFormats]):
     def load(cls, path: str | Path) -> Allocation:
         """Read `allocation.json`. Raises: AllocationError: unreadable, or not an allocation."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return cls.from_dict(read_json(path))
+        except (CheckpointError, AllocationError) as error:
             raise AllocationError(f"cannot read the allocation {str(path)!r}: {error}") from error
-        return cls.from_dict(data)
 
     def save(self, path: str | Path) -> None:
         """Complete, or as it was. Raises: DiskError."""

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from fliqs_hf.cli.output import answer, table
 from fliqs_hf.errors import HubError
+from fliqs_hf.hf.integrity import integrity_wanted
 from fliqs_hf.hf.run_folder import RunFolder
 from fliqs_hf.nn import packed_layers
 from fliqs_hf.pipeline.checkpoints import load_model
@@ -38,6 +39,7 @@ def inspect(args: argparse.Namespace) -> int:
     counts = Counter((layer["weight"], layer["activation"]) for layer in layers)
     data = {
         "checkpoint": args.checkpoint, "model": type(model).__name__, "intact": True,
+        "digests": None if run.quantization.digests is None else run.quantization.checksum,
         "files": [file.name for file in run.weight_files], "file_bytes": file_bytes,
         "quantized": {"layers": len(layers), "parameters": parameters, "bytes": packed_bytes},
         "other_bytes": file_bytes - packed_bytes,
@@ -48,11 +50,18 @@ def inspect(args: argparse.Namespace) -> int:
         },
         **({"layers": layers} if args.layers else {}),
     }  # fmt: skip
+    intact = "complete, header as the config says, every number finite, "
+    if run.quantization.digests is None:
+        intact += "but written before checkpoints had digests"
+    elif not integrity_wanted():
+        intact += "but its digests were not compared"
+    else:
+        intact += "tensors and settings as they were saved"
     text = (
         f"{type(model).__name__}: {len(layers)} quantized layers, {parameters:,} weights in {packed_bytes:,} bytes "
         f"({8 * packed_bytes / max(parameters, 1):.2f} bits each, scales included)\n"
         f"{', '.join(data['files'])}: {file_bytes:,} bytes, {file_bytes - packed_bytes:,} of them not quantized\n"
-        f"intact: complete, header as the config says, every code a finite number\n\n"
+        f"intact: {intact}\n\n"
         + table(("weights", "inputs", "layers"), [(w, a, n) for (w, a), n in counts.most_common()])
     )
     if args.layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,17 @@ def file_names(model: Any) -> dict[str, str]:
     """Tensor name in memory -> name in the file: a packed layer's codes are stored as its `weight`."""
     packed = {f"{name}.weight_codes": f"{name}.weight" for name in packed_layers(model)}
     return {name: packed.get(name, name) for name in model.state_dict()}
+
+
+def saved_state(model: Any) -> dict[str, torch.Tensor]:
+    """Name in the file -> tensor, of all that `save_pretrained` writes of a packed model."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict  # heavy, and there is a model already
+
+    names = file_names(model)
+    ignored = set(model._keys_to_ignore_on_save or ())
+    state = {names[key]: tensor for key, tensor in model.state_dict().items() if key not in ignored}
+    saved: dict[str, torch.Tensor] = remove_tied_weights_from_state_dict(state, model)
+    return saved
 
 
 def check_packed_files(model: Any, files: Sequence[str] | None) -> None:
@@ -55,6 +67,23 @@ def check_packed_files(model: Any, files: Sequence[str] | None) -> None:
         raise CheckpointError(f"the checkpoint holds {surplus[0]!r}, which {type(model).__name__} has no place for")
 
 
+def check_places(files: Sequence[str], source: str) -> None:
+    """Raises: CheckpointError: the index of a checkpoint names a file that is not in the folder of the checkpoint.
+
+    Args: source: what was given to `from_pretrained`.
+    """
+    for file in files:
+        path = Path(file)
+        inside = not Path(source).is_dir() or path.is_relative_to(source)
+        if not inside or ".." in path.relative_to(source if Path(source).is_dir() else path.anchor).parts:
+            raise CheckpointError(f"the checkpoint's index names {file!r:.200}, which is not in its folder")
+
+
+def plain_name(file: str) -> bool:
+    """Whether `file` names a safetensors file of a folder, not one somewhere else."""
+    return file.endswith(".safetensors") and not set(file) & set("/\\\0") and not file.startswith(".")
+
+
 def read_header(file: str) -> dict[str, tuple[list[int], str]]:
     """Tensor name -> (shape, type such as "U8") of a safetensors file.
 
@@ -62,6 +91,8 @@ def read_header(file: str) -> dict[str, tuple[list[int], str]]:
     """
     if not str(file).endswith(".safetensors"):
         raise CheckpointError(f"{file}: packed checkpoints are safetensors files; nothing else is read")
+    if not Path(file).is_file():  # a pipe or a device would never end
+        raise CheckpointError(f"{file} is no regular file; download it again")
     try:
         with safe_open(file, framework="pt") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -16,11 +17,15 @@ from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.errors import AllocationError, ConfigError
 from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.hf.checkpoint import part_of
+from fliqs_hf.hf.integrity import ALGORITHMS, Digests
+from fliqs_hf.hf.stored import check_stored
 from fliqs_hf.nn import QuantizerSettings, quantizable_layers
 from fliqs_hf.nn.swap import matches
 
 METHOD = "fliqs"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Version 1 has no digests; otherwise it is the same.
+READABLE_VERSIONS = (1, FORMAT_VERSION)
 
 
 @register_quantization_config(METHOD)
@@ -47,6 +52,11 @@ class FLIQSConfig(QuantizationConfigMixin):
         activation_granularity: "per_token" (per image in convolutions), "per_tensor" over the whole batch, or, in
             checkpoints of `fliqs_hf.ptq.calibrate`, "per_token_clipped" (times one factor per layer, which a
             searchable model learns) or "static" (one number per layer).
+        checksum: with which saved checkpoints are bound to their configuration: "crc32" against accidents, or
+            "sha256".
+        check_integrity: False loads a packed checkpoint without comparing these; the one argument that has an effect
+            on a checkpoint that is packed already.
+        digests: of a packed checkpoint, see `hf/integrity.py`; set by the library.
         format_version: of the checkpoint layout; set by the library.
 
     Raises: ConfigError, FormatError, AllocationError: an unknown argument or a bad value, which they name.
@@ -61,17 +71,26 @@ class FLIQSConfig(QuantizationConfigMixin):
     weight_granularity: str = "per_channel"
     weight_scale: str = "absmax"
     activation_granularity: str = "per_token"
+    checksum: str = "crc32"
+    check_integrity: bool = field(default=True, compare=False)
+    digests: Digests | None = field(default=None, compare=False)
     format_version: int = FORMAT_VERSION
     quant_method: str = METHOD
 
     def __post_init__(self) -> None:
         if self.quant_method != METHOD:
             raise ConfigError(f"quant_method={self.quant_method!r} is not {METHOD!r}; this is no FLIQS configuration")
-        if self.format_version != FORMAT_VERSION:
+        if isinstance(self.format_version, bool) or self.format_version not in READABLE_VERSIONS:
             raise ConfigError(
-                f"format_version={self.format_version!r}: this fliqs_hf reads version {FORMAT_VERSION}; "
+                f"format_version={self.format_version!r}: this fliqs_hf reads versions up to {FORMAT_VERSION}; "
                 "upgrade fliqs_hf, or quantize the original model again"
             )
+        if self.format_version == 1 and self.digests is not None:
+            raise ConfigError("format_version=1 has no digests; the configuration is damaged")
+        if self.checksum not in ALGORITHMS:
+            raise ConfigError(f"checksum={self.checksum!r} does not exist; choose from {', '.join(ALGORITHMS)}")
+        if not isinstance(self.check_integrity, bool):
+            raise ConfigError(f"check_integrity={self.check_integrity!r}: give True or False")
         if self.search_space is not None and self.allocation is not None:
             raise ConfigError("give either allocation or search_space: a model is packed or searchable, not both")
         if self.allocation is not None:
@@ -101,25 +120,34 @@ class FLIQSConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Inverse of `to_dict`. Raises: ConfigError: a key that does not exist, with the nearest one that does."""
-        known = [f.name for f in fields(cls)]
+        """Inverse of `to_dict`, for what a checkpoint holds: nothing in it is opened or run.
+
+        Raises: ConfigError: a key that does not exist, with the nearest one that does; a path in place of an
+            allocation; a regular expression; anything of another type or size than `to_dict` gives.
+        """
+        known = [f.name for f in fields(cls) if f.name != "check_integrity"]
         for key in config_dict:
             if key not in known:
                 close = get_close_matches(key, known, 1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
                 raise ConfigError(f"unknown key {key!r} in a FLIQS quantization config; {hint}")
+        check_stored(config_dict)
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without what is not in force: a packed model's formats are all in `allocation`."""
-        data: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        data: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "check_integrity"}
         if self.allocation is not None:
             data["allocation"] = self.allocation.to_dict()
             del data["weight_format"], data["activation_format"]
         if self.search_space is not None:
             del data["weight_format"], data["activation_format"]
         return {key: value for key, value in data.items() if value is not None or key == "activation_format"}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What Transformers takes over from the argument of `from_pretrained` where the checkpoint has a config."""
+        return {"check_integrity": self.check_integrity}
 
     def resolve(self, model: Any) -> Allocation:
         """The allocation that this configuration means for `model`, in the model's names and order.
@@ -137,6 +165,10 @@ class FLIQSConfig(QuantizationConfigMixin):
                 raise ConfigError(f"overrides: {pattern!r} matches no layer of {type(model).__name__}")
             formats.update(dict.fromkeys(hits, _override(pattern, value, default)))
         return Allocation(formats)
+
+
+# Transformers asks only these classes for loading attributes, and has no call that registers one.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, FLIQSConfig)
 
 
 def _override(pattern: str, value: Any, default: LayerFormats) -> LayerFormats:

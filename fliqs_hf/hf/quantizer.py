@@ -10,6 +10,7 @@ Three ways of loading:
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from transformers.quantizers.base import HfQuantizer
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.formats.spaces import parse_formats
-from fliqs_hf.hf.checkpoint import check_packed_files, file_names
+from fliqs_hf.hf.checkpoint import check_packed_files, check_places, saved_state
 from fliqs_hf.hf.config import METHOD, FLIQSConfig
+from fliqs_hf.hf.integrity import Stamps, check_integrity, check_stamps, digests_of, integrity_wanted, stamps
+from fliqs_hf.hf.unregistered import let_through, stop_others
 from fliqs_hf.nn import make_searchable, pack_model, packed_layers, restore, unpack_model
+from fliqs_hf.nn.finite import check_finite, not_finite
 from fliqs_hf.nn.swap import packed_like, replace
 
 
@@ -36,6 +40,7 @@ class FLIQSHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FLIQSConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.allocation = Allocation({})
+        self._stamps: Stamps = {}
 
     @property
     def searchable(self) -> bool:
@@ -46,6 +51,11 @@ class FLIQSHfQuantizer(HfQuantizer):
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if "disk" in devices:
             raise ConfigError(f"device_map={device_map!r}: FLIQS layers cannot be offloaded to disk; use cpu or a GPU")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        # The first hook that sees the config, and the last one before Transformers reads its fusions.
+        let_through(config)
+        return super().update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -58,12 +68,31 @@ class FLIQSHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             for name, formats in self.allocation.items():
                 replace(model, name, packed_like(layers[name], formats, config.settings))
-            check_packed_files(model, kwargs.get("checkpoint_files"))
+            files = list(kwargs.get("checkpoint_files") or ())
+            check_places(files, model.config.name_or_path)
+            self._stamps = stamps(files)
+            check_packed_files(model, files)
+            self._check_integrity(files)
         elif self.allocation:
             # Weights must reach the quantizer as the checkpoint has them, not rounded to the model's dtype first.
             names = "|".join(map(re.escape, self.allocation))
             strict = set(model._keep_in_fp32_modules_strict or ())
             model._keep_in_fp32_modules_strict = strict | {rf"^(?:{names})\.weight$"}
+
+    def _check_integrity(self, files: list[str]) -> None:
+        config = self.quantization_config
+        if not files or not config.check_integrity or not integrity_wanted():
+            return
+        if config.digests is not None:
+            check_integrity(files, config.to_dict(), config.digests, config.checksum)
+        elif config.format_version > 1:
+            raise CheckpointError("the checkpoint's config.json has lost its digests: damaged; download it again")
+        else:
+            warnings.warn(
+                "this checkpoint was written before checkpoints had digests: damage to it may not be noticed. "
+                "`save_pretrained` adds them",
+                stacklevel=2,
+            )
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """In files the codes are `<layer>.weight`, in memory `<layer>.weight_codes`. A process without this package
@@ -98,9 +127,12 @@ class FLIQSHfQuantizer(HfQuantizer):
         # Files and configs use the names that the model has in memory: saving must not translate them back.
         model._weight_conversions = []
         config = self.quantization_config
+        if name := not_finite(model):
+            raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training failed")
         if self.searchable:
             make_searchable(model, parse_formats(config.search_space or ()), settings=config.settings)
             return model
+        check_stamps(self._stamps)
         packed = packed_layers(model)
         missing = [name for name in self.allocation if name not in packed]
         # A part that the class of the checkpoint does not have (the pooler of a base model) is new: Transformers has
@@ -122,15 +154,22 @@ class FLIQSHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        restore(model) if self.searchable else unpack_model(model, dtype)
+        # `save_pretrained` leaves a name in the config.
+        real: torch.dtype | None = getattr(torch, str(dtype).removeprefix("torch.")) if dtype else None
+        restore(model) if self.searchable else unpack_model(model, real)
+        let_through(model.config)
         model.config._is_quantized = False
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         if self.searchable:
             return None, {}
-        names = file_names(model)
-        return {names[key]: value for key, value in model.state_dict().items()}, {}
+        state = saved_state(model)
+        stop_others(model.config)
+        config = model.config.quantization_config = self.quantization_config
+        config.digests = None  # is no part of what it is made of
+        config.digests = digests_of(model, state, config.checksum)
+        return state, {}
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
@@ -190,6 +229,7 @@ def packed_config(config: FLIQSConfig, allocation: Allocation) -> FLIQSConfig:
         weight_granularity=config.weight_granularity,
         weight_scale=config.weight_scale,
         activation_granularity=config.activation_granularity,
+        checksum=config.checksum,
     )
 
 
@@ -202,12 +242,14 @@ def quantize(model: Any, config: FLIQSConfig | Allocation) -> Any:
         config: an `Allocation`, or a `FLIQSConfig` with or without one.
     Returns: `model`.
     Raises: ConfigError: `config` asks for a searchable model. AllocationError: it names a layer that does not exist.
+        FormatError: NaN or infinity in the model, which is named and unchanged.
     """
     if isinstance(config, Allocation):
         config = FLIQSConfig(allocation=config)
     if config.search_space is not None:
         raise ConfigError("quantize packs a model; a search_space needs a searchable one: use make_searchable")
     refuse_packed(model)
+    check_finite(model)
     allocation = config.resolve(model)
     pack_model(model, allocation, config.settings)
     return declare_packed(model, packed_config(config, allocation))

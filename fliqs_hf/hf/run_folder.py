@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo
 from fliqs_hf.errors import CheckpointError, ConfigError
-from fliqs_hf.hf.checkpoint import read_header
+from fliqs_hf.hf.checkpoint import plain_name, read_header
 from fliqs_hf.hf.config import METHOD, FLIQSConfig
+from fliqs_hf.json_file import read_json, read_object
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -62,7 +62,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{str(folder)!r} is neither a run folder (with checkpoint/ in it) nor a checkpoint (with config.json)"
             )
-        model = _read_json(checkpoint / "config.json")
+        model = read_object(checkpoint / "config.json")
         quantization = _quantization(checkpoint / "config.json", model)
         if not any((checkpoint / name).is_file() for name in PROCESSORS):
             raise CheckpointError(
@@ -70,7 +70,7 @@ class RunFolder:
                 "save the image processor there with `image_processor.save_pretrained`"
             )
         optional = {
-            name: _read_json(run / f"{name}.json") if run and (run / f"{name}.json").is_file() else {}
+            name: read_object(run / f"{name}.json") if run and (run / f"{name}.json").is_file() else {}
             for name in ("config", "results", "validation")
         }
         beside = run / "allocation.json" if run else None
@@ -92,16 +92,6 @@ class RunFolder:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, not an object")
-    return data
-
-
 def _quantization(path: Path, model: dict[str, Any]) -> FLIQSConfig:
     data = model.get("quantization_config")
     if not isinstance(data, dict) or data.get("quant_method") != METHOD:
@@ -114,9 +104,20 @@ def _quantization(path: Path, model: dict[str, Any]) -> FLIQSConfig:
 
 def _layers(path: Path) -> tuple[LayerInfo, ...]:
     try:
-        return tuple(LayerInfo(**entry) for entry in json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, ConfigError) as error:
+        return tuple(LayerInfo(**entry) for entry in read_json(path))
+    except (ValueError, TypeError, ConfigError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> file name. Raises: CheckpointError: an entry that is not the plain name of a file beside the index."""
+    indexed = read_object(path).get("weight_map")
+    if not isinstance(indexed, dict) or not indexed:
+        raise CheckpointError(f"{path} has no weight_map; save the model there again")
+    for name, file in indexed.items():
+        if not isinstance(file, str) or not plain_name(file):
+            raise CheckpointError(f"{path} says that {name!r:.100} is in {file!r:.100}: that is no file beside it")
+    return indexed
 
 
 def _weight_files(checkpoint: Path, allocation: Allocation) -> tuple[Path, ...]:
@@ -125,7 +126,7 @@ def _weight_files(checkpoint: Path, allocation: Allocation) -> tuple[Path, ...]:
         files: tuple[Path, ...] = (checkpoint / WEIGHTS,)
         indexed: dict[str, str] = {}
     elif (checkpoint / INDEX).is_file():
-        indexed = _read_json(checkpoint / INDEX).get("weight_map") or {}
+        indexed = _weight_map(checkpoint / INDEX)
         files = tuple(checkpoint / name for name in sorted(set(indexed.values())))
     else:
         raise CheckpointError(f"{checkpoint} has no {WEIGHTS} and no {INDEX}; save the model there again")

@@ -15,7 +15,8 @@ from torch.nn import functional
 from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.errors import CheckpointError, FormatError
 from fliqs_hf.formats.packing import pack, packed_bytes, unpack
-from fliqs_hf.formats.rounding import decode, encode
+from fliqs_hf.formats.rounding import decode, encode, round_to_format
+from fliqs_hf.nn.finite import all_finite
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.quant import quantize_activation
 from fliqs_hf.quant.fake import fake_quantize, round_to_grid
@@ -88,8 +89,12 @@ class PackedLayer(nn.Module):
         weight = weight.float()
         if scale is None:
             scale = weight_scale(weight, data, settings.weight_granularity, settings.weight_scale)
-        # On the grid in units of one code: the very arithmetic of fake quantization, less the final scaling.
-        units = round_to_grid(weight / scale, torch.ones_like(scale), data, saturate=True, integer=fmt.is_integer)
+        if fmt.is_scaled:
+            # On the grid in units of one code: the very arithmetic of fake quantization, less the final scaling.
+            units = round_to_grid(weight / scale, torch.ones_like(scale), data, saturate=True, integer=fmt.is_integer)
+        else:
+            # That arithmetic overflows above 2**111. As there, zeros come out as +0.
+            units = round_to_format(weight, fmt) + 0.0
         self.weight_codes = pack(encode(units, fmt).flatten(), fmt.bits)
         if fmt.is_scaled:
             self.weight_scale = scale.flatten()
@@ -134,8 +139,7 @@ class PackedLayer(nn.Module):
         for buffer, scale in (("weight_scale", self.weight_scale), ("input_scale", self.input_scale)):
             if scale is not None and not bool((scale > 0).all() & scale.isfinite().all()):
                 raise CheckpointError(f"{name}.{buffer} holds a value that is no positive number; the file is damaged")
-        # A sum is the fastest pass over the values: one that is not finite makes it NaN or infinite.
-        if self.formats.weight.has_special_codes and not bool(self.code_values().sum().isfinite()):
+        if self.formats.weight.has_special_codes and not all_finite(self.code_values()):
             raise CheckpointError(
                 f"{name}.weight holds codes that are no finite number in {self.formats.weight}; "
                 "the file is damaged, or of another format"

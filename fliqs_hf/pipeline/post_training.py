@@ -11,6 +11,7 @@ from torch import Tensor
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, Target, trace_layers
 from fliqs_hf.nn import quantizable_layers
+from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.pipeline.costs import cost_table
 from fliqs_hf.search import SearchSpace, Sensitivity, choice_at_target, fisher_scores, reachable_range
 from fliqs_hf.search.space import ActivationMode
@@ -53,8 +54,10 @@ def allocate(
             after the target has been checked. 1500 images or more make the scores reliable (docs/search.md).
         search_space, activation, tie: see `SearchSpace`.
     Returns: the allocation, which costs between 97 % and 100 % of the target where the space has such a one.
-    Raises: TargetError: out of reach. DataError: no images. ConfigError, FormatError: a bad space.
+    Raises: TargetError: out of reach. DataError: no images. ConfigError, FormatError: a bad space; a model with
+        NaN or infinity in it.
     """
+    check_finite(model)
     names = quantizable_layers(model, list(modules_to_not_convert) if modules_to_not_convert else None)
     layers = trace_layers(model)
     space = SearchSpace([layer for layer in layers if layer.name in names], search_space, activation, tie)

@@ -21,6 +21,7 @@ from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.hf.config import FLIQSConfig
 from fliqs_hf.hf.quantizer import declare_packed, quantize, refuse_packed
 from fliqs_hf.nn import quantizable_layers, restore
+from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.swap import packed_like, replace
 from fliqs_hf.ptq.gptq import DAMPING, gptq_round, input_hessian
@@ -92,10 +93,10 @@ def calibrate(
         percentile: with `activations="percentile"`, in (0, 100].
         damping: of GPTQ, as a part of the mean of the Hessian's diagonal.
     Returns: `model`, in evaluation mode.
-    Raises: ConfigError: an unknown option, a packed model. AllocationError: a layer that does not exist. DataError: no
-        images, or such that do not fit together or are not finite; a layer that the model calls twice, or one that
-        needs a static scale and is not reached. The model is as it was then, but for being plain and in evaluation
-        mode.
+    Raises: ConfigError: an unknown option, a packed model. FormatError: NaN or infinity in the model.
+        AllocationError: a layer that does not exist. DataError: no images, or such that do not fit together or are
+        not finite; a layer that the model calls twice, or one that needs a static scale and is not reached. The model
+        is as it was then, but for being plain and in evaluation mode.
     Source: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); bias correction, Nagel et al. 2019 (arXiv 1906.04721),
         section 4.2 and its empirical form in appendix D.
     """
@@ -103,6 +104,7 @@ def calibrate(
         bias_correction = activations not in _GRANULARITIES
     options = _Options(rounding, bias_correction, activations, percentile, damping)
     refuse_packed(model)
+    check_finite(model)
     config = FLIQSConfig(
         allocation=allocation,
         weight_scale=weight_scale,

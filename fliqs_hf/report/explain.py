@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.cost import LayerInfo, bops, weight_bytes
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.formats import Format, parse
+from fliqs_hf.json_file import read_objects
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,4 @@ def _costs(
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """A `.jsonl` record; empty where there is none. Raises: CheckpointError: a line that is no JSON object."""
-    if not path.is_file():
-        return []
-    try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except ValueError as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not all(isinstance(entry, dict) for entry in entries):
-        raise CheckpointError(f"{path} holds a line that is not an object")
-    return entries
+    return read_objects(path) if path.is_file() else []

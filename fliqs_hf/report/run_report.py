@@ -21,6 +21,7 @@ from fliqs_hf.hf.results import Result, measured_models, validation_of
 from fliqs_hf.hf.run_folder import RunFolder
 from fliqs_hf.hf.templating import environment
 from fliqs_hf.hf.validation_record import Validation
+from fliqs_hf.json_file import read_object
 from fliqs_hf.report import run_figures as figures
 from fliqs_hf.report import run_summary as summary
 from fliqs_hf.report.explain import Explanation, explain, read_lines
@@ -162,15 +163,7 @@ def _page(report: RunReport, drawn: Mapping[str, Figure | None]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, not an object")
-    return data
+    return read_object(path) if path.is_file() else {}
 
 
 def _row(layer: LayerInfo, run: RunFolder, decisions: Sequence[Explanation]) -> Row:

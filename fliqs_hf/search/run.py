@@ -20,6 +20,7 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, bops, weight_bytes
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.files import append_text, replacing
+from fliqs_hf.json_file import read_json
 from fliqs_hf.search.config import SearchConfig
 from fliqs_hf.search.run_files import RunFiles
 from fliqs_hf.search.sensitivity import Sensitivity
@@ -66,11 +67,8 @@ class RunFolder:
         self.files.write(name, json.dumps(data, indent=2, default=str) + "\n")
 
     def read(self, name: str) -> Any:
-        """Raises: CheckpointError: missing or damaged."""
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"cannot read {self.path / name}: {error}") from error
+        """Raises: CheckpointError: no readable record."""
+        return read_json(self.path / name)
 
     def write_result(self, name: str, result: dict[str, Any]) -> None:
         """A record that a resumed run believes: with a checksum. Raises: DiskError."""

@@ -27,6 +27,12 @@ def packed(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(params=["1", "0"], ids=["digests", "no digests"])
+def integrity(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a checkpoint needs is checked even where its digests are not."""
+    monkeypatch.setenv("FLIQS_CHECK_INTEGRITY", request.param)
+
+
 def edit_tensors(folder: Path, edit: Callable[[Tensors], Any]) -> None:
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
@@ -71,6 +77,7 @@ def put(tensors: Tensors, name: str, value: torch.Tensor) -> None:
         pytest.param(lambda t: t["classifier.weight"].fill_(0x88), "classifier", id="the code -8 of int4"),
     ],
 )
+@pytest.mark.usefixtures("integrity")
 def test_damaged_tensor_is_named(packed: Path, edit: Callable[[Tensors], Any], named: str) -> None:
     edit_tensors(packed, edit)
     with pytest.raises(CheckpointError, match=named.replace(".", r"\.")):
@@ -111,6 +118,7 @@ def test_pickled_weights_are_not_read(packed: Path) -> None:
         pytest.param(lambda c: c["allocation"].pop(LAYER), CheckpointError, LAYER, id="layer left out"),
     ],
 )
+@pytest.mark.usefixtures("integrity")
 def test_damaged_config_is_named(packed: Path, edit: Callable[[Any], Any], error: type[Exception], named: str) -> None:
     edit_config(packed, edit)
     with pytest.raises(error, match=named):
@@ -129,7 +137,10 @@ def test_damaged_config_is_named(packed: Path, edit: Callable[[Any], Any], error
         ({"modules_to_not_convert": "classifier"}, ConfigError, "list"),
         ({"overrides": {"x": {"wait": "int4"}}}, ConfigError, "wait"),
         ({"activation_granularity": "per_channel"}, FormatError, "per_channel"),
-        ({"format_version": 2}, ConfigError, "2"),
+        ({"format_version": 3}, ConfigError, "3"),
+        ({"format_version": True}, ConfigError, "True"),
+        ({"checksum": "md5"}, ConfigError, "md5.*crc32, sha256"),
+        ({"check_integrity": 0}, ConfigError, "check_integrity=0"),
         ({"quant_method": "gptq"}, ConfigError, "gptq"),
     ],
 )

@@ -157,10 +157,14 @@ def test_config_json_is_readable(vit: Path, tmp_path: Path) -> None:
     model = AutoModelForImageClassification.from_pretrained(vit, quantization_config=FLIQSConfig(weight_scale="mse"))
     model.save_pretrained(tmp_path / "packed")
     stored = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    digests = stored.pop("digests")
+    assert set(digests["tensors"]) == set(load_file(tmp_path / "packed" / "model.safetensors"))
+    assert {"hidden_size", "layer_norm_eps", "quantization_config.allocation"} <= set(digests["settings"])
     assert stored.pop("allocation")["classifier"] == {"weight": "int8", "activation": "int8"}
     assert stored == {
         "quant_method": "fliqs",
-        "format_version": 1,
+        "format_version": 2,
+        "checksum": "crc32",
         "weight_granularity": "per_channel",
         "weight_scale": "mse",
         "activation_granularity": "per_token",
@@ -205,4 +209,4 @@ def test_a_process_without_the_package_gets_an_error(vit: Path, tmp_path: Path) 
             check=False,
         )
         assert result.returncode != 0
-        assert "mismatch" in result.stderr.lower()
+        assert "import fliqs_hf" in result.stderr
