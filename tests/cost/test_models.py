@@ -126,6 +126,8 @@ def test_uniform_bits() -> None:
     assert size.uniform_bits(16) == size.uniform("bf16") == (27 + 16 + 33) * 2  # without scales
     assert size.uniform_bits(2) == size.uniform("int2")
     assert size.uniform_bits(2.5) == (27 + 16 + 33) * 2.5 / 8 + (3 + 4 + 11) * 4
+    both = CostTable(LAYERS, ("int16", "bf16"), "weight_bytes")  # of 16 bits each, with scales and without
+    assert both.uniform_bits(16) == both.uniform("bf16") < both.uniform("int16")
 
 
 def test_errors_of_costs() -> None:
