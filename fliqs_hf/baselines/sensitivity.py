@@ -17,12 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from fliqs_hf.allocation import Allocation, LayerFormats
+from fliqs_hf.checks import is_whole
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.nn import make_searchable, restore
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.quant import quantize_weight
 from fliqs_hf.search import SearchSpace, fisher_scores
-from fliqs_hf.search.sensitivity import Forward, frozen
+from fliqs_hf.search.sensitivity import Forward, frozen, layers_of
 
 
 @torch.no_grad()
@@ -132,9 +133,9 @@ def hessian_traces(
         probes: vectors per batch. seed: of the vectors; drawn on the CPU, so the same on every device.
     Raises: as `hessian_trace_scores`.
     """
-    if probes < 1:
-        raise ConfigError(f"probes={probes} must be at least 1")
-    weights = [model.get_parameter(f"{layer.name}.weight") for layer in space.layers]
+    if not is_whole(probes, 1):
+        raise ConfigError(f"probes={probes!r} must be a whole number of at least 1")
+    weights = [layer.get_parameter("weight") for layer in layers_of(model, space).values()]
     total = torch.zeros(len(weights), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     count = 0

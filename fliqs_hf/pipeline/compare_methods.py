@@ -61,8 +61,9 @@ def search_config(method: str) -> SearchConfig:
         for part in method.split("-")[1:]:
             name = names.get(part[0], "explore_fraction")
             value = float(part.lstrip("xhklp"))
-            changes[name] = int(value) if name in ("samples_per_step", "prior_passes") else value
-    except (ValueError, IndexError) as error:
+            whole = name in ("samples_per_step", "prior_passes") and value.is_integer()
+            changes[name] = int(value) if whole else value
+    except (ValueError, OverflowError, IndexError) as error:
         raise ConfigError(_unknown(method)) from error
     return SearchConfig.preset("paper" if method == "paper" else "default", **changes)
 
