@@ -132,9 +132,7 @@ def test_a_damaged_state_is_not_trained_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("when", ["before it is renamed", "in the second file"])
-def test_a_state_that_is_not_finished_is_not_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
+def test_a_state_that_is_not_finished_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """It gets its name by one rename, at which it is whole: a copy would show it in parts."""
     write(tmp_path, 4)
     rename, seen = os.replace, []
