@@ -188,6 +188,14 @@ def test_both_ends_of_the_range_can_be_targets() -> None:
     assert below and above
 
 
+def test_both_ends_of_the_range_of_a_large_model_can_be_ratios() -> None:
+    """The product of a ratio and 10¹² operations is off by more than a small constant."""
+    for macs in range(10**12, 10**12 + 200):
+        table = CostTable([LayerInfo("a", "linear", macs, 16, 4, 0)], ["int3", "e4m3"])
+        for end in table.reachable:
+            assert Target.of(target_ratio=end / table.fp32).resolve(table) == pytest.approx(end, rel=1e-15)
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
