@@ -20,8 +20,8 @@ SCRIPTS = sorted((ROOT / "recipes").rglob("*.py"))
 
 #: A module imports only from its own or a lower level. The package itself, which re-exports, is above all of them.
 LEVELS = {
-    "checksums": 0, "errors": 0, "failures": 0, "files": 0, "formats": 0, "interrupt": 0, "json_file": 0,
-    "limits": 0, "lock": 0, "optional": 0, "version": 0, "wording": 0,
+    "checks": 0, "checksums": 0, "errors": 0, "failures": 0, "files": 0, "formats": 0, "interrupt": 0,
+    "json_file": 0, "limits": 0, "lock": 0, "optional": 0, "version": 0, "wording": 0,
     "allocation": 1, "quant": 1,
     "cost": 2, "nn": 2,
     "training": 3,
@@ -37,8 +37,9 @@ MAX_LINES = 400
 
 #: What `import fliqs_hf` must leave to those who use it. Transformers itself brings accelerate, Jinja, PIL and YAML.
 HEAVY = [
-    "datasets", "deepspeed", "evaluate", "kornia", "matplotlib", "onnx", "optimum", "optuna", "pandas", "plotly",
-    "pyarrow", "scipy", "sklearn", "statsmodels", "tensorboard", "torch._dynamo", "torchvision", "trackio", "triton",
+    "datasets", "deepspeed", "evaluate", "kornia", "matplotlib", "onnx", "optimum", "optuna", "pandas", "peft",
+    "plotly", "pyarrow", "scipy", "sklearn", "statsmodels", "tensorboard", "torch._dynamo", "torchvision", "trackio",
+    "triton",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.cost import CostTable, LayerInfo
 from fliqs_hf.formats import Format
-from fliqs_hf.search import SearchSpace, best_choice
+from fliqs_hf.search import SearchSpace, pareto_front
 
 
 def uniform(layers: Sequence[LayerInfo], fmt: str | Format) -> Allocation:
@@ -20,7 +20,7 @@ def uniform(layers: Sequence[LayerInfo], fmt: str | Format) -> Allocation:
 
 def manual(layers: Sequence[LayerInfo], inner: str | Format = "int4", outer: str | Format = "int8") -> Allocation:
     """First and last layer in `outer`, the rest in `inner`: mixed precision as people do it by hand."""
-    ends = {layers[0].name, layers[-1].name}
+    ends = {layer.name for layer in (*layers[:1], *layers[-1:])}
     return Allocation(
         {layer.name: LayerFormats.of(*([outer if layer.name in ends else inner] * 2)) for layer in layers}
     )
@@ -33,8 +33,8 @@ def random_allocation(
 
     Raises: TargetError: the target is out of reach.
     """
-    scores = random_scores(space, seed)
-    return space.allocation(best_choice(space, table, scores, low=(1 - band) * target, high=target))
+    (choice,) = pareto_front(space, table, random_scores(space, seed), [target], band)
+    return space.allocation(choice)
 
 
 def random_scores(space: SearchSpace, seed: int) -> Tensor:

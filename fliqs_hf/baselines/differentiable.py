@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fliqs_hf.baselines.mixture import Mixture
+from fliqs_hf.checks import is_number
 from fliqs_hf.cost import CostTable, Target
-from fliqs_hf.errors import CheckpointError, ConfigError
+from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
 from fliqs_hf.nn import FormatSwitch, QuantizerSettings, make_searchable
 from fliqs_hf.search import FinalChoice, SearchSpace, choice_at_target, reachable_range
 from fliqs_hf.search.oneshot import Gather
@@ -55,8 +56,7 @@ class DifferentiableConfig:
 
     def _check(self, name: str, low: float, high: float, *, above: bool) -> None:
         value = getattr(self, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not (number and low <= value <= high) or (above and value == low):
+        if not is_number(value, low, high) or (above and value == low):
             least = "above" if above else "at least"
             limit = f" and at most {high:g}" if high < math.inf else ""
             raise ConfigError(f"{name}={value!r} must be a number {least} {low:g}{limit}")
@@ -133,9 +133,14 @@ class DifferentiableSearch:
         The term depends on the logits alone, so this is the gradient of loss + weight · |E[C]/C_target − 1|.
 
         Returns: metrics, on the device.
+        Raises: TrainingError: no backward pass has reached the logits.
         """
         logits = self.policy.logits
-        assert logits.grad is not None, "no backward pass has reached the logits"
+        if logits.grad is None:
+            raise TrainingError(
+                f"step {step}: no backward pass has reached the logits of the formats; train the model that the hook "
+                "was made for, and call the functions of `begin_step` before its forward pass"
+            )
         gathered = self.gather(logits.grad.flatten())
         logits.grad = gathered.view(self.world_size, *logits.shape).mean(0)
         ratio = self.expected_cost(step) / self.target_cost
@@ -187,8 +192,7 @@ class DifferentiableHook:
         Args:
             model: searchable over the layers and formats of the search's space, in the same order, through `switch`.
         """
-        assert switch.names == tuple(layer.name for layer in search.space.layers)
-        assert switch.formats == search.space.formats
+        search.space.check_switch(switch)
         self.search, self.switch = search, switch
         self.mixture = Mixture(model, search.space, switch)
         self._settled = False

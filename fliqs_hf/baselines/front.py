@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fliqs_hf.allocation import Allocation
+from fliqs_hf.checks import is_whole
 from fliqs_hf.cost import CostTable
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.search import SearchSpace, pareto_front, reachable_range
@@ -36,8 +37,8 @@ def sensitivity_front(space: SearchSpace, table: CostTable, scores: Tensor, poin
         scores: [D, K], lower is better, such as `fisher_scores(...).decision_scores`.
     Raises: ConfigError: fewer than 2 points. TargetError: the solver gave up.
     """
-    if points < 2:
-        raise ConfigError(f"points={points} must be at least 2: the cheapest and the dearest budget")
+    if not is_whole(points, 2):
+        raise ConfigError(f"points={points!r} must be a whole number, at least 2: the cheapest and the dearest budget")
     low, high = reachable_range(space, table)
     fixed = table.fixed_cost
     budgets = [low, *(np.geomspace(low - fixed, high - fixed, points)[1:-1] + fixed).tolist(), high]

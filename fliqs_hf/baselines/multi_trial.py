@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.baselines.allocations import random_scores
+from fliqs_hf.checks import is_whole
 from fliqs_hf.checksums import sealed, unsealed
 from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
@@ -83,7 +84,7 @@ def multi_trial(
         journal is damaged, or of a search with other settings.
     Source: Optuna, Akiba et al. 2019; its estimator, Bergstra et al. 2011.
     """
-    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
+    if not is_whole(trials, 1):
         raise ConfigError(f"trials={trials!r} must be a whole number of at least 1")
     if sampler not in get_args(Sampler):
         raise ConfigError(f"sampler={sampler!r} does not exist; choose from {', '.join(get_args(Sampler))}")

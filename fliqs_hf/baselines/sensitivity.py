@@ -17,24 +17,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from fliqs_hf.allocation import Allocation, LayerFormats
+from fliqs_hf.checks import is_whole
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.nn import make_searchable, restore
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.quant import quantize_weight
 from fliqs_hf.search import SearchSpace, fisher_scores
-from fliqs_hf.search.sensitivity import Forward, frozen
+from fliqs_hf.search.sensitivity import Forward, frozen, layers_of
 
 
 @torch.no_grad()
 def loss_delta_scores(
     model: nn.Module, batches: Sequence[tuple[Any, Tensor]], forward: Forward, space: SearchSpace
 ) -> Tensor:
-    """Increase of the mean loss for each choice of each decision, every other layer in fp32: float32 [D, K].
+    """Increase of the mean loss for each choice of each decision, all else in fp32: float32 [D, K].
 
-    One evaluation of all `batches` per decision and format: D·K + 1 passes, where the Fisher score needs one.
-    Only for spaces with one format for weights and inputs.
+    One evaluation of all `batches` per decision and format: D·K + 1 passes, where the Fisher score needs one. Where
+    weights and inputs are decided apart, each is scored with the other in fp32.
+
+    Raises: DataError: no images. AllocationError: a space of another model.
     """
-    assert space.activation == "same"
+    if not any(len(y) for _, y in batches):
+        raise DataError("the loss deltas got no images: give them a split that is not empty")
     training = model.training
     model.eval()
 
@@ -49,7 +53,10 @@ def loss_delta_scores(
         scores = torch.zeros(len(space.decisions), len(space.formats))
         for row, decision in enumerate(tqdm(space.decisions, desc="loss deltas")):
             for column, fmt in enumerate(space.formats):
-                switch.set_allocation(Allocation(dict.fromkeys(decision.layers, LayerFormats(fmt, fmt))))
+                # A switch takes None, fp32, for weights too.
+                weight, activation = (None if decision.kind == role else fmt for role in ("activation", "weight"))
+                formats = LayerFormats(weight, activation)  # type: ignore[arg-type]
+                switch.set_allocation(Allocation(dict.fromkeys(decision.layers, formats)))
                 scores[row, column] = loss() - clean
         return scores
     finally:
@@ -100,7 +107,10 @@ def hessian_trace_scores(
     Source: HAWQ-V2 (Dong et al. 2019, arXiv 1911.03852), section 3.1.
     """
     if space.activation != "same":
-        raise ConfigError("Hessian traces score weights only: use activation='same' or another score")
+        raise ConfigError(
+            "Hessian traces score weights only, and nothing would choose the formats of inputs: use a space with "
+            "activation='same', or another score"
+        )
     settings = settings or QuantizerSettings()
     traces = hessian_traces(model, batches, forward, space, probes=probes, seed=seed).clamp(min=0)
     scores = torch.zeros(len(space.decisions), len(space.formats), dtype=torch.float64)
@@ -132,9 +142,9 @@ def hessian_traces(
         probes: vectors per batch. seed: of the vectors; drawn on the CPU, so the same on every device.
     Raises: as `hessian_trace_scores`.
     """
-    if probes < 1:
-        raise ConfigError(f"probes={probes} must be at least 1")
-    weights = [model.get_parameter(f"{layer.name}.weight") for layer in space.layers]
+    if not is_whole(probes, 1):
+        raise ConfigError(f"probes={probes!r} must be a whole number of at least 1")
+    weights = [layer.get_parameter("weight") for layer in layers_of(model, space).values()]
     total = torch.zeros(len(weights), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     count = 0

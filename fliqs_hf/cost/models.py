@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.allocation import Allocation, LayerFormats
+from fliqs_hf.checks import is_number
 from fliqs_hf.cost.shapes import LayerInfo
 from fliqs_hf.errors import AllocationError, ConfigError, FormatError, TargetError
 from fliqs_hf.formats import Format, packed_bytes, parse
@@ -76,7 +77,7 @@ class CostTable:
             raise ConfigError(f"unknown kind of cost {kind!r}: use 'bops' or 'weight_bytes'")
         if not layers:
             raise ConfigError("a cost table needs at least one layer")
-        if not (math.isfinite(fixed_cost) and fixed_cost >= 0):
+        if not is_number(fixed_cost, 0):
             raise ConfigError(f"fixed_cost={fixed_cost!r} must be a finite number of at least 0")
         self.layers = tuple(layers)
         self.formats = tuple(parse(fmt) for fmt in formats)
@@ -127,7 +128,11 @@ class CostTable:
         """Cost of the uniform model of so many bits, which may be a fraction: 2.5 bits are MACs × 6.25 BOPs.
 
         Where the table has formats of that many bits, it is the cheapest of them (BF16 has no scales, INT16 has).
+
+        Raises: TargetError: `bits` is no number between 0 and 32.
         """
+        if not is_number(bits, 0, FP32_BITS):
+            raise TargetError(f"bits={bits!r} must be a number between 0 and {FP32_BITS}")
         if exact := [fmt for fmt in self.formats if fmt.bits == bits]:
             return min(self.uniform(fmt) for fmt in exact)
         if self.kind == "bops":
@@ -174,11 +179,11 @@ class Target:
 
     def __post_init__(self) -> None:
         limits = {"bits": float(FP32_BITS), "bops": math.inf, "size_mb": math.inf, "ratio": 1.0}
-        if self.kind not in limits:
+        if not isinstance(self.kind, str) or self.kind not in limits:
             raise TargetError(f"unknown kind of target {self.kind!r}: use {', '.join(limits)}")
         if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
             raise TargetError(f"target_{self.kind}={self.value!r} must be a number")
-        if not (math.isfinite(self.value) and 0 < self.value <= limits[self.kind]):
+        if not (is_number(self.value, 0, limits[self.kind]) and self.value):
             limit = f", at most {limits[self.kind]:g}" if math.isfinite(limits[self.kind]) else ""
             raise TargetError(f"target_{self.kind}={self.value!r} must be a positive number{limit}")
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fliqs_hf.checks import is_whole
 from fliqs_hf.errors import AllocationError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,8 @@ class LayerInfo:
         if self.kind not in ("linear", "conv2d"):
             raise ConfigError(f"layer {self.name!r}: kind is 'linear' or 'conv2d', not {self.kind!r}")
         for attribute in ("macs", "weight_numel", "out_channels"):
-            if getattr(self, attribute) < 1:
-                raise ConfigError(f"layer {self.name!r}: {attribute}={getattr(self, attribute)!r} must be at least 1")
+            if not is_whole(value := getattr(self, attribute), 1):
+                raise ConfigError(f"layer {self.name!r}: {attribute}={value!r} must be a whole number, at least 1")
 
 
 @dataclass

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fliqs_hf.checks import is_whole
 from fliqs_hf.errors import FormatError
 from fliqs_hf.formats.spec import MAX_BITS
 
@@ -25,10 +26,10 @@ _CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 def packed_bytes(numel: int, bits: int) -> int:
     """Bytes that `pack` makes of `numel` codes of `bits` bits.
 
-    Raises: FormatError: `bits` outside 1...16, or a negative `numel`.
+    Raises: FormatError: `bits` outside 1...16, or `numel` below 0; or no whole number.
     """
-    if numel < 0:
-        raise FormatError(f"numel={numel}: the number of codes cannot be negative")
+    if not is_whole(numel, 0):
+        raise FormatError(f"numel={numel!r}: the number of codes is a whole number of at least 0")
     return sum(_plane_bytes(numel, width) for _, width in _planes(bits))
 
 
@@ -97,8 +98,8 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
 
 def _planes(bits: int) -> list[tuple[int, int]]:
     """(position of the plane's lowest bit in the code, width), widest first."""
-    if not 1 <= bits <= MAX_BITS:
-        raise FormatError(f"bits={bits}: codes have 1 to {MAX_BITS} bits")
+    if not is_whole(bits, 1, MAX_BITS):
+        raise FormatError(f"bits={bits!r}: codes have 1 to {MAX_BITS} bits")
     planes, offset = [], 0
     while offset < bits:
         width = next(width for width in (8, 4, 2, 1) if width <= bits - offset)

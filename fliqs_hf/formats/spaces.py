@@ -24,8 +24,10 @@ SPACES: dict[str, tuple[str, ...]] = {
 def parse_formats(space: str | Sequence[str | Format]) -> tuple[Format, ...]:
     """The formats of a named space, or of a list of formats (also one string with commas).
 
-    Raises: FormatError: an unknown name, an empty list, or a format that is given twice.
+    Raises: FormatError: an unknown name, an empty list, a format that is given twice, or neither a name nor a list.
     """
+    if not isinstance(space, (str, Sequence)):
+        raise FormatError(f"a search space is a name or a list of formats, not {space!r}; named: {', '.join(SPACES)}")
     if isinstance(space, str):
         names = SPACES.get(space.strip().lower(), tuple(part for part in space.split(",") if part.strip()))
         if len(names) == 1 and names[0].lower() not in ALIASES and not any(map(str.isdigit, names[0])):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from fliqs_hf.checks import is_whole
 from fliqs_hf.errors import FormatError
 
 MAX_BITS = 16
@@ -31,8 +32,8 @@ class IntFormat:
     bits: int
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= MAX_BITS:
-            raise FormatError(f"int{self.bits}: an integer format has 2 to {MAX_BITS} bits")
+        if not is_whole(self.bits, 2, MAX_BITS):
+            raise FormatError(f"int{self.bits!r}: an integer format has 2 to {MAX_BITS} bits")
 
     @cached_property
     def name(self) -> str:
@@ -94,9 +95,9 @@ class FloatFormat:
     mantissa_bits: int
 
     def __post_init__(self) -> None:
-        if not (2 <= self.exponent_bits <= 8 and self.mantissa_bits >= 0 and self.bits <= MAX_BITS):
+        if not (is_whole(self.exponent_bits, 2, 8) and is_whole(self.mantissa_bits, 0) and self.bits <= MAX_BITS):
             raise FormatError(
-                f"e{self.exponent_bits}m{self.mantissa_bits}: a float format has 2 to 8 exponent bits "
+                f"e{self.exponent_bits!r}m{self.mantissa_bits!r}: a float format has 2 to 8 exponent bits "
                 f"and at most {MAX_BITS} bits including the sign"
             )
 
@@ -190,8 +191,10 @@ COMMON: tuple[Format, ...] = (
     *(FloatFormat(e, m) for e, m in ((4, 3), (5, 2), (3, 4), (8, 7))),
 )
 
-_INT = re.compile(r"int_?(\d+)")
-_FLOAT = re.compile(r"(?:(?:fp|float)_?(\d+)_?)?e(\d+)m(\d+)(fn)?")
+#: Digits that do not end would be a ValueError of `int`.
+_NUMBER = r"(\d{1,9})"
+_INT = re.compile(rf"int_?{_NUMBER}")
+_FLOAT = re.compile(rf"(?:(?:fp|float)_?{_NUMBER}_?)?e{_NUMBER}m{_NUMBER}(fn)?")
 
 
 def parse(name: str | Format) -> Format:

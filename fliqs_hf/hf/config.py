@@ -20,6 +20,7 @@ from fliqs_hf.hf.checkpoint import part_of
 from fliqs_hf.hf.integrity import ALGORITHMS, Digests
 from fliqs_hf.hf.stored import check_stored
 from fliqs_hf.nn import QuantizerSettings, quantizable_layers
+from fliqs_hf.nn.adapters import register_peft
 from fliqs_hf.nn.swap import matches
 
 METHOD = "fliqs"
@@ -117,6 +118,16 @@ class FLIQSConfig(QuantizationConfigMixin):
     @property
     def settings(self) -> QuantizerSettings:
         return QuantizerSettings(self.weight_granularity, self.weight_scale, self.activation_granularity)  # type: ignore[arg-type]
+
+    @property
+    def get_apply_tensor_subclass(self) -> Any:
+        """What peft asks of a model's quantization before it puts an adapter on a layer, meant for torchao; the one
+        moment at which it can be told of packed layers without importing it for everybody.
+
+        Raises: AttributeError: always, as there is none.
+        """
+        register_peft()
+        raise AttributeError("get_apply_tensor_subclass")
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

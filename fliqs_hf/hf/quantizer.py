@@ -176,7 +176,7 @@ class FLIQSHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return self.searchable
+        return True  # a packed model with adapters (see `nn.adapters`): Trainer refuses one without
 
     @property
     def is_qat_trainable(self) -> bool:

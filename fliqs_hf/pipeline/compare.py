@@ -6,7 +6,7 @@ Writes one row per method, target and seed to the CSV, and beside it a table (.m
 recomputed by one cost model. Rows that the CSV has already are not run again, so an interrupted comparison goes on.
 
 Methods (those with ptq- in front do the same without training):
-    uniform-int, uniform-fp        INTk, and the smallest float of k bits (k whole)
+    uniform-int, uniform-fp        INTk, and the smallest float of k bits (k from 3 to 8)
     uniform-FORMAT                 any format, such as uniform-e4m3: whatever the targets are, it is run once per
                                    seed, and its row is one for a target of the format's own bits
     manual                         first and last layer 8 bits, the rest INTk; it costs what it costs
@@ -53,6 +53,7 @@ from fliqs_hf.baselines import (
     uniform,
 )
 from fliqs_hf.baselines.multi_trial import is_journal
+from fliqs_hf.checks import is_whole
 from fliqs_hf.cost import CostTable, Target, bops, trace_layers
 from fliqs_hf.errors import ConfigError, TargetError
 from fliqs_hf.failures import explain, trace
@@ -99,8 +100,12 @@ class Comparison:
         self.arguments = arguments
         default = max(1, arguments.max_steps // 4)
         self.trial_steps = default if arguments.trial_steps is None else arguments.trial_steps
-        for steps in (arguments.max_steps, self.trial_steps):
-            self.settings(seed=0, steps=steps)  # refuses bad values before anything is loaded
+        for seed in arguments.seeds:
+            for steps in (arguments.max_steps, self.trial_steps):
+                self.settings(seed=seed, steps=steps)  # refuses bad values before anything is loaded
+        for name in ("trials", "prior_images"):
+            if not is_whole(value := getattr(arguments, name), 1):
+                raise ConfigError(f"--{name} {value} must be at least 1")
         self.accelerator = Accelerator(cpu=arguments.use_cpu)
         self.model = load(AutoModelForImageClassification, arguments.model)
         self.model.to(self.accelerator.device)
@@ -165,24 +170,33 @@ class Comparison:
         }
 
     def chosen_from(self, method: str) -> tuple[SearchSpace, CostTable]:
-        """The formats that a method chooses from, and what they cost."""
+        """The formats that a method chooses from, and what they cost. Raises: ConfigError: there are none."""
         if method.removeprefix("ptq-") != "random-no-int2":
             return self.space, self.table
-        space = SearchSpace(self.layers, [fmt for fmt in self.space.formats if fmt.name != "int2"])
+        formats = [fmt for fmt in self.space.formats if fmt.name != "int2"]
+        if not formats:
+            raise ConfigError(f"{method} needs a format other than int2 in --search_space")
+        space = SearchSpace(self.layers, formats, self.space.activation)
         return space, CostTable(self.layers, space.formats)
 
     def check(self, method: str, bits: float) -> None:
-        """Raises: TargetError: the method has no allocation of that cost."""
-        if method.removeprefix("ptq-") in UNIFORM or uniform_format(method) is not None:
+        """Raises: TargetError: the method has no allocation of that cost, out of reach or in a gap of the space."""
+        target, name = Target.of(target_bits=bits), method.removeprefix("ptq-")
+        if name in UNIFORM or uniform_format(method) is not None:
             return
+        space, table = self.chosen_from(method)
         try:
-            Target.of(target_bits=bits).resolve(self.chosen_from(method)[1])
+            if name in RANDOM:
+                random_allocation(space, table, target.resolve(table), seed=0)
+            else:
+                choice_at_target(space, table, torch.zeros(len(space.decisions), len(space.formats)), target)
         except TargetError as error:
             raise TargetError(f"{method}: {error}") from error
 
     def wanted(self, method: str, target: Target) -> float:
         """What the row's target costs. A uniform model may cost what the search space cannot."""
-        reachable = None if uniform_format(method) is None else (0.0, self.table.fp32)
+        uniform = method.removeprefix("ptq-") in UNIFORM or uniform_format(method) is not None
+        reachable = (0.0, self.table.fp32) if uniform else None
         return target.resolve(self.table, reachable)
 
     def fixed(self, name: str, bits: float, target: Target, seed: int) -> Allocation:
@@ -331,7 +345,7 @@ def _add_rows(arguments: argparse.Namespace, command: str) -> None:
         if (method, f"{bits:g}", str(seed)) not in table.done
     ]
     if not todo and not table.done:
-        raise ConfigError(f"nothing to compare: {', '.join(arguments.methods)} exist for whole bits only")
+        raise ConfigError(f"nothing to compare: {', '.join(arguments.methods)} exist for whole bits from 3 to 8 only")
     if not todo:
         return
     comparison = Comparison(arguments)

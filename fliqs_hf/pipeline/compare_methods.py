@@ -14,6 +14,12 @@ METHODS = ("uniform-int", "uniform-fp", "random-no-int2", "loss-delta", "fisher"
 UNIFORM = ("uniform-int", "uniform-fp", "manual")
 SCORES = ("loss-delta", "fisher", "elementwise", "hessian")
 RANDOM = ("random", "random-no-int2")
+#: Methods that give weights and inputs one format only -> why.
+ONE_FORMAT = {
+    "differentiable": "branches would be squared in number",
+    "gumbel": "branches would be squared in number",
+    "hessian": "it scores weights, and nothing would choose the formats of inputs",
+}
 TRAINED = ("differentiable", "gumbel", "multi-trial-random", "multi-trial-optuna")
 FLOATS = {3: "e2m0", 4: "e2m1", 5: "e2m2", 6: "e2m3", 7: "e3m3", 8: "e4m3"}
 
@@ -36,7 +42,7 @@ def runs(methods: Iterable[str], targets: Iterable[float], seeds: Iterable[int])
     """(method, bits, seed) of the rows of a comparison, in order, each once.
 
     A method that gives every layer one format ignores the targets: its bits are those of the format. `uniform-int`,
-    `uniform-fp` and `manual` exist for whole bits only.
+    `uniform-fp` and `manual` exist for whole bits from 3 to 8 only.
     """
     methods, seeds, found = list(methods), list(seeds), []
     for bits in targets:
@@ -61,8 +67,9 @@ def search_config(method: str) -> SearchConfig:
         for part in method.split("-")[1:]:
             name = names.get(part[0], "explore_fraction")
             value = float(part.lstrip("xhklp"))
-            changes[name] = int(value) if name in ("samples_per_step", "prior_passes") else value
-    except (ValueError, IndexError) as error:
+            whole = name in ("samples_per_step", "prior_passes") and value.is_integer()
+            changes[name] = int(value) if whole else value
+    except (ValueError, OverflowError, IndexError) as error:
         raise ConfigError(_unknown(method)) from error
     return SearchConfig.preset("paper" if method == "paper" else "default", **changes)
 
@@ -70,8 +77,8 @@ def search_config(method: str) -> SearchConfig:
 def check_methods(methods: Iterable[str], activation: str = "same", granularity: str = "per_token") -> None:
     """Raises: ConfigError: a method that does not exist, or not for such a space, before anything has run."""
     for method in methods:
-        if activation == "separate" and method in ("differentiable", "gumbel"):
-            raise ConfigError(f"{method} takes --activation same only: branches would be squared in number")
+        if activation == "separate" and (reason := ONE_FORMAT.get(method.removeprefix("ptq-"))):
+            raise ConfigError(f"{method} takes --activation same only: {reason}")
         if granularity != "per_token" and (method in ("differentiable", "gumbel") or method.startswith("ptq-")):
             raise ConfigError(f"{method} takes --activation_granularity per_token only: it learns no factors")
         chosen_untrained = method.removeprefix("ptq-") in (*UNIFORM, *SCORES, *RANDOM)

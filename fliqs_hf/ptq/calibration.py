@@ -7,6 +7,7 @@ The price is the memory of one forward pass over all calibration images (DeiT-Ti
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from fliqs_hf.nn import quantizable_layers, restore
 from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.swap import packed_like, replace
-from fliqs_hf.ptq.gptq import DAMPING, gptq_round, input_hessian
+from fliqs_hf.ptq.gptq import DAMPING, check_damping, gptq_round, input_hessian
 from fliqs_hf.ptq.ranges import METHODS, PERCENTILE, check_percentile, clip_factor, static_scale
 from fliqs_hf.quant import scale as scales
+
+logger = logging.getLogger(__name__)
 
 Rounding = Literal["nearest", "gptq"]
 Activations = Literal["dynamic", "clipped", "absmax", "percentile", "mse"]
@@ -49,11 +52,12 @@ class _Options:
 
     def __post_init__(self) -> None:
         for name, choices in (("rounding", ("nearest", "gptq")), ("activations", (*_GRANULARITIES, *METHODS))):
-            if (value := getattr(self, name)) not in choices:
+            if not isinstance(value := getattr(self, name), str) or value not in choices:
                 raise ConfigError(f"{name}={value!r} does not exist; choose from {', '.join(map(repr, choices))}")
         check_percentile(self.percentile)
-        if not 0 < self.damping < float("inf"):
-            raise ConfigError(f"damping={self.damping!r}: give a positive number, such as {DAMPING}")
+        check_damping(self.damping)
+        if not isinstance(self.bias_correction, bool):
+            raise ConfigError(f"bias_correction={self.bias_correction!r}: give True, False or None")
 
     @property
     def needs_images(self) -> bool:
@@ -83,7 +87,8 @@ def calibrate(
         batches: images as the model takes them, [batch, channels, height, width], floating-point, without labels;
             iterated once (not at all where no option needs them). All of them are held in memory; 128 to 512 images
             are usual.
-        rounding: "nearest", or "gptq" for Linear and for Conv2d without groups (other convolutions: nearest).
+        rounding: "nearest", or "gptq" for Linear and for Conv2d without groups (other convolutions: nearest, and so
+            is a layer whose Hessian cannot be inverted even with damping, with a line in the log).
         bias_correction: shift existing biases so that the mean of every output channel is that of the fp32 model;
             takes a second pass. Default: where input scales are fixed, which is where it pays (docs/ptq.md).
         activations: "dynamic" scales each input by itself (per token, per image in convolutions); "clipped" does the
@@ -101,7 +106,7 @@ def calibrate(
         section 4.2 and its empirical form in appendix D.
     """
     if bias_correction is None:
-        bias_correction = activations not in _GRANULARITIES
+        bias_correction = activations not in tuple(_GRANULARITIES)
     options = _Options(rounding, bias_correction, activations, percentile, damping)
     refuse_packed(model)
     check_finite(model)
@@ -168,6 +173,8 @@ def _read(
 
         return add
 
+    if not isinstance(batches, Iterable):
+        raise DataError(f"batches={batches!r}: give an iterable of images [batch, channels, height, width]")
     with _hooks(layers, hook):
         for number, batch in enumerate(batches):
             _check_batch(number, batch, kept)
@@ -222,9 +229,13 @@ def _pack(
         scale = scales.weight_scale(
             weight, scales.format_data(formats.weight), settings.weight_granularity, settings.weight_scale
         )
-        hessian = input_hessian(layer, packed.quantized_input(x))
-        rounded = gptq_round(weight.flatten(1), scale.flatten(1), formats.weight, hessian, options.damping)
-        packed.pack_(rounded.view_as(weight), scale)
+        try:
+            hessian = input_hessian(layer, packed.quantized_input(x))
+            rounded = gptq_round(weight.flatten(1), scale.flatten(1), formats.weight, hessian, options.damping)
+            packed.pack_(rounded.view_as(weight), scale)
+        except DataError as error:
+            logger.warning("%s is rounded to nearest instead of by GPTQ: %s", name, error)
+            packed.pack_(weight)
     else:
         packed.pack_(weight)
     output: Tensor = packed(x)

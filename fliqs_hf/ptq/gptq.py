@@ -6,7 +6,8 @@ format, integer or float, on the scale that its row has had from the start.
 
 Source: Frantar et al. 2022, arXiv 2210.17323, algorithm 1. Differs: float64 (a search ends in minutes anyway, and the
 result does not depend on the order of a sum), columns in the order of falling Hessian diagonal always, and damping
-that leaves inputs that are zero throughout alone: their columns are rounded to nearest.
+that leaves inputs that are zero throughout alone: their columns are rounded to nearest. The size of the inputs does
+not matter: they are brought to about 1 by a power of two, so that inputs of 1e-22 and 1e20 give the same codes.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fliqs_hf.checks import is_number
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.formats import Format
 from fliqs_hf.quant.fake import round_to_grid
-from fliqs_hf.quant.scale import format_data
+from fliqs_hf.quant.scale import format_data, unit_factor
 
 #: Added to the Hessian's diagonal, as a part of its mean (the paper's 1 %).
 DAMPING = 0.01
@@ -34,7 +36,8 @@ def input_hessian(layer: nn.Module, x: Tensor) -> Tensor:
     Args:
         layer: `nn.Linear`, or `nn.Conv2d` with `groups=1`, whose patches are the inputs.
         x: what the layer reads, [..., in] or [images, channels, height, width].
-    Returns: float64 [k, k] on the device of `x`, k the weights of an output channel.
+    Returns: float64 [k, k] on the device of `x`, k the weights of an output channel. Summed in float32, of inputs that
+        a power of two brings to about 1: exact scaling, so that neither 1e-22 nor 1e20 is lost in a square.
     Raises: ConfigError: a convolution with groups, whose channels do not share one Hessian.
     """
     if isinstance(layer, nn.Conv2d):
@@ -47,14 +50,16 @@ def input_hessian(layer: nn.Module, x: Tensor) -> Tensor:
         x = x.reshape(-1, x.shape[-1])
         rows_per_image = x.shape[1]
     hessian = torch.zeros(0, 0, dtype=torch.float64, device=x.device)
+    unit = unit_factor(x, None).view(()) if x.numel() else 1.0
     count = 0
     for chunk in x.split(max(1, _CHUNK // rows_per_image)):
-        rows = (_patches(layer, chunk) if isinstance(layer, nn.Conv2d) else chunk).float()
+        chunk = ((chunk if chunk.dtype == torch.float64 else chunk.float()) * unit).float()
+        rows = _patches(layer, chunk) if isinstance(layer, nn.Conv2d) else chunk
         # The sum of a chunk in float32 is off by 1e-5 of its value at most: far less than the damping.
         product = (rows.T @ rows).double()
         hessian = product if not count else hessian.add_(product)
         count += len(rows)
-    return hessian.mul_(2 / max(count, 1))
+    return hessian.mul_(2 / max(count, 1)) / unit / unit
 
 
 def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -81,8 +86,7 @@ def gptq_round(weight: Tensor, scale: Tensor, fmt: Format, hessian: Tensor, damp
     Raises: DataError: a Hessian that is not finite, of another shape, or not positive definite even with damping.
         ConfigError: damping that is not a positive number.
     """
-    if not 0 < damping < float("inf"):
-        raise ConfigError(f"damping={damping!r}: give a positive number, such as {DAMPING}")
+    check_damping(damping)
     columns = weight.shape[1]
     if hessian.shape != (columns, columns) or not bool(hessian.isfinite().all()):
         raise DataError(
@@ -110,13 +114,23 @@ def gptq_round(weight: Tensor, scale: Tensor, fmt: Format, hessian: Tensor, damp
     return rounded
 
 
+def check_damping(damping: float) -> None:
+    """Raises: ConfigError: not a positive number."""
+    if not (is_number(damping, 0) and damping):
+        raise ConfigError(f"damping={damping!r}: give a positive number, such as {DAMPING}")
+
+
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper triangular U with UᵀU = (H + damping)⁻¹. Row j of U says how the columns after j answer an error in j."""
+    # By a power of four, whose root is exact: the columns' answers are the same bits for a Hessian of any size.
+    largest = hessian.diagonal().max()
+    hessian = torch.ldexp(hessian, -2 * (torch.frexp(largest).exponent // 2))
     mean = hessian.diagonal().mean()
-    hessian = hessian.clone()
     # Inputs that are all zero have no Hessian at all: then every column is on its own.
     hessian.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
     lower, failed = torch.linalg.cholesky_ex(hessian)
-    if bool(failed):
+    if not bool(failed):  # nearly singular: there may be a factor, but none of the inverse
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if bool(failed) or not bool(upper.isfinite().all()):
         raise DataError(f"the Hessian is not positive definite with damping={damping:g}: raise it, to 0.1 say")
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return upper

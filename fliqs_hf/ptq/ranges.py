@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fliqs_hf.checks import is_number
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
 from fliqs_hf.quant.fake import round_to_grid
-from fliqs_hf.quant.scale import FormatData, absmax_scale, activation_scale, format_data
+from fliqs_hf.quant.scale import FormatData, absmax_scale, activation_scale, format_data, unit_factor
 
 METHODS = ("absmax", "percentile", "mse")
 PERCENTILE = 99.99
@@ -33,7 +34,7 @@ def static_scale(x: Tensor, fmt: Format, method: str, percentile: float = PERCEN
     Returns: float32 [1], positive and finite.
     Raises: ConfigError: another method, or a percentile out of range.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ConfigError(f"activations={method!r} does not exist; choose from {', '.join(map(repr, METHODS))}")
     check_percentile(percentile)
     data, flat = format_data(fmt), x.detach().flatten()
@@ -60,18 +61,19 @@ def clip_factor(x: Tensor, layer: nn.Module, fmt: Format) -> Tensor:
         inputs = inputs[drawn.to(inputs.device)]
     inputs, data = inputs.float(), format_data(fmt)
     weight: Tensor = layer.weight.detach().float()  # type: ignore[operator]
+    unit = unit_factor(inputs, None), unit_factor(weight, None)
     full = activation_scale(inputs, data, "conv2d" if conv else "linear", "per_token")
     errors = []
     for factor in FACTORS:
         error = round_to_grid(inputs, full * factor, data, saturate=True, integer=fmt.is_integer) - inputs
         change = layer._conv_forward(error, weight, None) if conv else functional.linear(error, weight)  # type: ignore[operator]
-        errors.append(change.square_().sum())
+        errors.append(change.mul_(unit[0]).mul_(unit[1]).square_().sum())
     return inputs.new_tensor([FACTORS[int(torch.stack(errors).argmin())]])
 
 
 def check_percentile(percentile: float) -> None:
     """Raises: ConfigError: not in (0, 100]."""
-    if not 0 < percentile <= 100:
+    if not (is_number(percentile, 0, 100) and percentile):
         raise ConfigError(f"percentile={percentile!r}: give a number above 0 and at most 100, such as {PERCENTILE}")
 
 
@@ -79,11 +81,11 @@ def _mse(flat: Tensor, full: Tensor, data: FormatData, integer: bool) -> Tensor:
     if flat.numel() > SAMPLE:
         drawn = torch.randint(flat.numel(), (SAMPLE,), generator=torch.Generator().manual_seed(0))
         flat = flat[drawn.to(flat.device)]
-    sample = flat.float()
+    sample, unit = flat.float(), unit_factor(flat, None)
     scales = full * 2.0 ** (-torch.arange(OCTAVES * STEPS_PER_OCTAVE, device=full.device) / STEPS_PER_OCTAVE)
     scales = scales.clamp(min=data.min_scale)
     errors = [
-        (round_to_grid(sample, scale, data, saturate=True, integer=integer) - sample).square_().sum()
+        (round_to_grid(sample, scale, data, saturate=True, integer=integer) - sample).mul_(unit).square_().sum()
         for scale in scales.unsqueeze(1)
     ]
     return scales[torch.stack(errors).argmin()].reshape(1)

@@ -62,6 +62,16 @@ def absmax(x: Tensor, dims: Sequence[int] | None) -> Tensor:
     return torch.maximum(x.amax(dims, keepdim=True), x.amin(dims, keepdim=True).neg_()).float()
 
 
+def unit_factor(x: Tensor, dims: Sequence[int] | None) -> Tensor:
+    """The power of two that brings max |x| over `dims` to between 1 and 2, float32; at most 2**126 either way.
+
+    Products with it are exact, and squares of them neither overflow nor vanish: errors of values around 1e-22 or 1e20
+    compare as those of the same values around 1 do.
+    """
+    binade = torch.bitwise_and(absmax(x, dims).view(torch.int32), 0x7F800000).view(torch.float32)
+    return binade.clamp_(2.0**-126, 2.0**126).reciprocal_()
+
+
 def absmax_scale(x: Tensor, fmt: FormatData, dims: Sequence[int] | None) -> Tensor:
     """Scale that maps max |x| over `dims` to the format's largest value; nothing is clipped.
 
@@ -89,9 +99,10 @@ def mse_scale(x: Tensor, fmt: FormatData, dims: Sequence[int] | None, candidates
     full = absmax_scale(x, fmt, dims)
     dims = tuple(range(x.dim())) if dims is None else tuple(dims)
     best, best_error = full, torch.full_like(full, float("inf"))
+    unit = unit_factor(x, dims)
     for step in range(candidates):
         scale = _bounded(full * (1.0 - 0.8 * step / candidates), fmt)
-        error = (round_to_grid(x, scale, fmt, saturate=True) - x).square_().sum(dims, keepdim=True)
+        error = (round_to_grid(x, scale, fmt, saturate=True) - x).mul_(unit).square_().sum(dims, keepdim=True)
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
     return best

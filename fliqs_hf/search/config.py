@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
+from fliqs_hf.checks import is_number, is_whole
 from fliqs_hf.errors import ConfigError
 
 Prior = Literal["fisher", "none"]
@@ -88,8 +89,7 @@ class SearchConfig:
             if value is None and name == "prior_strength":
                 continue
             whole = name in ("samples_per_step", "prior_images", "prior_passes")
-            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-            if not (number and low <= value <= high and math.isfinite(value)):
+            if not (is_whole if whole else is_number)(value, low, high):
                 limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise ConfigError(f"{name}={value!r} must be a {'whole ' if whole else ''}number {limit}")
         if self.warmup_fraction > self.explore_fraction:
@@ -100,7 +100,7 @@ class SearchConfig:
     @classmethod
     def preset(cls, name: str, /, **changes: Any) -> SearchConfig:
         """The `default` or the `paper` preset, with changes. Raises: ConfigError: unknown preset or key."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"preset={name!r} does not exist; choose from {', '.join(PRESETS)}")
         known = [field.name for field in fields(cls)]
         for key in changes:

@@ -24,9 +24,9 @@ class SearchHook:
         Args:
             switch: over the layers and formats of the search's space, in the same order.
             history: `policy.jsonl`, appended to.
+        Raises: ConfigError: a switch over other layers or formats.
         """
-        assert switch.names == tuple(layer.name for layer in search.space.layers)
-        assert switch.formats == search.space.formats
+        search.space.check_switch(switch)
         self.search, self.switch, self.history = search, switch, history
 
     def begin_step(self, step: int) -> list[Callable[[], None]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fliqs_hf.cost import CostTable, Target
-from fliqs_hf.errors import DataError
+from fliqs_hf.errors import AllocationError, DataError
 from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
 from fliqs_hf.search.probes import Probes, Reduction
 from fliqs_hf.search.solver import choice_at_target
@@ -76,10 +76,10 @@ def fisher_scores(
         pass for each format of up to `probes.JOINT_BITS` bits, and three to six passes over each layer's input per
         format.
     Raises: DataError: no batch, a gradient that is not finite, or a layer whose input is overwritten before backward.
-        A layer that the forward pass does not reach scores 0.
+        A layer that the forward pass does not reach scores 0. AllocationError: a space of another model.
     """
     settings = settings or QuantizerSettings()
-    layers = {layer.name: model.get_submodule(layer.name) for layer in space.layers}
+    layers = layers_of(model, space)
     same = space.activation == "same"
     roles: tuple[tuple[bool, bool], ...] = ((True, True),) if same else ((True, False), (False, True))
     total = torch.zeros((), dtype=torch.float64)  # becomes [roles, L, K] on the device of the labels
@@ -145,6 +145,17 @@ def second_look(
     before = first.decision_scores.double()  # products of float32 scores would underflow
     after = second.decision_scores.double().maximum(LEAST_SHARE * before)
     return Sensitivity((before * after).sqrt().float(), second.images, first.seconds + second.seconds, passes=2)
+
+
+def layers_of(model: nn.Module, space: SearchSpace) -> dict[str, nn.Module]:
+    """The layers of the space, by name. Raises: AllocationError: the model lacks one."""
+    modules = dict(model.named_modules())
+    if missing := [layer.name for layer in space.layers if layer.name not in modules]:
+        raise AllocationError(
+            f"{missing[0]!r} of the search space is no layer of {type(model).__name__}: make the space from "
+            "trace_layers(model) of this model"
+        )
+    return {layer.name: modules[layer.name] for layer in space.layers}
 
 
 @contextmanager

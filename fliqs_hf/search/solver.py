@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy.sparse import coo_array, csr_array, vstack
 from torch import Tensor
 
 from fliqs_hf.cost import CostTable, Target
-from fliqs_hf.errors import TargetError
+from fliqs_hf.errors import ConfigError, TargetError
 from fliqs_hf.search.space import SearchSpace
 from fliqs_hf.wording import figure
 
@@ -48,6 +49,7 @@ def best_choice(space: SearchSpace, table: CostTable, scores: Tensor, *, low: fl
         low, high: in the unit of `table`; `low` may be −inf.
     Returns: int64 [D], on the CPU.
     Raises: TargetError: no choice has a cost in that range (it names the range of the space), or the solver gave up.
+        ConfigError: scores of another shape or not finite, bounds that are no numbers, a table of another space.
     """
     return _Problem(space, table).solve(scores, low, high)
 
@@ -65,7 +67,7 @@ def choice_at_target(
     Returns: int64 [D], on the CPU.
     Raises: TargetError: the target is outside the range of the space, or in a gap of it.
     """
-    cost = target.resolve(table, reachable_range(space, table))
+    cost, band = target.resolve(table, reachable_range(space, table)), _number("band", band)
     tolerance = Target.TOLERANCE - 1e-9  # rounding of cost / target must not exceed it
     band = band if target.cap else min(band, tolerance)
     try:
@@ -79,8 +81,20 @@ def pareto_front(
     space: SearchSpace, table: CostTable, scores: Tensor, targets: Sequence[float], band: float = 0.03
 ) -> list[Tensor]:
     """`best_choice` for several targets, each within [1 − band, 1] of its target."""
-    problem = _Problem(space, table)
-    return [problem.solve(scores, (1 - band) * target, target) for target in targets]
+    problem, share = _Problem(space, table), 1 - _number("band", band)
+    costs = [_number("target", target) for target in targets]
+    return [problem.solve(scores, share * cost, cost) for cost in costs]
+
+
+def _number(name: str, value: object) -> float:
+    """Raises: ConfigError: `value` is no number."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if math.isnan(number):
+        raise ConfigError(f"{name}={value!r} must be a number")
+    return number
 
 
 class _Problem:
@@ -89,6 +103,7 @@ class _Problem:
     which makes z the product of the two exactly: the bilinear cost becomes linear."""
 
     def __init__(self, space: SearchSpace, table: CostTable) -> None:
+        space.check_table(table)
         self.space, self.table = space, table
         self.decisions, self.formats = len(space.decisions), len(space.formats)
         costs = table.table.numpy()
@@ -115,7 +130,7 @@ class _Problem:
         return choice
 
     def solve(self, scores: Tensor, low: float, high: float) -> Tensor:
-        values = self._scaled(scores)
+        values, low, high = self._scaled(scores), _number("low", low), _number("high", high)
         gain = np.zeros(len(self.costs))
         gain[: self.decisions * self.formats] = values.ravel()
         unit = max(abs(high - self.table.fixed_cost), 1.0)
@@ -187,9 +202,14 @@ class _Problem:
 
     def _scaled(self, scores: Tensor) -> Array:
         """Scores with 0 for the best of each decision, in a range that suits the solver."""
+        wanted = (self.decisions, self.formats)
+        if scores.shape != wanted or not bool(scores.isfinite().all()):
+            raise ConfigError(
+                f"scores {list(scores.shape)} with {int((~scores.isfinite()).sum())} that are not finite: give a "
+                f"finite one for each choice of each decision, {list(wanted)}; leave formats that must not be chosen "
+                "out by `exclude` of the search space"
+            )
         values: Array = scores.detach().double().cpu().numpy()
-        if not np.isfinite(values).all():
-            raise ValueError("scores must be finite; exclude formats through the search space")
         values = values - values.max(1, keepdims=True)
         return values * (_SCORE_RANGE / max(float(-values.min()), 1e-300))
 

@@ -16,6 +16,7 @@ from fliqs_hf.cost import CostTable, LayerInfo
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
 from fliqs_hf.formats.spaces import parse_formats
+from fliqs_hf.nn import FormatSwitch
 from fliqs_hf.nn.swap import matches
 
 ActivationMode = Literal["same", "separate"]
@@ -66,6 +67,10 @@ class SearchSpace:
             raise ConfigError(f"activation={activation!r} does not exist; choose 'same' or 'separate'")
         if not layers:
             raise ConfigError("a search space needs at least one layer")
+        if isinstance(tie, str) or not isinstance(tie, Iterable):
+            raise ConfigError(f'tie={tie!r}: give a list of "qkv", "block", "model" or patterns of layer names')
+        if exclude is not None and not isinstance(exclude, Mapping):
+            raise ConfigError(f"exclude={exclude!r}: give patterns of layer names, each with a list of formats")
         self.layers = tuple(layers)
         self.formats = parse_formats(formats)
         self.activation = activation
@@ -132,6 +137,24 @@ class SearchSpace:
         pairs = torch.einsum("lw,la,lwa->l", weight, activation, costs)
         return torch.where(tied, diagonal, pairs).sum() + table.fixed_cost
 
+    def check_table(self, table: CostTable) -> None:
+        """Raises: ConfigError: a cost table of other layers or formats."""
+        if [layer.name for layer in table.layers] != [layer.name for layer in self.layers]:
+            raise ConfigError(
+                f"the cost table is of {len(table.layers)} layers that are not the {len(self.layers)} of the search "
+                "space in their order: make it as CostTable(space.layers, space.formats)"
+            )
+        _check_formats("the cost table is of", table.formats, self.formats)
+
+    def check_switch(self, switch: FormatSwitch) -> None:
+        """Raises: ConfigError: a model that is searchable over other layers or formats."""
+        if switch.names != tuple(layer.name for layer in self.layers):
+            raise ConfigError(
+                f"the model is searchable over {len(switch.names)} layers that are not the {len(self.layers)} of the "
+                "search space in their order: give make_searchable `names=[layer.name for layer in space.layers]`"
+            )
+        _check_formats("the model is searchable over", switch.formats, self.formats)
+
     def to_dict(self) -> dict[str, Any]:
         """For `search_space.json`. Every decision lists all formats, so that probabilities and scores line up."""
         names = [fmt.name for fmt in self.formats]
@@ -152,6 +175,7 @@ class SearchSpace:
     def _allowed(self, exclude: Mapping[str, Sequence[str | Format]]) -> Tensor:
         allowed = torch.ones(len(self.decisions), len(self.formats), dtype=torch.bool)
         for pattern, formats in exclude.items():
+            _check_pattern("exclude", pattern)
             rows = [row for row, layer in enumerate(self.layers) if matches(layer.name, pattern)]
             if not rows:
                 raise ConfigError(f"exclude: {pattern!r} matches none of the {len(self.layers)} layers")
@@ -177,6 +201,7 @@ class SearchSpace:
     def _tie(self, word: str) -> list[Any]:
         """One key per layer; layers with equal keys are tied."""
         names = [layer.name for layer in self.layers]
+        _check_pattern("tie", word)
         if word == "model":
             return [None] * len(names)
         if word == "qkv":
@@ -186,6 +211,17 @@ class SearchSpace:
         if not any(matches(name, word) for name in names):
             raise ConfigError(f"tie: {word!r} matches none of the {len(names)} layers, such as {names[0]!r}")
         return [None if matches(name, word) else name for name in names]
+
+
+def _check_pattern(setting: str, pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise ConfigError(f"{setting}: {pattern!r} is no pattern of layer names, such as '*.mlp.*'")
+
+
+def _check_formats(what: str, found: Sequence[Format], wanted: Sequence[Format]) -> None:
+    if tuple(found) != tuple(wanted):
+        lists = [", ".join(map(str, formats)) for formats in (found, wanted)]
+        raise ConfigError(f"{what} {lists[0]}, the search space has {lists[1]}: use one list of formats for both")
 
 
 def _blocks(names: Sequence[str]) -> list[str]:

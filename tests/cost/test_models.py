@@ -126,6 +126,8 @@ def test_uniform_bits() -> None:
     assert size.uniform_bits(16) == size.uniform("bf16") == (27 + 16 + 33) * 2  # without scales
     assert size.uniform_bits(2) == size.uniform("int2")
     assert size.uniform_bits(2.5) == (27 + 16 + 33) * 2.5 / 8 + (3 + 4 + 11) * 4
+    both = CostTable(LAYERS, ("int16", "bf16"), "weight_bytes")  # of 16 bits each, with scales and without
+    assert both.uniform_bits(16) == both.uniform("bf16") < both.uniform("int16")
 
 
 def test_errors_of_costs() -> None:
@@ -184,6 +186,14 @@ def test_both_ends_of_the_range_can_be_targets() -> None:
         assert low <= Target.of(target_ratio=low_ratio).resolve(table) <= low * (1 + 1e-9)
         assert high * (1 - 1e-9) <= Target.of(target_ratio=high_ratio).resolve(table) <= high
     assert below and above
+
+
+def test_both_ends_of_the_range_of_a_large_model_can_be_ratios() -> None:
+    """The product of a ratio and 10¹² operations is off by more than a small constant."""
+    for fixed_cost in range(10**14, 10**14 + 200):
+        table = CostTable([LayerInfo("a", "linear", 10**12, 16, 4, 0)], ["int3", "e4m3"], fixed_cost=fixed_cost)
+        for end in table.reachable:
+            assert Target.of(target_ratio=end / table.fp32).resolve(table) == pytest.approx(end, rel=1e-15)
 
 
 @pytest.mark.parametrize(

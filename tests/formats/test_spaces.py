@@ -26,6 +26,7 @@ def test_the_spaces_of_the_paper_have_its_bits_and_one_family(name: str, bits: s
 
 def test_mixed_has_both_families_and_lists_and_strings_are_spaces() -> None:
     assert {fmt.is_integer for fmt in parse_formats("mixed")} == {True, False}
+    assert [fmt.bits for fmt in parse_formats("mixed") if fmt.is_integer] == list(range(2, 9))
     assert parse_formats("MIXED") == tuple(map(parse, SPACES["mixed"]))
     assert parse_formats("int4, fp8_e4m3") == parse_formats(["int4", "e4m3"]) == (parse("int4"), parse("e4m3"))
     assert parse_formats("fp4") == (parse("e2m1"),)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +19,11 @@ from fliqs_hf.errors import BusyError, CheckpointError, ConfigError, TargetError
 from fliqs_hf.lock import locked
 from fliqs_hf.pipeline import compare
 from fliqs_hf.pipeline.compare_methods import METHODS as DEFAULTS
-from fliqs_hf.pipeline.compare_methods import check_methods, runs, uniform_format
+from fliqs_hf.pipeline.compare_methods import UNIFORM, check_methods, runs, uniform_format
 from fliqs_hf.pipeline.compare_summary import markdown, summarise, write_summary
 from fliqs_hf.pipeline.compare_table import COLUMNS, Table, rows_of
 from fliqs_hf.training import train
+from fliqs_hf.training.evaluation import Accuracy
 
 METHODS = [
     "uniform-int", "uniform-fp", "manual", "random", "random-no-int2", "loss-delta", "fisher", "elementwise",
@@ -201,13 +204,71 @@ def test_the_nearest_method_is_named(method: str, meant: str) -> None:
 def test_weights_and_inputs_apart(fp32: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.csv"
     apart = ["--activation", "separate"]
-    with pytest.raises(ConfigError, match="gumbel takes --activation same only"):
-        compare.main([*arguments(fp32, output, "fisher", "gumbel"), *apart])
+    for method in sorted(REFUSED_APART):
+        with pytest.raises(ConfigError, match=f"{method} takes --activation same only"):
+            compare.main([*arguments(fp32, output, "fisher", method), *apart])
+    assert not output.exists()
     compare.main([*arguments(fp32, output, "fisher", "search"), *apart])
     for row in rows(output):
         pairs = [part.split(" × ")[1].split(" / ") for part in row["allocation"].split(", ")]
         assert any(weight.removeprefix("W ") != inputs.removeprefix("A ") for weight, inputs in pairs)
         assert 0.98 - 1e-9 <= float(row["cost_ratio"]) <= 1.02
+
+
+REFUSED_APART = {"differentiable", "gumbel", "hessian", "ptq-hessian"}
+
+
+@pytest.mark.parametrize("space", ["int2,int4,e2m1", "fliqs-s-int", "int2"])
+@pytest.mark.parametrize("activation", ["same", "separate"])
+def test_every_method_runs_or_is_refused_before_it_does(
+    fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activation: str, space: str
+) -> None:
+    """Every method, way to decide inputs, space and target; without training and evaluation."""
+    for module in (compare, short_training):
+        monkeypatch.setattr(module, "train", lambda model, *_, **__: model)
+        monkeypatch.setattr(module, "evaluate", lambda *_: Accuracy(16, 32, 32, 1.0))
+    monkeypatch.setattr(compare, "peak_memory", lambda _: nullcontext(SimpleNamespace(working_bytes=0)))  # 0.5 s each
+    options = ["--activation", activation, "--search_space", space, "--trials", "1"]
+    given = compare.parser("compare").parse_args([*arguments(fp32, tmp_path / "out.csv", "search"), *options])
+    comparison = compare.Comparison(given)
+    formats = {fmt.name for fmt in comparison.space.formats}
+    ran = set()
+    for method, bits, _ in runs([*METHODS, "ptq-hessian", "ptq-random-no-int2"], [2.0, 3.0, 4.0, 8.0], [0]):
+        try:
+            check_methods([method], activation)
+            comparison.check(method, bits)
+        except (ConfigError, TargetError):
+            continue
+        row = comparison.run(method, bits, 0)
+        ran.add((method, bits))
+        names = {name[2:] for part in row["allocation"].split(", ") for name in part.split(" × ")[1].split(" / ")}
+        if method not in UNIFORM:
+            assert names <= formats - ({"int2"} if "no-int2" in method else set())
+            assert 0.97 - 1e-9 <= row["cost_ratio"] <= 1.02
+    reach = {"int2,int4,e2m1": {2.0, 3.0, 4.0}, "fliqs-s-int": {4.0, 8.0}, "int2": {2.0}}[space]
+    refused = REFUSED_APART if activation == "separate" else set()
+    for method in {*METHODS, "ptq-hessian", "ptq-random-no-int2"} - refused - set(UNIFORM):
+        without = "no-int2" in method
+        wanted = {bits for bits in reach if not (without and (space == "int2" or (space[:4] == "int2" and bits < 4)))}
+        assert {bits for name, bits in ran if name == method} == wanted, method
+    assert not {method for method, _ in ran} & refused
+    assert {(method, bits) for method in UNIFORM for bits in (3.0, 4.0, 8.0)} <= ran
+
+
+def test_a_random_allocation_without_int2_decides_inputs_apart(fp32: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.csv"
+    compare.main([*arguments(fp32, output, "ptq-random-no-int2"), "--activation", "separate"])
+    pairs = [part.split(" × ")[1].split(" / ") for part in rows(output)[0]["allocation"].split(", ")]
+    assert any(weight.removeprefix("W ") != inputs.removeprefix("A ") for weight, inputs in pairs)
+    assert "int2" not in rows(output)[0]["allocation"]
+
+
+@pytest.mark.parametrize("option", ["--trials 0", "--prior_images 0"])
+def test_numbers_are_checked_before_anything_is_loaded(tmp_path: Path, option: str) -> None:
+    output = tmp_path / "out.csv"
+    with pytest.raises(ConfigError, match=option.split()[0].strip("-s")):
+        compare.main([*arguments(tmp_path / "no model", output, "ptq-uniform-int"), *option.split()])
+    assert not output.exists()
 
 
 def test_uniform_models_have_whole_bits(fp32: Path, tmp_path: Path) -> None:

@@ -307,6 +307,11 @@ def test_static_without_calibration_is_refused(tmp_path: Path) -> None:
         ({"activations": "percentile", "percentile": 0}, ConfigError, "percentile=0"),
         ({"percentile": 100.5}, ConfigError, r"percentile=100\.5"),
         ({"damping": 0.0}, ConfigError, r"damping=0\.0"),
+        ({"damping": "0.1"}, ConfigError, r"damping='0\.1'"),
+        ({"percentile": None}, ConfigError, "percentile=None"),
+        ({"activations": ["mse"]}, ConfigError, r"activations=\['mse'\]"),
+        ({"bias_correction": "no"}, ConfigError, "bias_correction='no'"),
+        ({"batches": 5}, DataError, "batches=5"),
         ({"weight_scale": "max"}, ValueError, "weight_scale='max'"),
         ({"allocation": {"vit.layers.9": {"weight": "int4", "activation": None}}}, AllocationError, r"layers\.9"),
         ({"batches": []}, DataError, "empty"),
@@ -325,6 +330,51 @@ def test_bad_input_is_named_and_changes_nothing(options: dict[str, Any], error: 
         calibrate(model, **arguments)
     assert torch.equal(logits(model), logits(tiny("vit")))
     assert all(not layer._forward_hooks for layer in model.modules())
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "clipped", *STATIC])
+@pytest.mark.parametrize("size", [1e-22, 1e-30, 1e-42, 0.0, 1e20, 1e30])
+def test_images_of_any_size(size: float, activations: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """From all zeros up: a grid is found, and no layer is given up."""
+    x = images(8) * size
+    model = calibrate(tiny("resnet"), uniform(tiny("resnet")), [x], activations=activations)
+    assert logits(model, x).isfinite().all()
+    assert not caplog.records
+
+
+def test_a_layer_whose_input_overflows_is_named() -> None:
+    """LayerNorm squares 1e20, in the fp32 model too."""
+    with pytest.raises(DataError, match=r"input of 'vit\.layers\.0\.attention\.q_proj' holds NaN or infinity"):
+        calibrate(tiny("vit"), uniform(tiny("vit")), [images() * 1e20])
+
+
+@pytest.mark.parametrize("size", [2.0**-73, 2.0**66])
+def test_gptq_gives_the_same_codes_for_images_of_any_size(size: float) -> None:
+    only = Allocation({"vit.embeddings.patch_embeddings.projection": LayerFormats.of("int3", "int8")})
+    codes = [
+        next(iter(packed_layers(calibrate(tiny("vit"), only, [images(8) * factor])).values())).weight_codes
+        for factor in (1.0, size)
+    ]
+    assert torch.equal(*codes)
+
+
+def test_images_that_are_all_alike_or_have_a_dead_channel() -> None:
+    for x in (torch.full((8, 3, 32, 32), 0.7), images(8) * torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1)):
+        assert logits(calibrate(tiny("resnet"), uniform(tiny("resnet")), [x]), x).isfinite().all()
+
+
+def test_a_layer_that_gptq_cannot_solve_is_rounded_to_nearest(caplog: pytest.LogCaptureFixture) -> None:
+    """Constant images and next to no damping: the Hessian of the first layer has no inverse, the others have."""
+    x = torch.full((8, 3, 32, 32), 0.7)
+    options: Any = {"weight_scale": "absmax", "damping": 1e-17}
+    name = "vit.embeddings.patch_embeddings.projection"
+    model = calibrate(tiny("vit"), uniform(tiny("vit")), [x], **options)
+    assert any(record.getMessage().startswith(f"{name} is rounded to nearest") for record in caplog.records)
+    assert all("raise it" in record.getMessage() for record in caplog.records)
+    nearest = quantize(tiny("vit"), uniform(tiny("vit")))
+    assert torch.equal(packed_layers(model)[name].weight_codes, packed_layers(nearest)[name].weight_codes)
+    assert packed_layers(model).keys() == packed_layers(nearest).keys()
+    assert logits(model, x).isfinite().all()
 
 
 def test_packed_models_are_refused() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import COMMON, parse
 from fliqs_hf.ptq import static_scale
+from fliqs_hf.ptq.ranges import clip_factor
 from fliqs_hf.quant import fake_quantize
+from fliqs_hf.quant.scale import format_data, mse_scale
 
 SCALED = [fmt for fmt in COMMON if fmt.is_scaled]
 
@@ -41,6 +45,24 @@ def test_mse_is_the_least_of_its_candidates(fmt: Any) -> None:
     # float32 sums: candidates that are as good as equal may change places
     assert error(best) <= min(map(error, candidates)) * (1 + 1e-5)
     assert error(static_scale(x, fmt, "mse")) <= error(absmax)
+
+
+@pytest.mark.parametrize("size", [2.0**-73, 2.0**66, 2.0**100])
+@pytest.mark.parametrize("fmt", ["int3", "int4", "e2m1"])
+def test_least_squares_do_not_depend_on_the_size_of_the_values(size: float, fmt: str) -> None:
+    """Squares of values around 1e-22 and 1e20 are 0 and infinite in float32: then every candidate is as good."""
+    x, data = torch.randn(32, 128, generator=torch.Generator().manual_seed(0)), format_data(parse(fmt))
+    found = static_scale(x, parse(fmt), "mse")
+    assert found < static_scale(x, parse(fmt), "absmax")
+    assert torch.equal(static_scale(x * size, parse(fmt), "mse"), found * size)
+    assert torch.equal(mse_scale(x * size, data, (1,)), mse_scale(x, data, (1,)) * size)
+    layer = nn.Linear(128, 8)
+    layer.weight.data = x[:8].clone()
+    for inner, outer in ((size, 1.0), (1.0, size)):
+        again = copy.deepcopy(layer)
+        again.weight.data *= outer
+        assert torch.equal(clip_factor(x * inner, again, parse(fmt)), clip_factor(x, layer, parse(fmt)))
+    assert clip_factor(x, layer, parse(fmt)) < 1
 
 
 def test_mse_clips_outliers_of_coarse_grids() -> None:

@@ -11,7 +11,7 @@ from fliqs_hf.formats import COMMON, FloatFormat, Format, IntFormat, parse
 from fliqs_hf.formats.rounding import code_values, round_to_format
 from fliqs_hf.quant import FormatData, fake_quantize, format_table, quantize_activation, quantize_weight
 from fliqs_hf.quant.fake import _CHUNK
-from fliqs_hf.quant.scale import MIN_SCALE, format_data, weight_scale
+from fliqs_hf.quant.scale import MIN_SCALE, absmax_scale, format_data, mse_scale, weight_scale
 
 FORMATS: list[Format] = [
     *COMMON,
@@ -183,3 +183,14 @@ def test_compiled_fake_quantization_is_the_same_and_never_recompiles() -> None:
     for row, fmt in zip(format_table(COMMON), COMMON, strict=True):
         assert torch.equal(compiled(x, FormatData(*row.unbind())), quantize_activation(x, fmt, "linear"))
     assert graphs == 1
+
+
+@pytest.mark.parametrize("name", ["int2", "int4", "e2m1", "e4m3"])
+def test_mse_scale_is_the_best_of_forty_fractions(name: str) -> None:
+    """Of 1 down to above 0.2 of the absmax scale; where a few values are far out, the least are the best."""
+    x = torch.randn(6, 400, generator=torch.Generator().manual_seed(0))
+    x[:, :2] *= torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 64.0])[:, None]
+    fmt, data = parse(name), format_data(parse(name))
+    scales = torch.stack([absmax_scale(x, data, (1,)) * (1.0 - 0.8 * step / 40) for step in range(40)])
+    errors = torch.stack([(fake_quantize(x, scale, fmt) - x).square().sum(1, keepdim=True) for scale in scales])
+    assert torch.equal(mse_scale(x, data, (1,)), scales.gather(0, errors.argmin(0, keepdim=True))[0])

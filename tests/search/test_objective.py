@@ -42,6 +42,8 @@ def test_leave_one_out_compares_with_the_mean_of_the_others() -> None:
     reward = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
     expected = torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5], [0 - 1.5, 0 - 1.5, 3 - 0.0]])
     torch.testing.assert_close(leave_one_out_advantage(reward), expected)  # 1/3 is rounded
+    torch.testing.assert_close(leave_one_out_advantage(reward[0]), expected[0])
+    torch.testing.assert_close(leave_one_out_advantage(reward.expand(4, *reward.shape))[3], expected)
 
 
 def test_the_entropy_coefficient_is_a_cosine_from_start_to_end() -> None:

@@ -105,6 +105,16 @@ def test_marginal_costs_of_unpaired_decisions_are_their_costs() -> None:
     assert marginal_costs(space, CostTable(LONE, space.formats)).tolist() == expected
 
 
+def test_marginal_costs_are_means_over_what_the_other_decision_may_take() -> None:
+    space = SearchSpace(LONE, "int2,int4,int8", "separate", exclude={"layer1": ["int8"]})
+    costs = marginal_costs(space, CostTable(LONE, space.formats))
+    for row, layer in enumerate(LONE):
+        mean = (2 + 4) / 2 if layer.name == "layer1" else (2 + 4 + 8) / 3
+        expected = torch.tensor([2, 4, 8], dtype=torch.float64) * mean * layer.macs
+        for decision in (space.weight_decision[row], space.activation_decision[row]):
+            torch.testing.assert_close(costs[decision], expected)  # 1/3 is rounded
+
+
 def test_excluded_formats_have_probability_zero_and_finite_gradients() -> None:
     space = SearchSpace(LONE, FORMATS, exclude={"layer0": ["int2", "int8"], "layer3": ["int2", "int4", "e2m1"]})
     table = CostTable(LONE, space.formats)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -90,6 +91,39 @@ def test_a_cap_one_operation_below_an_allocation_excludes_it() -> None:
     assert best_choice(space, table, -scores, low=two_of_three + 1, high=1e12).sum() == 3
     with pytest.raises(TargetError, match="the space has a gap there"):
         best_choice(space, table, scores, low=two_of_three - 1000, high=two_of_three - 1)
+
+
+def test_a_choice_at_the_cap_is_found_behind_one_that_only_the_tolerance_admits() -> None:
+    """The best one is 12 operations over the cap: what is then cut off is that choice, not all that cost as much."""
+    layers = [LayerInfo("dear", "linear", 10**9 + 1, 1, 1, 0), LayerInfo("exact", "linear", 10**9, 1, 1, 1)]
+    space = SearchSpace(layers, "int2,int4")
+    table = CostTable(layers, space.formats)
+    high = (10**9 + 1) * 4 + 10**9 * 16
+    assert best_choice(space, table, torch.tensor([[0.0, 1.0], [0.0, 0.9]]), low=0, high=high).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_is_better_among_more_allocations_than_can_be_enumerated(seed: int) -> None:
+    """24 layers in 6 formats, against dynamic programming over the cost: a solver that stops near the best is seen."""
+    generator = torch.Generator().manual_seed(seed)
+    macs = torch.randint(2, 9, (24,), generator=generator).tolist()
+    layers = [LayerInfo(f"layer{i}", "linear", macs[i], 9, 1, i) for i in range(24)]
+    space = SearchSpace(layers, "int2,int3,int4,int5,int6,int8")
+    table = CostTable(layers, space.formats)
+    hurt = torch.tensor([1.0, 0.5, 0.2, 0.1, 0.05, 0.01]).double()
+    scores = -(hurt + 0.02 * torch.rand(24, 6, generator=generator)) * (0.2 + torch.rand(24, 1, generator=generator))
+    high = int(table.uniform_bits(3.7))
+    best = np.full(high + 1, -np.inf)  # total score by cost
+    best[0] = 0.0
+    for row, costs in zip(scores.tolist(), table.table.diagonal(dim1=1, dim2=2).long().tolist(), strict=True):
+        longer = [
+            np.pad(best, (cost, 0), constant_values=-np.inf)[: high + 1] + s
+            for s, cost in zip(row, costs, strict=True)
+        ]
+        best = np.maximum.reduce(longer)
+    found = best_choice(space, table, scores, low=0, high=high)
+    # both are float64 sums of 24 scores of at most 1.2
+    assert float(scores.gather(1, found[:, None]).sum()) == pytest.approx(best.max(), abs=1e-7)
 
 
 def test_many_choices_within_the_tolerance_of_a_cap() -> None:
