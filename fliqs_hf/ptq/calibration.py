@@ -22,7 +22,8 @@ from fliqs_hf.hf.config import FLIQSConfig
 from fliqs_hf.hf.quantizer import declare_packed, quantize, refuse_packed
 from fliqs_hf.nn import quantizable_layers, restore
 from fliqs_hf.nn.packed import PackedLayer
-from fliqs_hf.nn.swap import packed_like, replace
+from fliqs_hf.nn.replace import replace
+from fliqs_hf.nn.swap import packed_like
 from fliqs_hf.ptq.gptq import DAMPING, gptq_round, input_hessian
 from fliqs_hf.ptq.ranges import METHODS, PERCENTILE, check_percentile, clip_factor, static_scale
 from fliqs_hf.quant import scale as scales
@@ -143,8 +144,7 @@ def calibrate(
                     f"the model does not call {name!r} for images, so there is nothing to make its input scale from: "
                     "leave it out of the allocation, or choose activations='dynamic'"
                 )
-    for name, module in packed.items():
-        replace(model, name, module)
+    replace(model, packed)
     return declare_packed(model, config)
 
 
