@@ -37,7 +37,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+        return not isinstance(value, bool) and isinstance(value, Real) and not math.isnan(value)
     return isinstance(value, kind)
 
 

@@ -52,7 +52,7 @@ class WeightProducts(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, found: Callable[[str, Tensor, int], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._found = found
         self._inside = 0
         self._weights = WeakTensorKeyDictionary()  # tensor -> _Source

@@ -189,11 +189,8 @@ def _renamed(allocation: Allocation, model: Any, layers: Mapping[str, nn.Module]
             found[known[0]] = formats
         elif same_class or part_of(name, model) in parts:
             close = get_close_matches(name, layers, 1)
-            excluded = name in quantizable_layers(model)
-            raise AllocationError(
-                f"the allocation names {name!r}, which modules_to_not_convert excludes"
-                if excluded
-                else f"the allocation names {why_not(model, name)}"
-                + (f"; did you mean {close[0]!r}?" if close else "")
-            )
+            if name in quantizable_layers(model):
+                raise AllocationError(f"the allocation names {name!r}, which modules_to_not_convert excludes")
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise AllocationError(f"the allocation names {why_not(model, name)}{hint}")
     return Allocation({name: found[name] for name in layers if name in found})

@@ -15,19 +15,7 @@ from fliqs_hf.errors import ConfigError
 
 #: What `nn.Module` keeps in `__dict__` and is no place of a layer that it computes with. Hooks only watch.
 _OWN = frozenset(vars(nn.Module()))
-_LEAVES = (
-    str,
-    bytes,
-    int,
-    float,
-    complex,
-    type(None),
-    type,
-    types.ModuleType,
-    torch.Tensor,
-    torch.dtype,
-    torch.device,
-)
+_LEAVES = (str, bytes, int, float, complex, type(None), type, types.ModuleType, torch.Tensor)
 
 
 class Places:
@@ -83,8 +71,8 @@ class Places:
         for held in _held(value):
             if isinstance(held, nn.Module) and id(held) in self._names:
                 raise ConfigError(
-                    f"{self._names[id(held)]!r} cannot be replaced: {path} holds it in a {type(value).__name__}; leave "
-                    "the layer out with modules_to_not_convert, or keep it in an attribute, list or dictionary"
+                    f"{self._names[id(held)]!r} cannot be replaced: {path} holds it in a {type(value).__name__}; "
+                    "leave the layer out with modules_to_not_convert, or keep it in an attribute, list or dictionary"
                 )
 
 

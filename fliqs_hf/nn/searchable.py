@@ -153,8 +153,8 @@ class FormatSwitch:
         for row, group in enumerate(self.input_groups):
             if group is not None and indices[other := first.setdefault(group, row)] != indices[row]:
                 raise AllocationError(
-                    f"{self.names[other]!r} and {self.names[row]!r} read the same tensor, which is quantized once, but "
-                    f"are given {self.formats[indices[other]]} and {self.formats[indices[row]]}"
+                    f"{self.names[other]!r} and {self.names[row]!r} read the same tensor, which is quantized once, "
+                    f"but are given {self.formats[indices[other]]} and {self.formats[indices[row]]}"
                 )
 
     @contextmanager

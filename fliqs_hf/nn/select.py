@@ -153,12 +153,12 @@ def _read_directly(model: nn.Module) -> dict[str, str]:
     return {
         f"{name}.{path}" if name else path: type(module).__name__
         for name, module in model.named_modules()
-        for path in _weights_read(type(module))
+        for path in _weights_read(type(module))  # type: ignore[arg-type]
     }
 
 
 @functools.cache
-def _weights_read(cls: type) -> frozenset[str]:
+def _weights_read(cls: type[nn.Module]) -> frozenset[str]:
     """Paths P for which the methods of a class compute with `self.P.weight`; found in its source, so that a model that
     is still empty, or that no example input is known for, tells as much as one that runs.
     """

@@ -100,7 +100,7 @@ class SearchConfig:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SearchConfig:
         """The `default` or the `paper` preset, with changes. Raises: ConfigError: unknown preset or key."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"preset={name!r} does not exist; choose from {', '.join(PRESETS)}")
         known = [field.name for field in fields(cls)]
         for key in changes:

@@ -54,9 +54,9 @@ class SearchSpace:
             formats: list of formats or the name of a space, see `formats.spaces`.
             activation: "same" gives a layer's weight and input one format; "separate" decides them apart.
             tie: what shares a decision: "qkv" (layers that read the same tensor), "block" (the innermost numbered
-                module that holds several layers), "model", or patterns (see `nn.select.matches`), each tying the layers
-                that it matches. The inputs of layers that read one tensor always share theirs: it is quantized once.
-                With "same" this ties their weights too.
+                module that holds several layers), "model", or patterns (see `nn.select.matches`), each tying the
+                layers that it matches. The inputs of layers that read one tensor always share theirs: it is quantized
+                once. With "same" this ties their weights too.
             exclude: pattern -> formats that matching layers must not have, weight or input, such as
                 `{"*patch_embeddings*": ["int2"]}`; a decision takes what none of its layers excludes.
         Raises: ConfigError: an unknown mode, no layers, a pattern that matches none, or a decision that is left
