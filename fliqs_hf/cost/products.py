@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +57,7 @@ class WeightProducts(TorchDispatchMode):
         self._inside = 0
         self._weights = WeakTensorKeyDictionary()  # tensor -> _Source
         self._inputs = WeakTensorKeyDictionary()  # tensors that depend on the input -> True
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         for name, parameter in model.named_parameters():
             self._weights[parameter] = _Source(_layer_name(name), parameter)
 
@@ -64,11 +65,12 @@ class WeightProducts(TorchDispatchMode):
     def of(self, arguments: Tensor | Mapping[str, Any]) -> Iterator[None]:
         """Watch within this context a pass over `arguments`."""
         self._mark(arguments if isinstance(arguments, Tensor) else dict(arguments))
-        # The fused kernel of nn.MultiheadAttention would hide the products that it is made of.
+        # Fused kernels, of nn.MultiheadAttention and of recurrent layers, would hide the products that they are made of.
+        fused = torch.backends.mkldnn.flags(enabled=False) if self._recurrent else nullcontext()  # type: ignore[no-untyped-call]
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with self:
+            with fused, self:
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)

@@ -12,7 +12,7 @@ from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.errors import AllocationError, ConfigError
 from fliqs_hf.formats import Format, parse
 from fliqs_hf.nn.packed import PackedConv2d, PackedLayer, PackedLinear
-from fliqs_hf.nn.replace import replace
+from fliqs_hf.nn.replace import Places, replace
 from fliqs_hf.nn.searchable import (
     FormatSwitch,
     QuantizerSettings,
@@ -41,7 +41,8 @@ def make_searchable(
             must always be given the same activation format. (Where each learns a factor of its own, each has a copy.)
         settings: with `activation_granularity="per_token_clipped"` every layer gets a parameter, `input_clip`.
     Returns: the switch that chooses their formats. At first every layer has the first of `formats`.
-    Raises: AllocationError: a name that is no quantizable layer. ConfigError: the model is searchable already.
+    Raises: AllocationError: a name that is no quantizable layer. ConfigError: the model is searchable already, or
+        keeps a layer where nothing can take its place (see `Places`).
     """
     layers = quantizable_layers(model)
     names = list(layers) if names is None else list(names)
@@ -50,6 +51,7 @@ def make_searchable(
             raise AllocationError(f"cannot make searchable: {why_not(model, name)}")
         if is_searchable(layers[name]):
             raise ConfigError("the model is searchable already; call `restore(model)` first")
+    Places(model, {name: layers[name] for name in names})  # what could not be packed later is refused now
     switch = FormatSwitch(names, [parse(fmt) for fmt in formats], settings or QuantizerSettings())
     groups = {name: (input_groups or {}).get(name) for name in names}
     switch.input_groups = tuple(groups.values())
