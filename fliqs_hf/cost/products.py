@@ -65,8 +65,8 @@ class WeightProducts(TorchDispatchMode):
     def of(self, arguments: Tensor | Mapping[str, Any]) -> Iterator[None]:
         """Watch within this context a pass over `arguments`."""
         self._mark(arguments if isinstance(arguments, Tensor) else dict(arguments))
-        # Fused kernels, of nn.MultiheadAttention and of recurrent layers, would hide the products that they are made of.
-        fused = torch.backends.mkldnn.flags(enabled=False) if self._recurrent else nullcontext()  # type: ignore[no-untyped-call]
+        # Fused kernels, of nn.MultiheadAttention and of recurrent layers, would hide what they are made of.
+        fused = torch.backends.mkldnn.flags(enabled=False) if self._recurrent else nullcontext()
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:

@@ -10,13 +10,14 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fliqs_hf.cost.products import WeightProducts
 from fliqs_hf.errors import AllocationError, ConfigError, FliqsError
+from fliqs_hf.fields import check_fields
 from fliqs_hf.nn.select import quantizable_layers, why_not
 
 logger = logging.getLogger(__name__)
@@ -58,12 +59,12 @@ class LayerInfo:
     input_group: int
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ConfigError(f"layer {self.name!r}: kind is {' or '.join(get_args(Kind))}, not {self.kind!r}")
+        check_fields(self, ConfigError)
+        if not self.name:
+            raise ConfigError("a layer needs a name")
         for attribute in ("macs", "weight_numel", "out_channels"):
-            value = getattr(self, attribute)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"layer {self.name!r}: {attribute}={value!r} must be a whole number of at least 1")
+            if getattr(self, attribute) < 1:
+                raise ConfigError(f"layer {self.name!r}: {attribute}={getattr(self, attribute)!r} must be at least 1")
 
     @property
     def quantizable(self) -> bool:

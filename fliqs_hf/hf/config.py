@@ -180,7 +180,8 @@ def _renamed(allocation: Allocation, model: Any, layers: Mapping[str, nn.Module]
     Transformers names a layer `vit.layers.0…` in a model with a head and `layers.0…` in the base model.
     """
     prefix = model.base_model_prefix + "."
-    same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    architectures = model.config.architectures  # None where the model was made from a configuration
+    same_class = not architectures or type(model).__name__ in architectures
     parts = {part_of(name, model) for name, _ in model.named_modules()}
     found: dict[str, LayerFormats] = {}
     for name, formats in allocation.items():

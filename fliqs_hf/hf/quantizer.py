@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -273,6 +272,8 @@ def quantize(model: Any, config: FLIQSConfig | Allocation) -> Any:
 
 def require_transformers(model: Any) -> None:
     """Raises: ConfigError: no model of Transformers, which alone can be saved and loaded with its formats."""
+    from transformers import PreTrainedModel  # heavy, and there already where it matters
+
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
             f"a {type(model).__name__} is no model of Transformers; quantize a plain module with "

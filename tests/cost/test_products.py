@@ -72,11 +72,11 @@ class Recurrent(nn.Module):
 
 
 def old_norm(make: Callable[..., Any], layer: nn.Module) -> nn.Module:
-    with pytest.warns(FutureWarning) if make is nn.utils.weight_norm else _nothing():
+    with pytest.warns(FutureWarning) if make is nn.utils.weight_norm else Nothing():
         return make(layer)
 
 
-class _nothing:
+class Nothing:
     def __enter__(self) -> None: ...
     def __exit__(self, *_: object) -> None: ...
 

@@ -264,7 +264,7 @@ def test_errors_say_what_to_do() -> None:
 
     with pytest.raises(ConfigError, match=r"meta device.*trace the model on the CPU"):
         trace_layers(nn.Sequential(Reads(2, 2, device="meta")), torch.zeros(1, 2, device="meta"))
-    with pytest.raises(ConfigError, match="kind is linear or conv2d or fp32, not 'conv3d'"):
+    with pytest.raises(ConfigError, match="kind='conv3d' must be one of 'linear', 'conv2d', 'fp32'"):
         LayerInfo("a", "conv3d", 1, 1, 1, 0)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="macs=0"):
         LayerInfo("a", "linear", 0, 1, 1, 0)

@@ -235,7 +235,7 @@ def test_shared_inputs_in_inference_mode() -> None:
 def test_layers_of_one_group_are_given_one_format() -> None:
     switch = make_searchable(Attention(), ["int4", "int8"], input_groups={"q": 0, "k": 0, "v": 0})
     switch.set(torch.tensor([0, 1, 0, 1]), torch.tensor([1, 1, 1, 0]))
-    with pytest.raises(AllocationError, match="'q' and 'v' read the same tensor.*int8 and int4"):
+    with pytest.raises(AllocationError, match=r"'q' and 'v' read the same tensor.*int8 and int4"):
         switch.set(torch.zeros(4, dtype=torch.long), torch.tensor([1, 1, 0, 0]))
 
 

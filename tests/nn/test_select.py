@@ -78,7 +78,7 @@ def spectral(layer: nn.Module) -> nn.Module:
     lambda layer: parametrize.register_parametrization(layer, "bias", Doubled()),
     parametrizations.weight_norm, parametrizations.spectral_norm,
     nn.utils.weight_norm, spectral, lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-], ids=["parametrized", "bias", "weight norm", "spectral norm", "old weight norm", "old spectral norm", "pruned"])  # fmt: skip
+], ids=["parametrized", "bias", "weight norm", "spectral norm", "old weight", "old spectral", "pruned"])  # fmt: skip
 def test_computed_weights_stay_in_floating_point(make: Callable[[], nn.Module], compute: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(make(), nn.Flatten(), nn.Linear(16, 2)).eval()
@@ -93,7 +93,7 @@ def test_computed_weights_stay_in_floating_point(make: Callable[[], nn.Module], 
     make_searchable(searchable, ["int4"])
     pack_model(model, Allocation.uniform(names, "int4"))
     assert torch.equal(model(x), searchable(x)) and torch.equal(model[0](x), inner)
-    with pytest.raises(AllocationError, match="'0', which stays in floating point: .*(anew|parametrized)"):
+    with pytest.raises(AllocationError, match=r"'0', which stays in floating point: .*(anew|parametrized)"):
         make_searchable(searchable, ["int4"], names=["0"])
 
 
