@@ -61,7 +61,7 @@ class LayerInfo:
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
         if not self.name:
-            raise ConfigError("a layer needs a name")
+            raise ConfigError("a layer needs a name, as named_modules() gives it")
         for attribute in ("macs", "weight_numel", "out_channels"):
             if getattr(self, attribute) < 1:
                 raise ConfigError(f"layer {self.name!r}: {attribute}={getattr(self, attribute)!r} must be at least 1")

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import trace_layers
-from fliqs_hf.errors import AllocationError
+from fliqs_hf.errors import AllocationError, ConfigError
 from fliqs_hf.nn import make_searchable, pack_model, quantizable_layers, select
 
 
@@ -143,3 +143,33 @@ def test_a_weight_that_other_code_computes_with_stays_in_floating_point() -> Non
     make_searchable(searchable, ["int4"])
     pack_model(model, Allocation.uniform(names, "int4"))
     assert torch.equal(model(x), searchable(x))
+
+
+class HiddenReader(nn.Module):
+    """Reads a weight in a way that its source does not show."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.k, self.product = nn.Linear(4, 4), product
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.k
+        return self.product(x.to(layer.weight.dtype), layer.weight)
+
+
+@pytest.mark.parametrize("product", [
+    functional.linear, lambda x, w: x @ w, lambda x, w: torch.einsum("bi,ki->bk", x, w), torch.mm,
+    lambda x, w: functional.conv1d(x[..., None], w.unsqueeze(-1)), lambda x, w: (w.t() @ x.t()).t(),
+    lambda x, w: torch.addmm(torch.zeros(4), x, w.mul(2)), lambda x, w: w.detach().matmul(x.t()),
+], ids=["linear", "@", "einsum", "mm", "convolution", "transposed", "addmm", "matmul"])  # fmt: skip
+def test_a_hidden_product_with_a_weight_is_found_or_refused(product: Any) -> None:
+    """Tracing finds it, so a search leaves the layer alone; who packs it untraced gets an error, not other values."""
+    model, x = nn.Sequential(HiddenReader(product)), torch.randn(2, 4)
+    assert [(layer.name, layer.kind) for layer in trace_layers(model, x)] == [("0.k", "fp32")]
+    assert list(quantizable_layers(model)) == ["0.k"]  # its source says nothing
+    pack_model(model, Allocation.uniform(["0.k"], "int4"))
+    with pytest.raises(
+        ConfigError, match=r"a product with the weight \[4, 4(, 1)?\] of a packed layer that is not called"
+    ):
+        model(x)
+    assert torch.equal(model[0].k.weight, model[0].k.decoded_weight())
