@@ -150,6 +150,8 @@ class FLIQSConfig(QuantizationConfigMixin):
         layers = quantizable_layers(model, self.modules_to_not_convert)
         if self.allocation is not None:
             return _renamed(self.allocation, model, layers)
+        if not layers:
+            raise ConfigError(f"{type(model).__name__} has no Linear or Conv2d layer left to quantize")
         default = LayerFormats.of(self.weight_format, self.activation_format)
         formats = dict.fromkeys(layers, default)
         for pattern, value in (self.overrides or {}).items():

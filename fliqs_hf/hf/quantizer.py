@@ -226,8 +226,12 @@ def searched_layers(model: Any, modules_to_not_convert: list[str] | None) -> tup
     """The layers that a searchable model gets formats for, and layer -> group of layers that read the same tensor.
 
     Groups are found by running the model on one image; where that is not possible there are none.
+
+    Raises: ConfigError: no layer is left.
     """
     names = list(quantizable_layers(model, modules_to_not_convert))
+    if not names:
+        raise ConfigError(f"{type(model).__name__} has no Linear or Conv2d layer left to quantize")
     try:
         traced = {layer.name: layer for layer in trace_layers(model)}
     except ConfigError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import types
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from fliqs_hf.errors import ConfigError
 
 #: What `nn.Module` keeps in `__dict__` and is no place of a layer that it computes with. Hooks only watch.
 _OWN = frozenset(vars(nn.Module()))
+_HOOKS = [name for name in _OWN if re.fullmatch("_(forward|backward)(_pre)?_hooks.*", name)]
 _LEAVES = (str, bytes, int, float, complex, type(None), type, types.ModuleType, torch.Tensor)
 
 
@@ -36,12 +38,13 @@ class Places:
         self._visit(model, type(model).__name__)
 
     def replace(self, name: str, new: nn.Module) -> None:
-        """Put `new` everywhere in place of the layer. Whoever still calls the old one, from a place that no search of
-        the model can see, gets a ConfigError rather than what it computes.
+        """Put `new`, which takes over its hooks, everywhere in place of the layer. Whoever still calls the old one,
+        from a place that no search of the model can see, gets a ConfigError rather than what it computes.
         """
         old = self._layers[name]
         for place in self._found[name]:
             place.put(old, new)
+        vars(new).update({hooks: vars(old)[hooks] for hooks in _HOOKS})
         old.forward = functools.partial(_refuse, name)
 
     def _visit(self, module: nn.Module, path: str) -> None:

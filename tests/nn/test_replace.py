@@ -153,6 +153,18 @@ def test_hooks_and_copies_do_not_stand_in_the_way() -> None:
     model(torch.randn(1, 4))
 
 
+def test_hooks_of_the_layer_stay() -> None:
+    model, seen = nn.Sequential(nn.Linear(4, 4)), []
+    before = model[0].register_forward_pre_hook(lambda module, args, kwargs: seen.append("before"), with_kwargs=True)
+    model[0].register_forward_hook(lambda *_: seen.append("after"), always_call=True)
+    pack_model(model, Allocation.uniform(["0"], "int4"))
+    model(torch.randn(1, 4))
+    before.remove()
+    unpack_model(model)
+    model(torch.randn(1, 4))
+    assert seen == ["before", "after", "after"]
+
+
 def test_a_weight_that_cannot_be_packed_changes_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight.data[0, 0] = torch.nan
