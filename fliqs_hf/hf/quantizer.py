@@ -130,8 +130,6 @@ class FLIQSHfQuantizer(HfQuantizer):
             )
         for name in new:
             logger.warning("%r is new, not of the checkpoint, and stays in floating point until it is trained", name)
-            layer = model.get_submodule(name)
-            layer.weight.data = layer.weight.data.to(model.dtype)  # kept in fp32 for packing until now
         self.allocation = Allocation({name: formats for name, formats in self.allocation.items() if name in packed})
         for name, layer in packed.items():
             if self.pre_quantized:

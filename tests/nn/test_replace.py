@@ -95,11 +95,13 @@ def test_a_tuple_that_holds_several_layers() -> None:
             super().__init__()
             self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
             self.both = self.again = (self.a, [self.b], self.b)
+            self.set = {(self.a, self.b)}
 
     model = Model()
     pack_model(model, Allocation.uniform(["a", "b"], "int4"))
     for held in (model.both, model.again):
         assert held[0] is model.a and held[1][0] is model.b and held[2] is model.b
+    assert model.set == {(model.a, model.b)}
     assert len(packed_layers(model)) == 2
 
 
