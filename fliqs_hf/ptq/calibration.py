@@ -146,7 +146,7 @@ def _packed(
 
         return finish
 
-    name = "GPTQ" if rounding == "gptq" else "rounding"
+    name = "GPTQ" if options.rounding == "gptq" else "rounding"
     with tqdm(total=len(layers), desc=name, unit="layer") as bar, _hooks(layers, hook):
         model(images)
     for name, layer in layers.items():
