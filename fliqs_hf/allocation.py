@@ -11,15 +11,24 @@ from typing import Any
 from fliqs_hf.errors import AllocationError, CheckpointError, FormatError
 from fliqs_hf.files import write_text
 from fliqs_hf.formats import Format, parse
+from fliqs_hf.formats.spec import FloatFormat, IntFormat
 from fliqs_hf.json_file import read_json
 
 
 @dataclass(frozen=True)
 class LayerFormats:
-    """Formats of one layer. `activation=None` leaves the layer's input unquantized (weight-only quantization)."""
+    """Formats of one layer. `activation=None` leaves the layer's input unquantized (weight-only quantization).
+
+    Raises: FormatError: no formats; their names are for `LayerFormats.of`.
+    """
 
     weight: Format
     activation: Format | None
+
+    def __post_init__(self) -> None:
+        for role, fmt in (("weight", self.weight), ("activation", self.activation)):
+            if not (isinstance(fmt, (IntFormat, FloatFormat)) or (fmt is None and role == "activation")):
+                raise FormatError(f"{role}={fmt!r} is no format; names of formats are for LayerFormats.of")
 
     @classmethod
     def of(cls, weight: str | Format, activation: str | Format | None) -> LayerFormats:
@@ -36,17 +45,34 @@ class Allocation(Mapping[str, LayerFormats]):
     """Layer name -> `LayerFormats`, immutable, in the order of the model. Layers it does not name stay as they are.
 
     Names are module names as `model.named_modules()` gives them.
+
+    Raises: AllocationError: no mapping of layer names to `LayerFormats`; `from_dict` reads their dictionaries.
     """
 
     def __init__(self, layers: Mapping[str, LayerFormats]) -> None:
+        if not isinstance(layers, Mapping):
+            raise AllocationError(f"an allocation maps layer names to formats, it is not {layers!r}")
+        for name, formats in layers.items():
+            if not isinstance(name, str) or not name:
+                raise AllocationError(f"{name!r} is no layer name: it must be a string, as named_modules() gives it")
+            if not isinstance(formats, LayerFormats):
+                raise AllocationError(f"allocation of {name!r}: {formats!r} is no LayerFormats; use from_dict")
         self._layers = dict(layers)
 
     @classmethod
     def uniform(
         cls, names: Iterable[str], weight: str | Format, activation: str | Format | None = "same"
     ) -> Allocation:
-        """Every layer alike; `activation="same"` follows the weights."""
+        """Every layer alike; `activation="same"` follows the weights.
+
+        Raises: AllocationError: `names` is no list of names. FormatError: an unknown format.
+        """
+        if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+            raise AllocationError(f"names={names!r} must be a list of layer names")
         formats = LayerFormats.of(weight, weight if activation == "same" else activation)
+        names = list(names)
+        if odd := [name for name in names if not isinstance(name, str)]:
+            raise AllocationError(f"names holds {odd[0]!r}, which is no layer name")
         return cls(dict.fromkeys(names, formats))
 
     @classmethod
@@ -56,7 +82,7 @@ class Allocation(Mapping[str, LayerFormats]):
         Raises: AllocationError: an entry is not `{"weight": name, "activation": name or null}`; it names the layer.
         """
         if not isinstance(data, Mapping):
-            raise AllocationError(f"an allocation maps layer names to formats, it is not a {type(data).__name__}")
+            raise AllocationError(f"an allocation maps layer names to formats, it is not {data!r}")
         layers = {}
         for name, entry in data.items():
             if isinstance(entry, LayerFormats):
@@ -78,6 +104,8 @@ class Allocation(Mapping[str, LayerFormats]):
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
         """Read `allocation.json`. Raises: AllocationError: unreadable, or not an allocation."""
+        if not isinstance(path, (str, Path)):
+            raise AllocationError(f"an allocation is read from a path, not from {path!r}")
         try:
             return cls.from_dict(read_json(path))
         except (CheckpointError, AllocationError) as error:

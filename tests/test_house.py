@@ -20,7 +20,7 @@ SCRIPTS = sorted((ROOT / "recipes").rglob("*.py"))
 
 #: A module imports only from its own or a lower level. The package itself, which re-exports, is above all of them.
 LEVELS = {
-    "checks": 0, "checksums": 0, "errors": 0, "failures": 0, "files": 0, "formats": 0, "interrupt": 0,
+    "checks": 0, "checksums": 0, "errors": 0, "failures": 0, "fields": 0, "files": 0, "formats": 0, "interrupt": 0,
     "json_file": 0, "limits": 0, "lock": 0, "optional": 0, "version": 0, "wording": 0,
     "allocation": 1, "quant": 1,
     "cost": 2, "nn": 2,

@@ -15,11 +15,12 @@ from fliqs_hf.search import SearchSpace, pareto_front
 
 def uniform(layers: Sequence[LayerInfo], fmt: str | Format) -> Allocation:
     """Every layer's weight and input in one format."""
-    return Allocation.uniform([layer.name for layer in layers], fmt)
+    return Allocation.uniform([layer.name for layer in layers if layer.quantizable], fmt)
 
 
 def manual(layers: Sequence[LayerInfo], inner: str | Format = "int4", outer: str | Format = "int8") -> Allocation:
     """First and last layer in `outer`, the rest in `inner`: mixed precision as people do it by hand."""
+    layers = [layer for layer in layers if layer.quantizable]
     ends = {layer.name for layer in (*layers[:1], *layers[-1:])}
     return Allocation(
         {layer.name: LayerFormats.of(*([outer if layer.name in ends else inner] * 2)) for layer in layers}

@@ -56,7 +56,8 @@ class ShortTraining:
         # A subset has all that training and evaluation ask of `ImageData`: its length and its items.
         self.held_out: Any = Subset(data, order[:count])
         self.training: Any = Subset(data, order[count:])
-        self.model, self.layers, self.config, self.accelerator = model, tuple(layers), config, accelerator
+        self.model, self.config, self.accelerator = model, config, accelerator
+        self.layers = tuple(layer for layer in layers if layer.quantizable)
         self.settings, self.teacher = settings, teacher
         self.start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 

@@ -32,7 +32,7 @@ def estimate(args: argparse.Namespace) -> int:
         models["this checkpoint"] = quantization.resolve(model)
     if args.allocation is not None:
         models[args.allocation] = FLIQSConfig(allocation=args.allocation).resolve(model)
-    called_names = {layer.name for layer in layers}
+    called_names = {layer.name for layer in layers if layer.quantizable}
     rows: list[dict[str, Any]] = []
     for label, allocation in models.items():
         called = Allocation({layer: formats for layer, formats in allocation.items() if layer in called_names})
@@ -47,16 +47,19 @@ def estimate(args: argparse.Namespace) -> int:
         for row in rows
     ]  # fmt: skip
     macs = sum(layer.macs for layer in layers)
+    fixed = sum(layer.macs for layer in layers if not layer.quantizable)
     text = (
         f"{type(model).__name__}: {len(chosen)} layers, {macs / 1e9:.3f} G MACs per {on}\n\n"
         + table(("formats", "G bit operations", "fewer", "MB", "smaller"), lines)
         + "\n\nWeights and inputs in the same format; bit operations are MACs × weight bits × input bits. Everything "
         "else\n(biases, norms, embeddings) stays in fp32. Bytes are those of the checkpoint less its header."
     )
+    if fixed:
+        text += f"\n{fixed / macs:.1%} of the MACs are of weights that no format reaches; they count as fp32."
     if args.layers:
         per_layer = [(layer.name, layer.kind, f"{layer.macs:,}", f"{layer.weight_numel:,}") for layer in layers]
         text += "\n\n" + table(("layer", "kind", "MACs", "parameters"), per_layer)
-    data: dict[str, Any] = {"model": type(model).__name__, "macs": macs, "models": rows}
+    data: dict[str, Any] = {"model": type(model).__name__, "macs": macs, "fp32_macs": fixed, "models": rows}
     if args.layers:
         data["layers"] = [
             {"name": x.name, "kind": x.kind, "macs": x.macs, "parameters": x.weight_numel} for x in layers

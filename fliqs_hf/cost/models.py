@@ -18,6 +18,7 @@ from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.checks import is_number
 from fliqs_hf.cost.shapes import LayerInfo
 from fliqs_hf.errors import AllocationError, ConfigError, FormatError, TargetError
+from fliqs_hf.fields import check_fields
 from fliqs_hf.formats import Format, packed_bytes, parse
 from fliqs_hf.wording import figure
 
@@ -41,8 +42,8 @@ def weight_bytes(layers: Sequence[LayerInfo], allocation: Mapping[str, LayerForm
     """Bytes of the packed weights with their scales, one float32 per output channel (the default granularity) where
     the format is scaled.
 
-    Biases and everything else that is not the weight of one of `layers` are not included; give them as `other_bytes`
-    (`unlisted_bytes(model, layers)`) for the size of the checkpoint.
+    Biases and everything else that is not the weight of one of `layers`, and layers of kind "fp32", are not included;
+    give them as `other_bytes` (`unlisted_bytes(model, layers)`) for the size of the checkpoint.
 
     Raises: AllocationError: the allocation names a layer that is not among `layers`.
     """
@@ -53,11 +54,12 @@ class CostTable:
     """Costs of all layers in all formats, made once; the cost of an allocation is then a gather and a sum.
 
     Attributes:
-        layers: the L layers that are given formats; row order of the table.
+        layers: the L layers that are given formats; row order of the table. What cannot be quantized is not among
+            them, and its bit operations are in `fixed_cost`.
         formats: the K formats to choose from; index order of the table.
         table: float64 [L, K, K], cost of a layer by weight format and activation format. On the CPU.
-        fixed_cost: what every allocation pays on top, in the table's unit: layers that are not searched, or
-            `unlisted_bytes` for the size of a whole checkpoint. All costs and ranges below include it.
+        fixed_cost: what every allocation pays on top, in the table's unit: layers of kind "fp32", those that are not
+            searched, or `unlisted_bytes` for the size of a whole checkpoint. All costs and ranges below include it.
 
     All BOPs and bytes are whole numbers below 2**53, so float64 sums of them are exact.
 
@@ -75,14 +77,15 @@ class CostTable:
     ) -> None:
         if kind not in ("bops", "weight_bytes"):
             raise ConfigError(f"unknown kind of cost {kind!r}: use 'bops' or 'weight_bytes'")
-        if not layers:
-            raise ConfigError("a cost table needs at least one layer")
         if not is_number(fixed_cost, 0):
             raise ConfigError(f"fixed_cost={fixed_cost!r} must be a finite number of at least 0")
-        self.layers = tuple(layers)
+        self.layers = tuple(layer for layer in layers if layer.quantizable)
+        if not self.layers:
+            raise ConfigError("a cost table needs at least one layer that can be quantized")
         self.formats = tuple(parse(fmt) for fmt in formats)
         self.kind: CostKind = kind
-        self.fixed_cost = float(fixed_cost)
+        in_fp32 = [layer for layer in layers if not layer.quantizable]
+        self.fixed_cost = float(fixed_cost) + sum(self._layer(layer, None) for layer in in_fp32)
         _check_unique([layer.name for layer in self.layers])
         if not self.formats or len(set(self.formats)) < len(self.formats):
             raise FormatError(f"a cost table needs formats, each once, not {[fmt.name for fmt in self.formats]}")
@@ -179,8 +182,9 @@ class Target:
 
     def __post_init__(self) -> None:
         limits = {"bits": float(FP32_BITS), "bops": math.inf, "size_mb": math.inf, "ratio": 1.0}
-        if not isinstance(self.kind, str) or self.kind not in limits:
+        if not (isinstance(self.kind, str) and self.kind in limits):
             raise TargetError(f"unknown kind of target {self.kind!r}: use {', '.join(limits)}")
+        check_fields(self, TargetError, ["cap"])
         if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
             raise TargetError(f"target_{self.kind}={self.value!r} must be a number")
         if not (is_number(self.value, 0, limits[self.kind]) and self.value):
@@ -284,6 +288,8 @@ def _bops(layer: LayerInfo, formats: LayerFormats | None) -> int:
 
 
 def _weight_bytes(layer: LayerInfo, formats: LayerFormats | None) -> int:
+    if not layer.quantizable:
+        return 0  # among `other_bytes`, in whatever type it has
     if formats is None:
         return layer.weight_numel * FP32_BITS // 8
     scales = layer.out_channels * SCALE_BYTES if formats.weight.is_scaled else 0
@@ -297,6 +303,11 @@ def _pairs(
     if unknown := [name for name in allocation if name not in names]:
         raise AllocationError(
             f"the allocation names {unknown[0]!r}, which is not among the {len(names)} layers whose cost is known"
+        )
+    if fixed := [layer.name for layer in layers if not layer.quantizable and layer.name in allocation]:
+        raise AllocationError(
+            f"the allocation names {fixed[0]!r}, which stays in fp32: it is no layer that can be quantized (leave it "
+            "out, or name it in modules_to_not_convert)"
         )
     return [(layer, allocation.get(layer.name)) for layer in layers]
 

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fliqs_hf.checks import is_whole
-from fliqs_hf.errors import AllocationError, ConfigError
+from fliqs_hf.cost.products import WeightProducts
+from fliqs_hf.errors import AllocationError, ConfigError, FliqsError
+from fliqs_hf.fields import check_fields
+from fliqs_hf.nn.select import quantizable_layers, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +27,21 @@ logger = logging.getLogger(__name__)
 DEFAULT_IMAGE_SIZE = 224
 
 
+Kind = Literal["linear", "conv2d", "fp32"]
+
+#: Of a model in which more than this part of the MACs stays in fp32 we warn: quantization cannot do much for it.
+LARGE_FP32_SHARE = 0.5
+
+
 @dataclass(frozen=True)
 class LayerInfo:
     """What the cost of a layer depends on, apart from its formats.
 
     Attributes:
-        name: as `model.named_modules()` gives it.
+        name: as `model.named_modules()` gives it; the parameter's name where its module has several that compute.
+        kind: "fp32" for what cannot be quantized (subclasses with a forward pass of their own, transposed and 1-D
+            convolutions, fused projections of attention, tied or normalized weights, bare parameters): it costs its
+            MACs at 32 × 32 bits in every allocation, and none may name it.
         macs: multiply-accumulates per image, summed over the calls of one forward pass; products with padding count,
             bias additions do not.
         weight_numel: elements of the weight.
@@ -41,24 +53,30 @@ class LayerInfo:
     """
 
     name: str
-    kind: Literal["linear", "conv2d"]
+    kind: Kind
     macs: int
     weight_numel: int
     out_channels: int
     input_group: int
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "conv2d"):
-            raise ConfigError(f"layer {self.name!r}: kind is 'linear' or 'conv2d', not {self.kind!r}")
+        check_fields(self, ConfigError)
+        if not self.name:
+            raise ConfigError("a layer needs a name, as named_modules() gives it")
         for attribute in ("macs", "weight_numel", "out_channels"):
             if not is_whole(value := getattr(self, attribute), 1):
                 raise ConfigError(f"layer {self.name!r}: {attribute}={value!r} must be a whole number, at least 1")
 
+    @property
+    def quantizable(self) -> bool:
+        return self.kind != "fp32"
+
 
 @dataclass
 class _Seen:
-    """Calls of one layer during the trace."""
+    """Calls of one layer during the trace, or products of one weight outside of all layers."""
 
+    shape: tuple[Kind, int, int]  # kind, elements of the weight, outputs
     macs: int = 0
     inputs: list[tuple[int, int]] = field(default_factory=list)  # (identity, version) of the input of each call
 
@@ -68,30 +86,30 @@ def trace_layers(
 ) -> tuple[LayerInfo, ...]:
     """Shapes of the layers that one forward pass calls, in the order of their first call.
 
-    Layers are `nn.Linear` and `nn.Conv2d` by exact type, subclasses of `nn.Conv2d` that keep its forward pass, and
-    searchable and packed layers. The model runs in evaluation mode without gradients, on its own device, which may be
-    `meta`; it is left as it was found. Products that belong to no layer (attention scores and their product with the
-    values) are not counted, as in FLIQS.
+    Layers are those of `quantizable_layers`, and searchable and packed ones; every other product of a weight with what
+    depends on the image (see `WeightProducts`) is a layer of kind "fp32". The model runs in evaluation mode without
+    gradients, on its own device, which may be `meta`; it is left as it was found. Products that belong to no weight
+    (attention scores and their product with the values) are not counted, as in FLIQS.
 
     Args:
         inputs: images [batch, channels, height, width], or keyword arguments of the model's `forward`, such as
             `{"pixel_values": …, "interpolate_pos_encoding": True}`. Default: `example_image(model)`.
         names: only these layers. By default every layer; those that are never called (the text tower of CLIP, when
-            only the image tower runs) are left out and logged.
+            only the image tower runs) are left out and logged. Where most MACs stay in fp32, that is logged too.
     Raises: AllocationError: one of `names` is no such layer, or is never called.
-        ConfigError: no layer is called at all, no example image can be derived, or the forward pass reads values on
-        the meta device.
+        ConfigError: no layer is called at all, no example image can be derived, or the forward pass fails on the
+        inputs or reads values on the meta device.
     """
-    layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    wanted = quantizable_layers(model)
+    layers = {name: module for name, module in model.named_modules() if name in wanted or _is_fliqs_layer(module)}
     if names is not None:
         names = list(names)
         if unknown := [name for name in names if name not in layers]:
-            raise AllocationError(f"{unknown[0]!r} is not a Linear or Conv2d layer of {type(model).__name__}")
-        layers = {name: layers[name] for name in names}
+            raise AllocationError(f"cannot trace {why_not(model, unknown[0])}")
     arguments, batch = _arguments(model, inputs)
     seen = _watch(model, layers, arguments)
 
-    missing = [name for name in layers if name not in seen]
+    missing = [name for name in (layers if names is None else names) if name not in seen]
     if missing and names is not None:
         raise AllocationError(
             f"{missing[0]!r} is never called by the forward pass ({len(missing)} such layers), so it has no cost: "
@@ -105,12 +123,28 @@ def trace_layers(
     groups: dict[tuple[Any, ...], int] = {}
     result = []
     for name, record in seen.items():
-        kind, weight_numel, out_channels = _geometry(layers[name])
+        if names is not None and name not in names:
+            continue
+        kind, weight_numel, out_channels = record.shape
         # The kind is part of the key: a Linear and a convolution quantize one tensor along different dimensions.
-        group = groups.setdefault((kind, *record.inputs), len(groups))
+        key = (kind, *record.inputs) if kind != "fp32" else (name,)
+        group = groups.setdefault(key, len(groups))
         macs = -(-record.macs // batch)  # rounded up where a layer's work does not depend on the batch
         result.append(LayerInfo(name, kind, macs, weight_numel, out_channels, group))
+    if names is None:
+        _warn_of_fp32(model, result)
     return tuple(result)
+
+
+def _warn_of_fp32(model: nn.Module, layers: list[LayerInfo]) -> None:
+    rest = sorted((layer for layer in layers if not layer.quantizable), key=lambda layer: -layer.macs)
+    share = sum(layer.macs for layer in rest) / sum(layer.macs for layer in layers)
+    if share > LARGE_FP32_SHARE:
+        logger.warning(
+            "%.1f %% of the multiply-accumulates of %s stay in fp32, whatever its formats: %d weights belong to no "
+            "Linear or Conv2d layer that can be quantized, such as %s",
+            100 * share, type(model).__name__, len(rest), ", ".join(layer.name for layer in rest[:3]),
+        )  # fmt: skip
 
 
 def example_image(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> Tensor:
@@ -147,12 +181,13 @@ def example_image(model: nn.Module, image_size: int | tuple[int, int] | None = N
 
 
 def unlisted_bytes(model: nn.Module, layers: Iterable[LayerInfo]) -> int:
-    """Bytes of everything in the model's state that is not the weight of one of `layers`.
+    """Bytes of everything in the model's state that is not the weight of one of `layers` that can be quantized.
 
     Biases, norms, embeddings, persistent buffers and the weights of other layers, in the dtypes they have now; a
     tensor with two names counts once. Together with `weight_bytes` this is the size of a checkpoint less its header.
     """
-    of_layers = {f"{layer.name}.{entry}" for layer in layers for entry in ("weight", "weight_codes", "weight_scale")}
+    names = [layer.name for layer in layers if layer.quantizable]
+    of_layers = {f"{name}.{entry}" for name in names for entry in ("weight", "weight_codes", "weight_scale")}
     tensors = {
         id(tensor): tensor.numel() * tensor.element_size()
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -168,12 +203,20 @@ def _watch(
     seen: dict[str, _Seen] = {}
     alive: list[Tensor] = []  # inputs are kept, so that no identity is used twice
 
+    def multiplied(name: str, weight: Tensor, macs: int) -> None:
+        record = seen.setdefault(name, _Seen(("fp32", weight.numel(), len(weight))))
+        record.shape = ("fp32", *record.shape[1:])  # a layer that is called, but whose weight is read as well
+        record.macs += macs
+
+    products = WeightProducts(model, multiplied)
+
     def hook_of(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            products.leave(output)
             x: Tensor = args[0] if args else kwargs["input"]
-            _, weight_numel, out_channels = _geometry(module)
+            _, weight_numel, out_channels = shape = _geometry(module)
             alive.append(x)
-            record = seen.setdefault(name, _Seen())
+            record = seen.setdefault(name, _Seen(shape))
             record.macs += output.numel() // out_channels * weight_numel
             record.inputs.append((id(x), 0 if x.is_inference() else x._version))
 
@@ -183,27 +226,38 @@ def _watch(
     handles = []
     try:
         for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(lambda *_: products.enter()))
             handles.append(layer.register_forward_hook(hook_of(name), with_kwargs=True))
         model.eval()
         # Tensors made in inference mode have no version, so that mode is left if the caller is in it.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), products.of(arguments):
             if isinstance(arguments, Tensor):
                 model(arguments)
             else:
                 model(**arguments)
-    except RuntimeError as error:
-        if "meta tensor" not in str(error):
-            raise
-        raise ConfigError(
-            f"the forward pass of {type(model).__name__} reads values, which the meta device does not have "
-            f"({error}); trace the model on the CPU"
-        ) from error
+    except (FliqsError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model's code is not ours and may raise anything
+        raise ConfigError(_reason(model, error)) from error
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in training.items():
             module.training = mode
     return seen
+
+
+def _reason(model: nn.Module, error: Exception) -> str:
+    name = type(model).__name__
+    if "meta tensor" in str(error):
+        return (
+            f"the forward pass of {name} reads values, which the meta device does not have ({error}); trace the model "
+            "on the CPU"
+        )
+    return (
+        f"cannot trace {name}: its forward pass fails on the example ({type(error).__name__}: {error}); give "
+        "`inputs`, the keyword arguments that it needs"
+    )
 
 
 def _arguments(model: nn.Module, inputs: Tensor | Mapping[str, Any] | None) -> tuple[Tensor | Mapping[str, Any], int]:
@@ -216,15 +270,8 @@ def _arguments(model: nn.Module, inputs: Tensor | Mapping[str, Any] | None) -> t
     return inputs, tensors[0].shape[0]
 
 
-def _is_layer(module: nn.Module) -> bool:
-    if type(module) in (nn.Linear, nn.Conv2d) or getattr(module, "is_fliqs_layer", False) is True:
-        return True
-    # A convolution that only has a constructor of its own, such as EfficientNet's depthwise one. Not so for Linear:
-    # `nn.MultiheadAttention` has such a subclass and uses its weight without calling it.
-    if not isinstance(module, nn.Conv2d):
-        return False
-    cls = type(module)
-    return cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
+def _is_fliqs_layer(module: nn.Module) -> bool:
+    return getattr(module, "is_fliqs_layer", False) is True
 
 
 def _geometry(layer: Any) -> tuple[Literal["linear", "conv2d"], int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fliqs_hf.errors import FormatError
 from fliqs_hf.formats.spec import ALIASES, Format, parse
@@ -33,6 +33,8 @@ def parse_formats(space: str | Sequence[str | Format]) -> tuple[Format, ...]:
         if len(names) == 1 and names[0].lower() not in ALIASES and not any(map(str.isdigit, names[0])):
             raise FormatError(f"unknown search space {space!r}; named spaces: {', '.join(SPACES)}; or list formats")
         space = names
+    if isinstance(space, (Mapping, bytes)) or not isinstance(space, Iterable):
+        raise FormatError(f"search space {space!r}: give a list of formats, or the name of a space")
     formats = tuple(parse(name) for name in space)
     if not formats:
         raise FormatError("a search space needs at least one format")

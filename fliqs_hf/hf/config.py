@@ -21,7 +21,7 @@ from fliqs_hf.hf.integrity import ALGORITHMS, Digests
 from fliqs_hf.hf.stored import check_stored
 from fliqs_hf.nn import QuantizerSettings, quantizable_layers
 from fliqs_hf.nn.adapters import register_peft
-from fliqs_hf.nn.swap import matches
+from fliqs_hf.nn.select import matches, why_not
 
 METHOD = "fliqs"
 FORMAT_VERSION = 2
@@ -47,7 +47,8 @@ class FLIQSConfig(QuantizationConfigMixin):
         overrides: pattern -> format, or {"weight": …, "activation": …}, for layers that differ; a later pattern wins.
             Patterns are globs over module names ("*.mlp.*", "classifier") or "re:" + regular expression.
         modules_to_not_convert: patterns of layers to leave in floating point.
-        search_space: formats to choose from, or the name of a space ("fliqs-s-int", "mixed", …).
+        search_space: formats to choose from, or the name of a space ("fliqs-s-int", "mixed", …). Excludes `overrides`
+            and the format arguments. Layers that read the same tensor, such as q, k and v, share its format.
         weight_granularity: "per_channel" (output channels) or "per_tensor".
         weight_scale: "absmax", or "mse" for the scale with the least squared error.
         activation_granularity: "per_token" (per image in convolutions), "per_tensor" over the whole batch, or, in
@@ -88,32 +89,50 @@ class FLIQSConfig(QuantizationConfigMixin):
             )
         if self.format_version == 1 and self.digests is not None:
             raise ConfigError("format_version=1 has no digests; the configuration is damaged")
+        self._check_types()
         if self.checksum not in ALGORITHMS:
             raise ConfigError(f"checksum={self.checksum!r} does not exist; choose from {', '.join(ALGORITHMS)}")
-        if not isinstance(self.check_integrity, bool):
-            raise ConfigError(f"check_integrity={self.check_integrity!r}: give True or False")
-        if self.search_space is not None and self.allocation is not None:
-            raise ConfigError("give either allocation or search_space: a model is packed or searchable, not both")
-        if self.allocation is not None:
-            for name, default in (("weight_format", "int8"), ("activation_format", "int8"), ("overrides", None)):
-                if getattr(self, name) != default:
-                    raise ConfigError(
-                        f"{name}={getattr(self, name)!r} contradicts allocation, which says every format"
-                    )
-            if isinstance(self.allocation, (str, Path)):
-                self.allocation = Allocation.load(self.allocation)
-            elif not isinstance(self.allocation, Allocation):
-                self.allocation = Allocation.from_dict(self.allocation)
-        LayerFormats.of(self.weight_format, self.activation_format)
+        self._check_contradictions()
+        if isinstance(self.allocation, (str, Path)):
+            self.allocation = Allocation.load(self.allocation)
+        elif self.allocation is not None and not isinstance(self.allocation, Allocation):
+            self.allocation = Allocation.from_dict(self.allocation)
+        default = LayerFormats.of(self.weight_format, self.activation_format)
         if self.search_space is not None:
             parse_formats(self.search_space)
         for pattern, value in (self.overrides or {}).items():
-            _override(pattern, value, LayerFormats.of(self.weight_format, self.activation_format))
-        if isinstance(self.modules_to_not_convert, str):
-            raise ConfigError(f"modules_to_not_convert={self.modules_to_not_convert!r}: give a list of patterns")
+            _override(pattern, value, default)
         settings = self.settings  # validates
         if self.allocation is None:
             settings.require_dynamic(learned=self.search_space is not None)
+
+    def _check_types(self) -> None:
+        patterns = self.modules_to_not_convert
+        if patterns is not None and not isinstance(patterns, (list, tuple)):
+            raise ConfigError(f"modules_to_not_convert={patterns!r}: give a list of patterns")
+        if self.overrides is not None and not isinstance(self.overrides, Mapping):
+            raise ConfigError(f"overrides={self.overrides!r}: give a mapping of patterns to formats")
+        for name, entries in (("modules_to_not_convert", patterns or ()), ("overrides", self.overrides or ())):
+            for pattern in entries:
+                if not isinstance(pattern, str) or not pattern:
+                    raise ConfigError(f"{name}: {pattern!r} is no pattern; give strings such as 'classifier'")
+
+    def _check_contradictions(self) -> None:
+        """Raises: ConfigError: arguments that another one leaves without a meaning."""
+        if self.search_space is not None and self.allocation is not None:
+            raise ConfigError("give either allocation or search_space: a model is packed or searchable, not both")
+        for name, default in (("weight_format", "int8"), ("activation_format", "int8"), ("overrides", None)):
+            value = getattr(self, name)
+            if value == default:
+                continue
+            if self.allocation is not None:
+                raise ConfigError(f"{name}={value!r} contradicts allocation, which says every format")
+            if self.search_space is not None:
+                raise ConfigError(
+                    f"{name}={value!r} contradicts search_space, whose formats are chosen at every step: to fix the "
+                    "formats of layers leave them out with modules_to_not_convert, or call "
+                    "format_switch(model).set_allocation; to exclude formats leave them out of search_space"
+                )
 
     @property
     def settings(self) -> QuantizerSettings:
@@ -168,6 +187,8 @@ class FLIQSConfig(QuantizationConfigMixin):
         layers = quantizable_layers(model, self.modules_to_not_convert)
         if self.allocation is not None:
             return _renamed(self.allocation, model, layers)
+        if not layers:
+            raise ConfigError(f"{type(model).__name__} has no Linear or Conv2d layer left to quantize")
         default = LayerFormats.of(self.weight_format, self.activation_format)
         formats = dict.fromkeys(layers, default)
         for pattern, value in (self.overrides or {}).items():
@@ -202,7 +223,8 @@ def _renamed(allocation: Allocation, model: Any, layers: Mapping[str, nn.Module]
     Transformers names a layer `vit.layers.0…` in a model with a head and `layers.0…` in the base model.
     """
     prefix = model.base_model_prefix + "."
-    same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    architectures = model.config.architectures  # None where the model was made from a configuration
+    same_class = not architectures or type(model).__name__ in architectures
     parts = {part_of(name, model) for name, _ in model.named_modules()}
     found: dict[str, LayerFormats] = {}
     for name, formats in allocation.items():
@@ -211,8 +233,8 @@ def _renamed(allocation: Allocation, model: Any, layers: Mapping[str, nn.Module]
             found[known[0]] = formats
         elif same_class or part_of(name, model) in parts:
             close = get_close_matches(name, layers, 1)
-            raise AllocationError(
-                f"the allocation names {name!r}, which is no quantizable layer of {type(model).__name__}"
-                + (f"; did you mean {close[0]!r}?" if close else "")
-            )
+            if name in quantizable_layers(model):
+                raise AllocationError(f"the allocation names {name!r}, which modules_to_not_convert excludes")
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise AllocationError(f"the allocation names {why_not(model, name)}{hint}")
     return Allocation({name: found[name] for name in layers if name in found})

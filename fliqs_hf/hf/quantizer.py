@@ -9,6 +9,7 @@ Three ways of loading:
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from typing import Any
@@ -20,15 +21,20 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.errors import CheckpointError, ConfigError
+from fliqs_hf.cost import trace_layers
+from fliqs_hf.errors import CheckpointError, ConfigError, FliqsError
 from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.hf.checkpoint import check_packed_files, check_places, saved_state
 from fliqs_hf.hf.config import METHOD, FLIQSConfig
 from fliqs_hf.hf.integrity import Stamps, check_integrity, check_stamps, digests_of, integrity_wanted, stamps
 from fliqs_hf.hf.unregistered import let_through, stop_others
-from fliqs_hf.nn import make_searchable, pack_model, packed_layers, restore, unpack_model
+from fliqs_hf.nn import make_searchable, pack_model, packed_layers, quantizable_layers, restore, unpack_model
 from fliqs_hf.nn.finite import check_finite, not_finite
-from fliqs_hf.nn.swap import packed_like, replace
+from fliqs_hf.nn.replace import Places, replace
+from fliqs_hf.nn.select import left_out, matches
+from fliqs_hf.nn.swap import packed_like
+
+logger = logging.getLogger(__name__)
 
 
 @register_quantizer(METHOD)
@@ -41,6 +47,9 @@ class FLIQSHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.allocation = Allocation({})
         self._stamps: Stamps = {}
+        self.places: Places | None = None  # of the layers that wait for their weights
+        self.reshaped: set[str] = set()  # layers for which the checkpoint has a weight of another shape
+        self.failure: FliqsError | None = None  # Transformers would print what a conversion raises, and raise its own
 
     @property
     def searchable(self) -> bool:
@@ -66,14 +75,15 @@ class FLIQSHfQuantizer(HfQuantizer):
         self.allocation = config.resolve(model)
         layers = dict(model.named_modules())
         if self.pre_quantized:
-            for name, formats in self.allocation.items():
-                replace(model, name, packed_like(layers[name], formats, config.settings))
+            packed = {name: packed_like(layers[name], fmts, config.settings) for name, fmts in self.allocation.items()}
+            replace(model, packed)
             files = list(kwargs.get("checkpoint_files") or ())
             check_places(files, model.config.name_or_path)
             self._stamps = stamps(files)
             check_packed_files(model, files)
             self._check_integrity(files)
         elif self.allocation:
+            self.places = Places(model, {name: layers[name] for name in self.allocation})
             # Weights must reach the quantizer as the checkpoint has them, not rounded to the model's dtype first.
             names = "|".join(map(re.escape, self.allocation))
             strict = set(model._keep_in_fp32_modules_strict or ())
@@ -112,7 +122,8 @@ class FLIQSHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         layer, _, parameter = param_name.rpartition(".")
-        return not self.pre_quantized and parameter == "weight" and layer in self.allocation
+        packs = not self.pre_quantized and parameter == "weight" and layer in self.allocation
+        return packs and layer not in self.reshaped
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         if self.param_needs_quantization(model, param_name):
@@ -127,31 +138,44 @@ class FLIQSHfQuantizer(HfQuantizer):
         # Files and configs use the names that the model has in memory: saving must not translate them back.
         model._weight_conversions = []
         config = self.quantization_config
+        self.places = None
+        if self.failure is not None:
+            raise self.failure
         if name := not_finite(model):
             raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training failed")
         if self.searchable:
-            make_searchable(model, parse_formats(config.search_space or ()), settings=config.settings)
+            names, groups = searched_layers(model, self._patterns_for(model))
+            formats = parse_formats(config.search_space or ())
+            make_searchable(model, formats, names=names, input_groups=groups, settings=config.settings)
             return model
         check_stamps(self._stamps)
         packed = packed_layers(model)
-        missing = [name for name in self.allocation if name not in packed]
+        new = [name for name in self.allocation if name not in packed]
+        missing = [name for name in new if name not in self.reshaped]
         # A part that the class of the checkpoint does not have (the pooler of a base model) is new: Transformers has
         # initialised it and said so, and there is nothing to quantize.
-        new_parts_allowed = config.allocation is None and type(model).__name__ not in (
-            model.config.architectures or ()
-        )
-        if missing and not new_parts_allowed:
+        if missing and not (config.allocation is None and new_parts_allowed(model)):
             raise CheckpointError(
                 f"the checkpoint has no weight for {missing[0]!r}"
                 + (f" and {len(missing) - 1} other layers" if len(missing) > 1 else "")
                 + "; give a complete checkpoint, or name new layers in modules_to_not_convert"
             )
+        for name in new:
+            logger.warning("%r is new, not of the checkpoint, and stays in floating point until it is trained", name)
         self.allocation = Allocation({name: formats for name, formats in self.allocation.items() if name in packed})
         for name, layer in packed.items():
             if self.pre_quantized:
                 layer.check_codes(name)
         model.config.quantization_config = self.quantization_config = packed_config(config, self.allocation)
         return model
+
+    def _patterns_for(self, model: Any) -> list[str] | None:
+        """`modules_to_not_convert`; of a checkpoint of another class, those that are about a part of `model`."""
+        patterns = self.quantization_config.modules_to_not_convert
+        if not (patterns and self.pre_quantized and new_parts_allowed(model)):
+            return patterns
+        known = [*quantizable_layers(model), *left_out(model)]
+        return [pattern for pattern in patterns if any(matches(name, pattern) for name in known)]
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         # `save_pretrained` leaves a name in the config.
@@ -203,23 +227,55 @@ class PackWeight(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *, model: Any = None, missing_keys: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
+        quantizer, rest = self.quantizer, {}
+        assert quantizer.places is not None
         for key, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             name = key.rpartition(".")[0]
+            if not quantizer.param_needs_quantization(model, key):
+                rest[key] = value
+                continue
             layer = model.get_submodule(name)
-            if weight.shape != layer.weight.shape:
-                raise CheckpointError(
-                    f"{key}: the checkpoint has shape {tuple(weight.shape)}, the model {tuple(layer.weight.shape)}"
-                )
-            packed = packed_like(layer, self.quantizer.allocation[name], self.quantizer.quantization_config.settings)
-            packed.pack_(weight)
-            replace(model, name, packed)
+            if weight.shape != layer.weight.shape:  # for Transformers to refuse, or to initialise if it was told so
+                quantizer.reshaped.add(name)
+                rest[key] = value
+                continue
+            packed = packed_like(layer, quantizer.allocation[name], quantizer.quantization_config.settings)
+            try:
+                packed.pack_(weight)
+            except FliqsError as error:
+                quantizer.failure = quantizer.failure or type(error)(f"{key}: {error}")
+            quantizer.places.replace(name, packed)
             if missing_keys is not None:
                 missing_keys.discard(key)
-        return {}
+        return rest
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackWeight:
         return self
+
+
+def new_parts_allowed(model: Any) -> bool:
+    """Whether the model is of another class than its checkpoint, so that either may have parts of its own."""
+    return type(model).__name__ not in (model.config.architectures or ())
+
+
+def searched_layers(model: Any, modules_to_not_convert: list[str] | None) -> tuple[list[str], dict[str, int]]:
+    """The layers that a searchable model gets formats for, and layer -> group of layers that read the same tensor.
+
+    Groups are found by running the model on one image; where that is not possible there are none.
+
+    Raises: ConfigError: no layer is left.
+    """
+    names = list(quantizable_layers(model, modules_to_not_convert))
+    if not names:
+        raise ConfigError(f"{type(model).__name__} has no Linear or Conv2d layer left to quantize")
+    try:
+        traced = {layer.name: layer for layer in trace_layers(model)}
+    except ConfigError as error:
+        logger.warning("every layer quantizes its own input, as those that share one are not known: %s", error)
+        return names, {}
+    names = [name for name in names if name not in traced or traced[name].quantizable]
+    return names, {name: traced[name].input_group for name in names if name in traced}
 
 
 def packed_config(config: FLIQSConfig, allocation: Allocation) -> FLIQSConfig:
@@ -241,10 +297,12 @@ def quantize(model: Any, config: FLIQSConfig | Allocation) -> Any:
         model: a plain or a searchable model.
         config: an `Allocation`, or a `FLIQSConfig` with or without one.
     Returns: `model`.
-    Raises: ConfigError: `config` asks for a searchable model. AllocationError: it names a layer that does not exist.
-        FormatError: NaN or infinity in the model, which is named and unchanged.
+    Raises: ConfigError: `config` asks for a searchable model, or `model` is not of Transformers. AllocationError: a
+        layer that does not exist or cannot be quantized. FormatError: NaN or infinity in the model. The model is as it
+        was then.
     """
-    if isinstance(config, Allocation):
+    require_transformers(model)
+    if not isinstance(config, FLIQSConfig):
         config = FLIQSConfig(allocation=config)
     if config.search_space is not None:
         raise ConfigError("quantize packs a model; a search_space needs a searchable one: use make_searchable")
@@ -253,6 +311,17 @@ def quantize(model: Any, config: FLIQSConfig | Allocation) -> Any:
     allocation = config.resolve(model)
     pack_model(model, allocation, config.settings)
     return declare_packed(model, packed_config(config, allocation))
+
+
+def require_transformers(model: Any) -> None:
+    """Raises: ConfigError: no model of Transformers, which alone can be saved and loaded with its formats."""
+    from transformers import PreTrainedModel  # heavy, and there already where it matters
+
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"a {type(model).__name__} is no model of Transformers; quantize a plain module with "
+            "fliqs_hf.nn.pack_model(model, allocation)"
+        )
 
 
 def refuse_packed(model: Any) -> None:

@@ -2,12 +2,12 @@
 
 from fliqs_hf.nn.packed import PackedConv2d, PackedLinear
 from fliqs_hf.nn.searchable import FormatSwitch, QuantizerSettings, SearchableConv2d, SearchableLinear
+from fliqs_hf.nn.select import quantizable_layers
 from fliqs_hf.nn.swap import (
     format_switch,
     make_searchable,
     pack_model,
     packed_layers,
-    quantizable_layers,
     restore,
     unpack_model,
 )

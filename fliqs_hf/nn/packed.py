@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fliqs_hf.allocation import LayerFormats
-from fliqs_hf.errors import CheckpointError, FormatError
+from fliqs_hf.errors import CheckpointError, ConfigError, FormatError
 from fliqs_hf.formats.packing import pack, packed_bytes, unpack
 from fliqs_hf.formats.rounding import decode, encode, round_to_format
 from fliqs_hf.nn.finite import all_finite
@@ -21,6 +21,35 @@ from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.quant import quantize_activation
 from fliqs_hf.quant.fake import fake_quantize, round_to_grid
 from fliqs_hf.quant.scale import CALIBRATED, clipped_scale, format_data, weight_scale
+
+#: What multiplies. `torch.einsum`, `@` and the rest arrive as these.
+_PRODUCTS = frozenset({
+    functional.linear, functional.bilinear, functional.conv1d, functional.conv2d, functional.conv3d,
+    functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d,
+    torch.einsum, torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm, torch.addmv,
+    Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.addmm,
+    Tensor.baddbmm, Tensor.addmv,
+})  # fmt: skip
+
+
+class DecodedWeight(Tensor):
+    """A packed layer's weight, to look at. A product with it is refused: the input would be quantized by nobody, and a
+    searchable model would compute something else.
+
+    Raises: ConfigError: a product.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _PRODUCTS:
+            shape = next(list(arg.shape) for arg in args if isinstance(arg, DecodedWeight))
+            raise ConfigError(
+                f"a product with the weight {shape} of a packed layer that is not called itself, so that its input is "
+                "not quantized: leave the layer out with modules_to_not_convert, or use layer.decoded_weight()"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 class PackedLayer(nn.Module):
@@ -101,8 +130,9 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight, `weight_shape`, in the layer's dtype. Made anew at each access."""
-        return self.decoded_weight().to(self.dtype)
+        """The decoded weight, `weight_shape`, in the layer's dtype, to look at. Made anew at each access."""
+        weight = self.decoded_weight().to(self.dtype)
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(DecodedWeight)
 
     def code_values(self) -> Tensor:
         """Values of the codes before scaling, float32 [weight_numel]."""

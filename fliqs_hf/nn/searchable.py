@@ -99,8 +99,12 @@ class FormatSwitch:
         """Choose formats by index into `formats`.
 
         Args:
-            weight_index, activation_index: [layers], int64, on the model's device (one small copy otherwise).
+            weight_index, activation_index: [layers], int64, on the model's device (one small copy otherwise). Layers
+                of one input group need the same activation index; on the CPU this is checked.
+        Raises: AllocationError: they have not.
         """
+        if activation_index.device.type == "cpu":
+            self._check_groups(activation_index.tolist())
         self._chosen = torch.stack([weight_index, activation_index], dim=1)
         self._exceptions = set()
         for device in self._data:
@@ -143,6 +147,15 @@ class FormatSwitch:
                 )
         self.set(chosen[:, WEIGHT], chosen[:, ACTIVATION])
         self._exceptions = exceptions
+
+    def _check_groups(self, indices: Sequence[int]) -> None:
+        first: dict[int, int] = {}  # group -> row of its first layer
+        for row, group in enumerate(self.input_groups):
+            if group is not None and indices[other := first.setdefault(group, row)] != indices[row]:
+                raise AllocationError(
+                    f"{self.names[other]!r} and {self.names[row]!r} read the same tensor, which is quantized once, "
+                    f"but are given {self.formats[indices[other]]} and {self.formats[indices[row]]}"
+                )
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -187,6 +200,8 @@ class SharedInput:
 
     def get(self, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """`make()` for the first reader of `x`, the same tensor for the others; released after the last one."""
+        if x.is_inference():  # has no version, so a change in place would go unnoticed
+            return make()
         # The input itself is part of the key, so it cannot be freed and another tensor take its place in memory.
         key = (x, x._version, torch.is_grad_enabled())
         if self._value is None or self._key[0] is not x or self._key[1:] != key[1:]:

@@ -1,9 +1,7 @@
-"""Which layers are quantized, and turning them into searchable, packed and plain layers, in place."""
+"""Turning layers into searchable, packed and plain ones, in place; what raises leaves the model as it was."""
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -14,6 +12,7 @@ from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.errors import AllocationError, ConfigError
 from fliqs_hf.formats import Format, parse
 from fliqs_hf.nn.packed import PackedConv2d, PackedLayer, PackedLinear
+from fliqs_hf.nn.replace import Places, replace
 from fliqs_hf.nn.searchable import (
     FormatSwitch,
     QuantizerSettings,
@@ -21,61 +20,9 @@ from fliqs_hf.nn.searchable import (
     SearchableLinear,
     SharedInput,
 )
+from fliqs_hf.nn.select import is_searchable, plain_type, quantizable_layers, why_not
 
 _SEARCHABLE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: SearchableLinear, nn.Conv2d: SearchableConv2d}
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a module name matches: `re:` + regular expression (searched for), else a glob over the whole name, a
-    dotted part of it (`classifier`, `encoder.layer.3`) or the exact name.
-
-    Raises: ConfigError: a regular expression that does not compile.
-    """
-    if pattern.startswith("re:"):
-        try:
-            return re.search(pattern[3:], name) is not None
-        except re.error as error:
-            raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from error
-    return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
-
-
-def _plain_type(module: nn.Module) -> type[nn.Module] | None:
-    """`nn.Linear` or `nn.Conv2d` for layers that compute exactly what these compute, None for everything else.
-
-    A subclass may do anything; accepted is only a convolution that merely has a constructor of its own (EfficientNet's
-    depthwise one). Not so for Linear: `nn.MultiheadAttention` has such a subclass and uses its weight without calling
-    it.
-    """
-    cls = type(module)
-    if cls in _SEARCHABLE:
-        return cls
-    plain_forward = getattr(cls, "_conv_forward", None) is nn.Conv2d._conv_forward and cls.forward is nn.Conv2d.forward
-    return nn.Conv2d if plain_forward else None
-
-
-def _is_searchable(module: nn.Module) -> bool:
-    return isinstance(module, (SearchableLinear, SearchableConv2d))
-
-
-def quantizable_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None = None) -> dict[str, nn.Module]:
-    """The layers that can be quantized, by name in the order of the model: `nn.Linear` and `nn.Conv2d` themselves
-    (subclasses with behaviour of their own are left alone) and layers that are searchable already.
-
-    Args:
-        modules_to_not_convert: patterns (see `matches`) of layers to leave out.
-    Raises: ConfigError: a pattern that matches no layer.
-    """
-    layers = {name: module for name, module in model.named_modules() if _plain_type(module) or _is_searchable(module)}
-    excluded: set[str] = set()
-    for pattern in modules_to_not_convert or ():
-        hits = {name for name in layers if matches(name, pattern)}
-        if not hits:
-            raise ConfigError(
-                f"modules_to_not_convert: {pattern!r} matches none of the {len(layers)} Linear and Conv2d layers "
-                f"of {type(model).__name__}, such as {next(iter(layers), None)!r}"
-            )
-        excluded |= hits
-    return {name: module for name, module in layers.items() if name not in excluded}
 
 
 def make_searchable(
@@ -94,15 +41,17 @@ def make_searchable(
             must always be given the same activation format. (Where each learns a factor of its own, each has a copy.)
         settings: with `activation_granularity="per_token_clipped"` every layer gets a parameter, `input_clip`.
     Returns: the switch that chooses their formats. At first every layer has the first of `formats`.
-    Raises: AllocationError: a name that is no quantizable layer. ConfigError: the model is searchable already.
+    Raises: AllocationError: a name that is no quantizable layer. ConfigError: the model is searchable already, or
+        keeps a layer where nothing can take its place (see `Places`).
     """
     layers = quantizable_layers(model)
     names = list(layers) if names is None else list(names)
     for name in names:
         if name not in layers:
-            raise AllocationError(f"{name!r} is not a Linear or Conv2d layer of {type(model).__name__}")
-        if _is_searchable(layers[name]):
+            raise AllocationError(f"cannot make searchable: {why_not(model, name)}")
+        if is_searchable(layers[name]):
             raise ConfigError("the model is searchable already; call `restore(model)` first")
+    Places(model, {name: layers[name] for name in names})  # what could not be packed later is refused now
     switch = FormatSwitch(names, [parse(fmt) for fmt in formats], settings or QuantizerSettings())
     groups = {name: (input_groups or {}).get(name) for name in names}
     switch.input_groups = tuple(groups.values())
@@ -112,7 +61,7 @@ def make_searchable(
     for row, name in enumerate(names):
         layer = layers[name]
         # Changing the class keeps parameters, hooks and every reference to the layer as they are.
-        plain, layer.__class__ = type(layer), _SEARCHABLE[_plain_type(layer)]  # type: ignore[index]
+        plain, layer.__class__ = type(layer), _SEARCHABLE[plain_type(layer)]  # type: ignore[index]
         attributes = {"plain": plain, "switch": switch, "row": row, "shared_input": shared.get(groups[name])}  # type: ignore[arg-type]
         layer.__dict__.update(attributes)
         if clipped:
@@ -123,7 +72,7 @@ def make_searchable(
 def format_switch(model: nn.Module) -> FormatSwitch:
     """The switch of a searchable model. Raises: ConfigError: the model is not searchable."""
     for module in model.modules():
-        if _is_searchable(module):
+        if is_searchable(module):
             return module.switch  # type: ignore[return-value]
     raise ConfigError(
         f"this {type(model).__name__} is not searchable; load it with FLIQSConfig(search_space=…) "
@@ -134,7 +83,7 @@ def format_switch(model: nn.Module) -> FormatSwitch:
 def restore(model: nn.Module) -> None:
     """Turn searchable layers back into plain ones, in place."""
     for module in model.modules():
-        if _is_searchable(module):
+        if is_searchable(module):
             module.__class__ = module.plain  # type: ignore[assignment]
             for attribute in ("plain", "switch", "row", "shared_input"):
                 del module.__dict__[attribute]
@@ -152,17 +101,13 @@ def packed_like(
     return packed.train(layer.training)
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def pack_model(model: nn.Module, allocation: Allocation, settings: QuantizerSettings | None = None) -> None:
     """Replace layers by packed ones in the formats of `allocation`, in place; the others become plain layers.
 
     Raises: AllocationError: a name that is no quantizable layer. ConfigError: numbers for input scales that the model
-        has not learned, and only `fliqs_hf.ptq.calibrate` gives; or clipping factors that it has learned, and that
-        the settings would drop. Nothing is changed then.
+        has not learned, and only `fliqs_hf.ptq.calibrate` gives; clipping factors that it has learned, and that the
+        settings would drop; or a layer that the model also keeps where nothing can take its place (see `Places`).
+        FormatError: weights that are not finite. Nothing is changed then.
     """
     settings = settings or QuantizerSettings()
     layers = quantizable_layers(model)
@@ -175,15 +120,15 @@ def pack_model(model: nn.Module, allocation: Allocation, settings: QuantizerSett
         )
     for name in allocation:
         if name not in layers:
-            raise AllocationError(
-                f"the allocation names {name!r}, which is no Linear or Conv2d of {type(model).__name__}"
-            )
+            raise AllocationError(f"the allocation names {why_not(model, name)}")
+    replacements: dict[str, nn.Module] = {}
     for name, formats in allocation.items():
         packed = packed_like(layers[name], formats, settings)
         packed.pack_(layers[name].weight)  # type: ignore[arg-type]
         if settings.clipped and packed.input_scale is not None:
             packed.input_scale = layers[name].clip_factor().detach()  # type: ignore[operator]
-        replace(model, name, packed)
+        replacements[name] = packed
+    replace(model, replacements)
     restore(model)
 
 
@@ -193,6 +138,7 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
 
 def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace packed layers by plain ones that hold the decoded weights, in place. Inputs are quantized no longer."""
+    replacements: dict[str, nn.Module] = {}
     for name, packed in packed_layers(model).items():
         weight = packed.decoded_weight().to(dtype or packed.dtype)
         plain: nn.Module
@@ -204,4 +150,5 @@ def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         plain.weight = nn.Parameter(weight)
         if packed.bias is not None:
             plain.bias = nn.Parameter(packed.bias.detach().to(weight.dtype))
-        replace(model, name, plain.train(packed.training))
+        replacements[name] = plain.train(packed.training)
+    replace(model, replacements)

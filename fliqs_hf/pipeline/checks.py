@@ -114,7 +114,7 @@ def train_config(args: TrainingArguments, steps: int, learning_rate: float, qual
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         label_smoothing=args.label_smoothing_factor,
         distill_weight=args.distill,
-        quality=quality,
+        quality=quality,  # type: ignore[arg-type]
         seed=args.seed,
         logging_steps=args.logging_steps,
         save_steps=args.save_steps,

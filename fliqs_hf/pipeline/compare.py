@@ -265,7 +265,7 @@ class Comparison:
         return train(self.model, self.train, config, self.accelerator, hook=hook, teacher=self.teacher, name=name)
 
     def searchable(self, formats: Any) -> Any:
-        groups = {layer.name: layer.input_group for layer in self.layers}
+        groups = {layer.name: layer.input_group for layer in self.table.layers}
         return make_searchable(self.model, formats, names=list(groups), input_groups=groups, settings=self.quantizers)
 
     def settings(self, seed: int, steps: int, quality: Any = "loss") -> TrainConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,11 +20,13 @@ from tqdm.auto import tqdm
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.hf.config import FLIQSConfig
-from fliqs_hf.hf.quantizer import declare_packed, quantize, refuse_packed
-from fliqs_hf.nn import quantizable_layers, restore
+from fliqs_hf.hf.quantizer import declare_packed, quantize, refuse_packed, require_transformers
+from fliqs_hf.nn import format_switch, quantizable_layers, restore
 from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.nn.packed import PackedLayer
-from fliqs_hf.nn.swap import packed_like, replace
+from fliqs_hf.nn.replace import replace
+from fliqs_hf.nn.select import is_searchable
+from fliqs_hf.nn.swap import packed_like
 from fliqs_hf.ptq.gptq import DAMPING, check_damping, gptq_round, input_hessian
 from fliqs_hf.ptq.ranges import METHODS, PERCENTILE, check_percentile, clip_factor, static_scale
 from fliqs_hf.quant import scale as scales
@@ -101,13 +103,14 @@ def calibrate(
     Raises: ConfigError: an unknown option, a packed model. FormatError: NaN or infinity in the model.
         AllocationError: a layer that does not exist. DataError: no images, or such that do not fit together or are
         not finite; a layer that the model calls twice, or one that needs a static scale and is not reached. The model
-        is as it was then, but for being plain and in evaluation mode.
+        is as it was then.
     Source: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); bias correction, Nagel et al. 2019 (arXiv 1906.04721),
         section 4.2 and its empirical form in appendix D.
     """
     if bias_correction is None:
         bias_correction = activations not in tuple(_GRANULARITIES)
     options = _Options(rounding, bias_correction, activations, percentile, damping)
+    require_transformers(model)
     refuse_packed(model)
     check_finite(model)
     config = FLIQSConfig(
@@ -118,10 +121,23 @@ def calibrate(
     if not options.needs_images:
         return quantize(model, config)
     config.allocation = config.resolve(model)
-    restore(model)
-    model.eval()
     layers = {name: layer for name, layer in quantizable_layers(model).items() if name in config.allocation}
-    images, means = _read(model, layers if bias_correction else {}, batches)
+    with _plain(model):
+        packed = _packed(model, layers, config, options, batches)
+    replace(model, packed)
+    restore(model)
+    return declare_packed(model, config)
+
+
+def _packed(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    config: FLIQSConfig,
+    options: _Options,
+    batches: Iterable[Tensor],
+) -> dict[str, PackedLayer]:
+    """The packed layer for each of `layers`, not yet in the model."""
+    images, means = _read(model, layers if options.bias_correction else {}, batches)
     packed: dict[str, PackedLayer] = {}
 
     def hook(name: str) -> Hook:
@@ -138,7 +154,7 @@ def calibrate(
 
         return finish
 
-    name = "GPTQ" if rounding == "gptq" else "rounding"
+    name = "GPTQ" if options.rounding == "gptq" else "rounding"
     with tqdm(total=len(layers), desc=name, unit="layer") as bar, _hooks(layers, hook):
         model(images)
     for name, layer in layers.items():
@@ -150,9 +166,20 @@ def calibrate(
                     f"the model does not call {name!r} for images, so there is nothing to make its input scale from: "
                     "leave it out of the allocation, or choose activations='dynamic'"
                 )
-    for name, module in packed.items():
-        replace(model, name, module)
-    return declare_packed(model, config)
+    return packed
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Run `model` in evaluation mode and floating point within this context, searchable or not."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with format_switch(model).disabled() if any(map(is_searchable, model.modules())) else nullcontext():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _read(

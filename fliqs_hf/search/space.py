@@ -17,7 +17,7 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
 from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.nn import FormatSwitch
-from fliqs_hf.nn.swap import matches
+from fliqs_hf.nn.select import matches
 
 ActivationMode = Literal["same", "separate"]
 
@@ -35,7 +35,7 @@ class SearchSpace:
     """D decisions over K formats for L layers.
 
     Attributes:
-        layers: in the order of the forward pass; [L].
+        layers: those that can be quantized, in the order of the forward pass; [L].
         formats: the choices; [K].
         decisions: [D].
         weight_decision, activation_decision: which decision each layer's weight and input follow; int64 [L].
@@ -55,9 +55,9 @@ class SearchSpace:
             formats: list of formats or the name of a space, see `formats.spaces`.
             activation: "same" gives a layer's weight and input one format; "separate" decides them apart.
             tie: what shares a decision: "qkv" (layers that read the same tensor), "block" (the innermost numbered
-                module that holds several layers), "model", or patterns (see `nn.swap.matches`), each tying the layers
-                that it matches. The inputs of layers that read one tensor always share theirs: it is quantized once.
-                With "same" this ties their weights too.
+                module that holds several layers), "model", or patterns (see `nn.select.matches`), each tying the
+                layers that it matches. The inputs of layers that read one tensor always share theirs: it is quantized
+                once. With "same" this ties their weights too.
             exclude: pattern -> formats that matching layers must not have, weight or input, such as
                 `{"*patch_embeddings*": ["int2"]}`; a decision takes what none of its layers excludes.
         Raises: ConfigError: an unknown mode, no layers, a pattern that matches none, or a decision that is left
@@ -65,13 +65,13 @@ class SearchSpace:
         """
         if activation not in ("same", "separate"):
             raise ConfigError(f"activation={activation!r} does not exist; choose 'same' or 'separate'")
-        if not layers:
-            raise ConfigError("a search space needs at least one layer")
         if isinstance(tie, str) or not isinstance(tie, Iterable):
             raise ConfigError(f'tie={tie!r}: give a list of "qkv", "block", "model" or patterns of layer names')
         if exclude is not None and not isinstance(exclude, Mapping):
             raise ConfigError(f"exclude={exclude!r}: give patterns of layer names, each with a list of formats")
-        self.layers = tuple(layers)
+        self.layers = tuple(layer for layer in layers if layer.quantizable)
+        if not self.layers:
+            raise ConfigError("a search space needs at least one layer that can be quantized")
         self.formats = parse_formats(formats)
         self.activation = activation
         inputs = [("input", layer.input_group) for layer in self.layers]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from fliqs_hf.errors import ConfigError, TrainingError
+from fliqs_hf.fields import check_fields
 from fliqs_hf.interrupt import finishing
 from fliqs_hf.training.average import WeightAverage
 from fliqs_hf.training.backends import Backend, ShardedBackend
@@ -68,7 +69,7 @@ class StepHook(Protocol):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training run. Raises: ConfigError: a value out of range."""
+    """Settings of one training run. Raises: ConfigError: a value out of range, or of another type."""
 
     max_steps: int
     batch_size: int = 32  # per device
@@ -81,7 +82,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     label_smoothing: float = 0.0
     distill_weight: float = 0.0  # share of the loss that imitates the teacher
-    quality: str = "loss"  # what the hook is told: "loss" (its negative) or "accuracy"
+    quality: Literal["loss", "accuracy"] = "loss"  # what the hook is told: "loss" (its negative) or "accuracy"
     seed: int = 0
     logging_steps: int = 10
     save_steps: int = 100
@@ -91,6 +92,7 @@ class TrainConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, ConfigError)
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from fliqs_hf.allocation import Allocation, LayerFormats
-from fliqs_hf.errors import AllocationError, ConfigError
+from fliqs_hf.errors import AllocationError, CheckpointError, ConfigError
 from fliqs_hf.formats import COMMON, parse
 from fliqs_hf.nn import (
     PackedLinear,
@@ -218,6 +218,27 @@ def test_layers_that_read_one_tensor_quantize_it_once(monkeypatch: pytest.Monkey
     assert torch.equal(together(x), apart(x))
 
 
+def test_shared_inputs_in_inference_mode() -> None:
+    """Tensors made there have no version, so a change in place would go unnoticed if they were shared."""
+    torch.manual_seed(0)
+    apart = Attention()
+    together = copy.deepcopy(apart)
+    make_searchable(apart, ["int4"])
+    make_searchable(together, ["int4"], input_groups={"q": 0, "k": 0, "v": 0})
+    with torch.inference_mode():
+        x = torch.randn(2, 6)
+        assert torch.equal(together(x), apart(x))
+        x.mul_(1.5)
+        assert torch.equal(together(x), apart(x))
+
+
+def test_layers_of_one_group_are_given_one_format() -> None:
+    switch = make_searchable(Attention(), ["int4", "int8"], input_groups={"q": 0, "k": 0, "v": 0})
+    switch.set(torch.tensor([0, 1, 0, 1]), torch.tensor([1, 1, 1, 0]))
+    with pytest.raises(AllocationError, match=r"'q' and 'v' read the same tensor.*int8 and int4"):
+        switch.set(torch.zeros(4, dtype=torch.long), torch.tensor([1, 1, 0, 0]))
+
+
 def test_copies_have_their_own_switch() -> None:
     model = one(nn.Linear(5, 5))
     switch = make_searchable(model, ["int2", "int8"])
@@ -248,6 +269,18 @@ def test_scales_stay_float32_through_casts_and_moves() -> None:
     assert torch.equal(model[0].weight_scale, scale)
     model.float()
     assert torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("buffer", ["weight_scale", "input_scale"])
+def test_scales_that_are_no_positive_numbers_are_damage(buffer: str, value: float) -> None:
+    settings = QuantizerSettings(activation_granularity="per_token_clipped")
+    packed = PackedLinear(torch.Size([4, 4]), LayerFormats.of("int4", "int4"), settings, None)
+    packed.input_scale.fill_(1)
+    packed.check_codes("head")
+    getattr(packed, buffer)[0] = value
+    with pytest.raises(CheckpointError, match=rf"head\.{buffer} holds a value that is no positive number"):
+        packed.check_codes("head")
 
 
 def test_only_exact_types_are_quantized() -> None:
