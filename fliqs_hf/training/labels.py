@@ -110,7 +110,7 @@ def are_numbered(names: Sequence[str]) -> bool:
     return _numbers(names) is not None
 
 
-def checked_label(label: Any, classes: int | None, name: str, owner: str = "the model's") -> int:
+def checked_label(label: Any, classes: int | None, name: object, owner: str = "the model's") -> int:
     """`label` as a whole number. Raises: DataError: it is not one of `owner` classes, 0 … `classes` − 1."""
     if isinstance(label, bool) or not isinstance(label, Integral):
         raise DataError(f"{name} has the label {label!r}, which is not a class number; choose another label column")
@@ -151,7 +151,7 @@ class LabelReader:
         self._words = {} if words is None or self._ids is None else dict(zip(words, self._ids.ids, strict=True))
         self.by: str = "index" if self._ids is None else self._ids.by
 
-    def __call__(self, value: Any, name: str) -> int:
+    def __call__(self, value: Any, name: object) -> int:
         if isinstance(value, str):
             return self._word(value, name)
         if self._ids is None:
@@ -159,7 +159,7 @@ class LabelReader:
         label = self._ids.ids[checked_label(value, len(self._ids.ids), name, "the data set's own")]
         return checked_label(label, self.classes, name, "the models'")
 
-    def _word(self, value: str, name: str) -> int:
+    def _word(self, value: str, name: object) -> int:
         """Text, of which nothing is known but what has been read: by the rules that hold whatever else comes."""
         if value not in self._words:
             known = [*self._words, value]
