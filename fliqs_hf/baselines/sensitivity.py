@@ -35,7 +35,7 @@ def loss_delta_scores(
     Raises: ConfigError: inputs have decisions of their own. Otherwise as `fisher_scores`.
     """
     if space.activation != "same":
-        raise ConfigError("loss deltas score one format for weights and inputs: use activation='same' or another score")
+        raise ConfigError("loss deltas score weight and input together: use activation='same' or another score")
     training = model.training
     model.eval()
 

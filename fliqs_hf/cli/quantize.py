@@ -59,6 +59,8 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     if found is not None:
         cost |= {"target_ratio": found.cost / found.target_cost, "expected_loss_increase": found.loss_increase}
     pack(args, model, allocation, calibration)
+    if calibration is not None:
+        args.calibration_split = calibration.split
     run = _save(args, output, model, processor, layers, allocation, found)
     result: dict[str, Any] = {
         "target": {

@@ -125,8 +125,8 @@ def meaningful(scores: Tensor) -> Tensor:
     """`scores` [D, K]. Raises: DataError: they tell no formats apart, so formats would be chosen from nothing."""
     if not scores.any():
         raise DataError(
-            "every sensitivity score is 0: no gradient of the loss reaches the layers. Either the answers are too sure "
-            "(a saturated softmax: measure on other images or labels), or the layers don't decide them"
+            "every sensitivity score is 0: no gradient of the loss reaches the layers. Either the answers are too "
+            "sure (a saturated softmax: measure on other images or labels), or the layers don't decide them"
         )
     if scores.shape[1] > 1 and bool((scores == scores[:, :1]).all()):
         raise DataError(

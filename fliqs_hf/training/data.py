@@ -20,6 +20,7 @@ from fliqs_hf.training.stream import BUFFER_SIZE, StreamBatches, StreamData, nam
 
 logger = logging.getLogger(__name__)
 
+
 class Images:
     """The images of a split: what is stored of each, and what it is called in errors."""
 
@@ -31,7 +32,8 @@ class Images:
         """
         check_column(split, column)
         self.column, self.stream = column, stream
-        self._view = undecoded(split, column).select_columns([column, *(ROW for _ in [0] if ROW in split.column_names)])
+        columns = [name for name in split.column_names if name in (column, ROW)]
+        self._view = undecoded(split, column).select_columns(columns)
 
     def __len__(self) -> int:
         return len(self._view)
@@ -218,8 +220,8 @@ def _with_classes(train: Any, validation: Any, column: str) -> tuple[Any, Any, l
         raise DataError(f"column {column!r} holds nothing, not classes")
     if number and max(present) >= MOST_CLASSES:
         raise DataError(
-            f"column {column!r} has the label {max(present)}: whole numbers are classes from 0 on; make it a column of "
-            "text, of which each value is a class"
+            f"column {column!r} has the label {max(present)}: whole numbers are classes from 0 on; make it a column "
+            "of text, of which each value is a class"
         )
     if number:
         return train, validation, [str(label) for label in range(max(present) + 1)]

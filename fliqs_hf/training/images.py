@@ -85,7 +85,9 @@ def mode_of(config: Any) -> str:
     for part in (config, getattr(config, "vision_config", None)):
         channels = getattr(part, "num_channels", None)
         if channels not in (None, 1, 3):
-            raise ConfigError(f"the model takes images of num_channels={channels}, but images have 3 (RGB) or 1 (grey)")
+            raise ConfigError(
+                f"the model takes images of num_channels={channels}, but images have 3 (RGB) or 1 (grey)"
+            )
         if channels == 1:
             return "L"
     return "RGB"

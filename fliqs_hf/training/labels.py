@@ -102,7 +102,7 @@ def generic_names(count: int) -> list[str]:
 def names_of(config: Any) -> list[str]:
     """Of the classes of a model, by number."""
     table = config.id2label or {}
-    return [str(table.get(i, table.get(str(i), f"LABEL_{i}"))) for i in range(config.num_labels)]
+    return [str(table.get(i, table.get(str(i), f"LABEL_{i}"))) for i in range(len(table))]
 
 
 def are_numbered(names: Sequence[str]) -> bool:
@@ -114,11 +114,12 @@ def checked_label(label: Any, classes: int | None, name: object, owner: str = "t
     """`label` as a whole number. Raises: DataError: it is not one of `owner` classes, 0 … `classes` − 1."""
     if isinstance(label, bool) or not isinstance(label, Integral):
         raise DataError(f"{name} has the label {label!r}, which is not a class number; choose another label column")
-    if label < 0 or (classes is not None and label >= classes):
-        hint = "; negative labels mark images without one: choose another split" if label < 0 else ""
+    number = int(label)
+    if number < 0 or (classes is not None and number >= classes):
+        hint = "; negative labels mark images without one: choose another split" if number < 0 else ""
         count = "" if classes is None else f"{classes} "
-        raise DataError(f"{name} has the label {label}, which is not one of {owner} {count}classes{hint}")
-    return int(label)
+        raise DataError(f"{name} has the label {number}, which is not one of {owner} {count}classes{hint}")
+    return number
 
 
 class LabelReader:
@@ -164,7 +165,7 @@ class LabelReader:
         if value not in self._words:
             known = [*self._words, value]
             own = self.names or (None if self.classes is None else generic_names(self.classes))
-            if own is None:
+            if own is None or (self.names is None and not are_numbered(known)):
                 raise DataError(f"{name} has the label {value!r}, but the models' config has no id2label names")
             found = find_match(known, own)
             if found is None or list(found.ids[:-1]) != list(self._words.values()):

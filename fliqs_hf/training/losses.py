@@ -31,7 +31,7 @@ def logits_of(output: Any) -> Tensor:
     """Of a model's output. Raises: ConfigError: it has none, as of a model without a head."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise ConfigError(f"the model returns a {type(output).__name__} without logits: give one that classifies images")
+        raise ConfigError(f"the model returns a {type(output).__name__} without logits: give an image classifier")
     return logits
 
 

@@ -136,7 +136,7 @@ def _check_overrides(model_type: str, changes: Mapping[str, Any]) -> None:
     known = AutoConfig.for_model(model_type)
     for key in changes:
         if key in ("num_labels", "id2label", "label2id", "problem_type"):
-            raise ConfigError(f"config_overrides: {key} follows from the data set, whose classes the model gets: drop it")
+            raise ConfigError(f"config_overrides: {key} follows from the classes of the data set: leave it out")
         if not hasattr(known, key):
             close = get_close_matches(key, list(known.to_dict()), 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""

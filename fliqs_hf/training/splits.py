@@ -95,7 +95,7 @@ def load_all(name: str, config_name: str | None = None, streaming: bool = False)
     return found
 
 
-def load_split(name: str, split: str | None, default: Sequence[str]) -> tuple[Any, list[Part]]:
+def load_split(name: str, split: str | None, default: Sequence[str] = ()) -> tuple[Any, list[Part]]:
     """One split of a data set, and the rows that it consists of.
 
     Args:
@@ -146,7 +146,7 @@ def select(splits: Mapping[str, Any], spec: str) -> Any:
 
     if isinstance(next(iter(splits.values())), datasets.IterableDataset):
         if spec not in splits:
-            raise DataError(f"a stream has no split {spec!r}; choose one of {', '.join(splits)}: streams have no parts")
+            raise DataError(f"a stream has no split {spec!r}; streams have no parts; choose {', '.join(splits)}")
         return splits[spec]
     return _joined(splits, parts_of(splits, spec))
 
