@@ -45,9 +45,10 @@ def to_validate(run: str, name: str, split: str | None) -> tuple[Any, list[str]]
         return rest, [
             f"{len(images) - len(rest):,} of {len(images):,} images, which the model was {word}, are left out"
         ]
+    known = Path(name).resolve().name if Path(name).exists() else name  # a page to pass on shows no private paths
     word, some = ("trained and searched", "most") if searched else ("calibrated", _some(record, used))
     return images, [
-        f"{shared:,} of the {len(images):,} images are of {seen!r} of {name!r}, {some} of which the model was {word} "
+        f"{shared:,} of the {len(images):,} images are of {seen!r} of {known!r}, {some} of which the model was {word} "
         "on: it may do better on them than on others. Validate on images that it has not seen (--split)"
     ]
 

@@ -37,7 +37,7 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     processor = load_processor(args.model, args.revision)
     model = load_model(args.model, args.revision).to(device_of(args.device))
     start = time.perf_counter()
-    calibration = Calibration(args, model, processor) if args.calibration else None
+    calibration = None if args.calibration is None else Calibration(args, model, processor)
     found = None
     if target is not None:
         assert calibration is not None, "checked with the target"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fliqs_hf.errors import CheckpointError, DataError
 from fliqs_hf.report.validation_data import Batch
+from fliqs_hf.training.labels import checked_label
 from fliqs_hf.training.losses import logits_of
 
 MODELS = ("original", "quantized")
@@ -159,10 +160,7 @@ def _outputs(logits: list[Tensor], batch: Batch) -> tuple[Outputs, Outputs]:
         )
     classes = shapes[0][1]
     if batch.labels.max() >= classes:
-        row = batch.rows[int(batch.labels.argmax())]
-        raise DataError(
-            f"image {row} has the label {batch.labels.max()}, which is not one of the models' {classes} classes"
-        )
+        checked_label(batch.labels.max(), classes, f"image {batch.rows[int(batch.labels.argmax())]}", "the models'")
     targets = torch.from_numpy(batch.labels)
     results = []
     for name, values in zip(MODELS, logits, strict=True):

@@ -61,12 +61,13 @@ def match_given(theirs: Sequence[str], own: Sequence[str] | None, classes: int |
     """For a model that stays what it is.
 
     Args:
-        own: names of the model's classes, None where it has none of its own. classes: how many, None if unknown.
+        own: names of the model's classes, or None. classes: how many, None if unknown.
     Raises: DataError: the data set's names are not the model's; it says why.
     """
     order = Match(tuple(range(len(theirs))), "order")
     if match == "index":
         return Match(order.ids, "index")
+    own = None if own is None or list(own) == generic_names(len(own)) else own
     names = [str(name) for name in own] if own else generic_names(_count(theirs) if classes is None else classes)
     if (found := find_match(theirs, names)) is not None:
         return found

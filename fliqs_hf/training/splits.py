@@ -281,6 +281,8 @@ def _unloadable(name: str, folder: Path | None, error: Exception) -> DataError:
         return DataError(f"cannot load the data set {name!r}: no folder has this name, and from the Hub: {said}")
     if not any(path.is_file() for path in folder.rglob("*")):
         return DataError(f"cannot load the data set {name!r}: the folder is empty; {LAYOUT}")
+    if isinstance(error, FileNotFoundError) or "no data" in said:  # `datasets` says it in terms of its own
+        return DataError(f"cannot load the data set {name!r}: no file in it is an image or a table; {LAYOUT}")
     return DataError(f"cannot load the data set {name!r}: {said}; {LAYOUT}")
 
 

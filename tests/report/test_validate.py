@@ -278,7 +278,7 @@ def test_labels_beyond_the_output_of_models_without_a_config() -> None:
     models = Scripted(torch.zeros(4, 2)), Scripted(torch.zeros(4, 2))
     for model in models:
         model.config = None
-    with pytest.raises(DataError, match="image 1: label 2 is not one of the models' 2 classes"):
+    with pytest.raises(DataError, match="image 1 has the label 2, which is not one of the models' 2 classes"):
         validate(*models, data([0, 2]), image_processor=process)
 
 
