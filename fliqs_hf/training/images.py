@@ -63,7 +63,7 @@ def decoded(image: Any, name: object, mode: str = "RGB") -> Image.Image:
             image.load()  # PIL opens files lazily: a truncated one shows only here
             return eight_bits(image).convert(mode)
     except Exception as error:  # a damaged file leads Pillow's decoders into whatever error there is
-        raise DataError(f"{name} cannot be read: {error or type(error).__name__}") from error
+        raise DataError(f"{name} cannot be read: {str(error) or type(error).__name__}") from error
     raise DataError(
         f"{name} is a {type(image).__name__}, not a PIL image or a uint8 array [height, width, 3]; "
         "a datasets column of paths or bytes becomes images with dataset.cast_column(column, datasets.Image())"
