@@ -235,11 +235,14 @@ def _quantize(parser: Parser) -> None:
         metavar="DATASET",
         help="images that choose formats and improve rounding: Hub id, folder, digits",
     )
-    parser.add_argument("--calibration_split", default="train")
+    parser.add_argument(
+        "--calibration_split", help="or a part, such as 'train[:500]'; default: train where there is one"
+    )
     parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label",
                         help="if there is no such column, the model's own answers are the labels")  # fmt: skip
+    _match_labels(parser)
     parser.add_argument(
         "--rounding", choices=("nearest", "gptq"), help="default: gptq with --calibration, else nearest"
     )
@@ -258,6 +261,11 @@ def _quantize(parser: Parser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in OUTPUT")
 
 
+def _match_labels(parser: Parser) -> None:
+    parser.add_argument("--match_labels", choices=("name", "index"), default="name",
+                        help="match classes of data and model by name, or take the numbers as they are")  # fmt: skip
+
+
 _SEARCH = """  fliqs-hf search digits
   fliqs-hf search settings.yaml --target_bits 4"""
 
@@ -271,11 +279,10 @@ def _validate(parser: Parser) -> None:
     parser.add_argument("original", help="Hub id or folder")
     parser.add_argument("quantized", help="Hub id, folder, or run folder; the result is kept in a run folder")
     parser.add_argument("--dataset_name", required=True, help="Hub id, folder of images, or 'digits'")
-    parser.add_argument("--split", help="default: validation or test where there is one")
+    parser.add_argument("--split", help="or a part, such as 'test[:500]'; default: validation or test if there is one")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label")
-    parser.add_argument("--match_labels", choices=("name", "index"), default="name",
-                        help="match classes of data and model by name, or take the numbers as they are")  # fmt: skip
+    _match_labels(parser)
     parser.add_argument("--max_samples", type=int, help="use so many images, chosen at random")
     parser.add_argument(
         "--max_drop",

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
@@ -23,7 +22,8 @@ from fliqs_hf.nn import make_searchable, restore
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.quant import quantize_weight
 from fliqs_hf.search import SearchSpace, fisher_scores
-from fliqs_hf.search.sensitivity import Forward, frozen, layers_of
+from fliqs_hf.search.sensitivity import Forward, frozen, layers_of, meaningful
+from fliqs_hf.training.losses import ClassLoss
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def loss_delta_scores(
     One evaluation of all `batches` per decision and format: D·K + 1 passes, where the Fisher score needs one. Where
     weights and inputs are decided apart, each is scored with the other in fp32.
 
-    Raises: DataError: no images. AllocationError: a space of another model.
+    Raises: as `fisher_scores`.
     """
     if not any(len(y) for _, y in batches):
         raise DataError("the loss deltas got no images: give them a split that is not empty")
@@ -43,8 +43,12 @@ def loss_delta_scores(
     model.eval()
 
     def loss() -> float:
-        total = sum(functional.cross_entropy(forward(x).float(), y, reduction="sum") for x, y in batches)
-        return float(total) / sum(len(y) for _, y in batches)
+        losses = ClassLoss()
+        total = float(sum(losses(forward(x), y) for x, y in batches))
+        if not losses.images:
+            raise DataError("the loss deltas got no images: give them a split that is not empty")
+        losses.check(int(losses.invalid), losses.images)
+        return total / losses.images
 
     switch = make_searchable(model, space.formats, names=[layer.name for layer in space.layers])
     try:
@@ -58,7 +62,9 @@ def loss_delta_scores(
                 formats = LayerFormats(weight, activation)  # type: ignore[arg-type]
                 switch.set_allocation(Allocation(dict.fromkeys(decision.layers, formats)))
                 scores[row, column] = loss() - clean
-        return scores
+        if not scores.isfinite().all():
+            raise DataError("the loss deltas met a loss that is not finite: check images and model")
+        return meaningful(scores)
     finally:
         restore(model)
         model.train(training)
@@ -121,7 +127,7 @@ def hessian_trace_scores(
                 weight, fmt, settings.weight_granularity, settings.weight_scale, integer=fmt.is_integer
             )
             scores[index, k] += traces[row] / weight.numel() * float((rounded - weight).double().square().sum())
-    return scores.float()
+    return meaningful(scores.float())
 
 
 def hessian_traces(
@@ -147,11 +153,11 @@ def hessian_traces(
     weights = [layer.get_parameter("weight") for layer in layers_of(model, space).values()]
     total = torch.zeros(len(weights), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    count = 0
+    losses = ClassLoss()
     # fused attention has no second derivative
     with frozen(model, but=weights), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         for inputs, labels in batches:
-            loss = functional.cross_entropy(forward(inputs).float(), labels, reduction="sum")
+            loss = losses(forward(inputs), labels)
             gradients = torch.autograd.grad(
                 loss, weights, create_graph=True, allow_unused=True, materialize_grads=True
             )
@@ -162,9 +168,10 @@ def hessian_traces(
                 )
                 parts = [(v * product).sum().double() for v, product in zip(vectors, products, strict=True)]
                 total += torch.stack(parts).detach().cpu() / probes
-            count += len(labels)
+    count = losses.images
     if not count:
         raise DataError("the Hessian traces got no images: give them a split that is not empty")
+    losses.check(int(losses.invalid), count)
     if not total.isfinite().all():
         raise DataError("the Hessian traces met a loss or derivative that is not finite: check images and model")
     return total / count

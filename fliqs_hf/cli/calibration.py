@@ -11,13 +11,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cli.data import load_split
+from fliqs_hf.cli.data import TO_CALIBRATE
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.hf import quantize as round_to_nearest
 from fliqs_hf.ptq import calibrate
 from fliqs_hf.report.validation_data import label_reader
-from fliqs_hf.training.images import pixels
+from fliqs_hf.training.data import Images
+from fliqs_hf.training.images import mode_of, pixels
+from fliqs_hf.training.labels import names_of
+from fliqs_hf.training.losses import check_problem, logits_of
+from fliqs_hf.training.splits import load_split, sample
 
 #: Images that GPTQ and bias correction see at most: they hold all of them in memory, and more did not help.
 ROUNDING_IMAGES = 128
@@ -27,39 +31,51 @@ class Calibration:
     """Random images of the calibration split, the same ones at each pass."""
 
     def __init__(self, args: argparse.Namespace, model: Any, processor: Any) -> None:
-        split = load_split(args.calibration, args.calibration_split)
+        """Raises: DataError: the images cannot be loaded; the first one is read."""
         self._args, self._model, self._processor = args, model, processor
-        self._split = split.shuffle(seed=0).select(range(min(args.calibration_images, len(split))))
+        self._mode = mode_of(model.config)
+        split, parts = load_split(args.calibration, args.calibration_split, TO_CALIBRATE)
+        self.split = "+".join(f"{name}[{first}:{last}]" for name, first, last in parts)
+        self._rows = sample(split, args.calibration_images)
+        self._images = Images(self._rows, args.image_column)
         self._device = next(model.parameters()).device
+        self._pixels(0)
 
     def labelled(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of pixel values and labels, which are the model's own answers where there is no such column."""
-        column = self._args.label_column
-        if column not in self._split.column_names:
-            for images in self._batches("sensitivity (without labels)", len(self._split)):
+        """Batches of pixel values and labels, which are the model's own answers where there is no such column.
+
+        Raises: ConfigError: the model chooses no class. DataError: a label that is none of its classes; before any
+            image is read.
+        """
+        column, config = self._args.label_column, self._model.config
+        check_problem(config)
+        if column not in self._rows.column_names:
+            for images in self._batches("sensitivity (without labels)", len(self._images)):
                 with torch.no_grad():
-                    labels = self._model(images).logits.argmax(-1)
+                    labels = logits_of(self._model(images)).argmax(-1)
                 yield images, labels
             return
-        names = [self._model.config.id2label[i] for i in range(self._model.config.num_labels)]
-        read = label_reader(self._split.features[column], names, len(names), "name")
-        answers, done = self._split.select_columns(column), 0  # of all columns a slice would decode the images again
-        for images in self._batches("sensitivity", len(self._split)):
-            values = answers[done : done + len(images)][column]
-            labels = torch.tensor([read(value, done + i) for i, value in enumerate(values)], device=self._device)
+        names = tuple(names_of(config))
+        read = label_reader(self._rows, column, names, len(names), self._args.match_labels)
+        answers = [read(value, self._images[i][1]) for i, value in enumerate(self._rows[column])]
+        done = 0
+        for images in self._batches("sensitivity", len(self._images)):
+            yield images, torch.tensor(answers[done : done + len(images)], device=self._device)
             done += len(images)
-            yield images, labels
 
     def images(self) -> Iterator[Tensor]:
         """Batches of pixel values of at most `ROUNDING_IMAGES`."""
-        return self._batches("calibration", min(ROUNDING_IMAGES, len(self._split)))
+        return self._batches("calibration", min(ROUNDING_IMAGES, len(self._images)))
 
     def _batches(self, name: str, count: int) -> Iterator[Tensor]:
-        size, column = self._args.batch_size, self._args.image_column
+        size = self._args.batch_size
         for first in tqdm(range(0, count, size), desc=name):
-            rows = [self._split[i] for i in range(first, min(first + size, count))]
-            batch = [pixels(row[column], self._processor, f"image {first + i}") for i, row in enumerate(rows)]
+            batch = [self._pixels(index) for index in range(first, min(first + size, count))]
             yield torch.stack(batch).to(self._device)
+
+    def _pixels(self, index: int) -> Tensor:
+        image, name = self._images[index]
+        return pixels(image, self._processor, name, self._mode)
 
 
 def check(args: argparse.Namespace) -> None:

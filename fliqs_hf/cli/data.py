@@ -1,38 +1,92 @@
-"""One split of a data set, by the name that a user gives."""
+"""The images that a quantized model is validated on, and what of them it has seen already."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from fliqs_hf.errors import DataError
-from fliqs_hf.training.data import is_digits, load_splits
+from fliqs_hf.training.splits import ROW, Part, common, load_all, load_split, load_splits, numbered, parts_of, sample
+
+#: Which split is meant, where there are several and none is named.
+TO_VALIDATE, TO_CALIBRATE = ("validation", "test"), ("train",)
 
 
-def load_split(name: str, split: str | None) -> Any:
-    """A `datasets.Dataset`.
+def to_validate(run: str, name: str, split: str | None) -> tuple[Any, list[str]]:
+    """The images of a validation, as a `datasets.Dataset`, and what is to be said with its result.
+
+    Images that the model was calibrated or trained on are left out where no split is named and enough others remain;
+    else it is said that they are there.
 
     Args:
+        run: the quantized model: a run folder, the checkpoint in it, or any other name.
         name: Hub id, folder (parquet files, or images in one sub-folder per class), or "digits".
-        split: default: "validation" or "test" where there is one, else the only one.
+        split: or a part of it, such as "test[:500]"; default: "validation" or "test" where there is one, else the only
+            one.
     Raises: DataError: it cannot be loaded, or has no such split; it names those that there are.
     """
-    import datasets
+    images, parts = load_split(name, split, TO_VALIDATE)
+    record = _record(Path(run))
+    if not any(_same(record.get(key), name) for key in ("dataset_name", "train_dir")):
+        return images, []
+    searched = "train_val_split" in record
+    seen = "train" if searched else record.get("calibration_split") or "train"
+    try:
+        splits = load_all(name, record.get("dataset_config_name"))
+        used = parts_of(splits, seen)
+    except DataError:
+        return images, []  # the data set has changed since
+    shared = common(used, parts)
+    if not shared:
+        return images, []
+    if split is None and (rest := _unseen(record, name, images, seen, searched)) is not None:
+        word = "trained and searched with" if searched else "calibrated on"
+        return rest, [
+            f"{len(images) - len(rest):,} of {len(images):,} images, which the model was {word}, are left out"
+        ]
+    known = Path(name).resolve().name if Path(name).exists() else name  # a page to pass on shows no private paths
+    word, some = ("trained and searched", "most") if searched else ("calibrated", _some(record, used))
+    return images, [
+        f"{shared:,} of the {len(images):,} images are of {seen!r} of {known!r}, {some} of which the model was {word} "
+        "on: it may do better on them than on others. Validate on images that it has not seen (--split)"
+    ]
 
-    if is_digits(name):
-        splits = dict(zip(("train", "test"), load_splits(name), strict=True))
-    else:
-        if not Path(name).exists() and Path(name).is_absolute():
-            raise DataError(f"the folder {name!r} does not exist")
+
+def _unseen(record: dict[str, Any], name: str, images: Any, seen: str, searched: bool) -> Any:
+    """Those of the only split that were held out, None where these are too few or not known."""
+    if searched:
+        if record.get("dataset_name") is None or record.get("validation_split") is not None:
+            return None
+        share, seed = record["train_val_split"], record.get("seed", 0)
+        return load_splits(name, train_val_split=share, seed=seed)[1]
+    rows = set(sample(load_split(name, seen)[0], record["calibration_images"])[ROW])
+    rest = [row for row in range(len(images)) if row not in rows]
+    return numbered(images).select(rest) if len(rest) >= len(rows) else None
+
+
+def _some(record: dict[str, Any], used: list[Part]) -> str:
+    return f"{min(record['calibration_images'], sum(last - first for _, first, last in used)):,}"
+
+
+def _record(run: Path) -> dict[str, Any]:
+    """What a run was told, empty where `run` is none."""
+    for folder in (run, run.parent):
         try:
-            splits = datasets.load_dataset(name)
-        except (FileNotFoundError, ValueError, ConnectionError, OSError) as error:
-            raise DataError(f"cannot load the data set {name!r}: {error}") from error
-    if split is None:
-        split = next((word for word in ("validation", "test") if word in splits), None)
-        split = split or (next(iter(splits)) if len(splits) == 1 else None)
-    if split not in splits:
-        raise DataError(f"the data set {name!r} has no split {split!r}; choose one of {', '.join(splits)}")
-    if len(splits[split]) == 0:
-        raise DataError(f"the split {split!r} of {name!r} is empty")
-    return splits[split]
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(found, dict) and (
+            "train_val_split" in found or isinstance(found.get("calibration_images"), int)
+        ):
+            return found
+    return {}
+
+
+def _same(one: Any, other: str) -> bool:
+    """Whether two names are of one data set."""
+    if not isinstance(one, str):
+        return False
+    if Path(one).exists() and Path(other).exists():
+        return Path(one).resolve() == Path(other).resolve()
+    return one == other

@@ -42,7 +42,7 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
         raise ConfigError(f"--calibration runs images through a classifier, which {type(model).__name__} is not")
     model.to(device)
     start = time.perf_counter()
-    calibration = Calibration(args, model, processor) if args.calibration else None
+    calibration = None if args.calibration is None else Calibration(args, model, processor)
     found = None
     if target is not None:
         assert calibration is not None, "checked with the target"
@@ -64,6 +64,8 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     if found is not None:
         cost |= {"target_ratio": found.cost / found.target_cost, "expected_loss_increase": found.loss_increase}
     pack(args, model, allocation, calibration)
+    if calibration is not None:
+        args.calibration_split = calibration.split
     run = _save(args, output, model, processor, layers, allocation, found)
     result: dict[str, Any] = {
         "target": {

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from fliqs_hf.cli.data import load_split
+from fliqs_hf.cli.data import to_validate
 from fliqs_hf.cli.output import answer
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.files import write_text
@@ -17,6 +17,7 @@ from fliqs_hf.report.run_report import PAGE, write_report
 from fliqs_hf.report.validate import ValidationResult
 from fliqs_hf.report.validate import validate as compare
 from fliqs_hf.search.run_files import RunFiles
+from fliqs_hf.training.splits import sample
 
 FORMS = {
     ".html": ValidationResult.to_html,
@@ -52,9 +53,9 @@ def _validate(args: argparse.Namespace) -> int:
     device = device_of(args.device)
     for name in (checkpoint_of(args.original), quantized):
         read_config(name)  # what is wrong with a model shows before the data are fetched
-    split = load_split(args.dataset_name, args.split)
+    split, warnings = to_validate(args.quantized, args.dataset_name, args.split)
     if args.max_samples is not None:
-        split = split.shuffle(seed=0).select(range(min(args.max_samples, len(split))))
+        split = sample(split, args.max_samples)
     result = compare(
         load_model(checkpoint_of(args.original)),
         load_model(quantized),
@@ -68,6 +69,7 @@ def _validate(args: argparse.Namespace) -> int:
         confidence=args.confidence,
         device=device,
         dataset_name=args.dataset_name,
+        warnings=warnings,
     )
     for path in outputs:
         write_text(path, FORMS[path.suffix](result))

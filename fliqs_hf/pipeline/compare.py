@@ -87,7 +87,10 @@ from fliqs_hf.search import (
 from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.search.run import versions
 from fliqs_hf.training import ImageData, StepHook, TrainConfig, evaluate, load_splits, train
+from fliqs_hf.training.data import labelled
+from fliqs_hf.training.labels import match_given, names_of
 from fliqs_hf.training.loading import load
+from fliqs_hf.training.losses import check_problem
 
 #: Arguments that say which rows there are and where, not what is in them.
 FREE = ("methods", "target_bits", "seeds", "output", "use_cpu")
@@ -111,11 +114,17 @@ class Comparison:
         self.model.to(self.accelerator.device)
         self.teacher = copy.deepcopy(self.model) if arguments.distill else None
         processor = load_processor(arguments.model)
-        splits = load_splits(arguments.dataset_name)
+        *splits, names = labelled(*load_splits(arguments.dataset_name), "label")
         labels = self.model.config.num_labels
+        check_problem(self.model.config)
+        ids = None
+        if (
+            getattr(splits[0].features["label"], "names", None) is not None
+        ):  # else numbers, which are taken as they are
+            ids = match_given(names, names_of(self.model.config), labels, arguments.match_labels).ids
         limits = (arguments.max_train_samples, arguments.max_eval_samples)
         self.train, self.eval = (
-            ImageData(split, processor, labels, max_samples=limit, cache=True)
+            ImageData(split, processor, labels, label_ids=ids, max_samples=limit, cache=True)
             for split, limit in zip(splits, limits, strict=True)
         )
         self.original = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
@@ -290,6 +299,8 @@ def parser(command: str) -> argparse.ArgumentParser:
     made = _Parser(command, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("model", help="folder of the fp32 checkpoint that everything starts from")
     made.add_argument("--dataset_name", required=True, help="Hub id, folder, or 'digits'")
+    made.add_argument("--match_labels", choices=("name", "index"), default="name",
+                      help="match classes of data and model by name, or take the numbers as they are")  # fmt: skip
     made.add_argument("--methods", nargs="+", default=list(METHODS))
     made.add_argument("--target_bits", nargs="+", type=float, default=[3.0])
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

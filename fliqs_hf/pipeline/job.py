@@ -18,9 +18,10 @@ from fliqs_hf.search import SearchConfig
 from fliqs_hf.training import Accuracy, ImageData, TrainConfig, evaluate, load_splits
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
 from fliqs_hf.training.augment import BatchAugment
-from fliqs_hf.training.data import held_in_memory, labelled
+from fliqs_hf.training.data import held_in_memory, labelled, undecoded
 from fliqs_hf.training.evaluation import load_metric
 from fliqs_hf.training.models import label_ids, load_classifier
+from fliqs_hf.training.splits import sample
 from fliqs_hf.training.stream import StreamData
 from fliqs_hf.training.zero import load_models_whole
 
@@ -109,6 +110,7 @@ def load(
     train_data: ImageData | StreamData
     if data_args.streaming:
         train_data = StreamData(train_split, processor, len(names), **columns)
+        columns["stream"] = undecoded(eval_split, data_args.image_column_name)
         eval_split = held_in_memory(
             eval_split,
             names,
@@ -119,6 +121,8 @@ def load(
     else:
         train_data = image_data(train_split, processor, len(names), data_args.max_train_samples, data_args, columns)
     eval_data = image_data(eval_split, processor, len(names), data_args.max_eval_samples, data_args, columns)
+    for data in (train_data, eval_data):
+        data.first()  # a fault of all images shows before the training
     augment = None
     if data_args.augment:
         mean, std = (getattr(processor, key, None) or [0.5] * 3 for key in ("image_mean", "image_std"))
@@ -141,7 +145,7 @@ def image_data(
 ) -> ImageData:
     """All images of a split, or `limit` random ones: a split may be sorted by class."""
     if limit is not None and limit < len(split):
-        split = split.shuffle(seed=0).select(range(limit))
+        split = sample(split, limit)
     return ImageData(split, processor, num_labels, cache=args.cache_images, **columns)
 
 

@@ -11,7 +11,7 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.files import disk_errors
 from fliqs_hf.search.run import RunFolder
 from fliqs_hf.search.run_files import RECORD, RunFiles, kind_of
-from fliqs_hf.training.data import is_digits
+from fliqs_hf.training.splits import is_digits
 
 #: So much of a file says whose it is.
 _HEAD_BYTES = 1 << 16

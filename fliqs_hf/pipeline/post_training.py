@@ -15,6 +15,7 @@ from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.pipeline.costs import cost_table
 from fliqs_hf.search import SearchSpace, Sensitivity, choice_at_target, fisher_scores, reachable_range
 from fliqs_hf.search.space import ActivationMode
+from fliqs_hf.training.losses import check_problem, logits_of
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,17 @@ def allocate(
             after the target has been checked. 1500 images or more make the scores reliable (docs/search.md).
         search_space, activation, tie: see `SearchSpace`.
     Returns: the allocation, which costs between 97 % and 100 % of the target where the space has such a one.
-    Raises: TargetError: out of reach. DataError: no images. ConfigError, FormatError: a bad space; a model with
-        NaN or infinity in it.
+    Raises: TargetError: out of reach. DataError: no images, or labels or scores without a meaning. ConfigError,
+        FormatError: a bad space, a model that does not choose one class per image, or one with NaN or infinity in it.
     """
     check_finite(model)
+    check_problem(model.config)
     names = quantizable_layers(model, list(modules_to_not_convert) if modules_to_not_convert else None)
     layers = trace_layers(model)
     space = SearchSpace([layer for layer in layers if layer.name in names], search_space, activation, tie)
     table = cost_table(model, layers, space, target.cost_kind)
     wanted = target.resolve(table, reachable_range(space, table))
-    sensitivity = fisher_scores(model, batches(), lambda images: model(images).logits, space)
+    sensitivity = fisher_scores(model, batches(), lambda images: logits_of(model(images)), space)
     scores = sensitivity.decision_scores
     choice = choice_at_target(space, table, -scores, target)
     return Found(

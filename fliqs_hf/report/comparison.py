@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from fliqs_hf.errors import CheckpointError, DataError
 from fliqs_hf.report.validation_data import Batch
+from fliqs_hf.training.labels import checked_label
+from fliqs_hf.training.losses import logits_of
 
 MODELS = ("original", "quantized")
 
@@ -33,9 +35,9 @@ THUMBNAIL = 96
 @dataclass(frozen=True)
 class Example:
     """An image that the original gets right and the quantized model wrong. `confidences` and `predictions` are of
-    (original, quantized); `jpeg` is a thumbnail."""
+    (original, quantized); `index` is its row in the data set, `jpeg` a thumbnail."""
 
-    index: int
+    index: int | str
     label: int
     predictions: tuple[int, int]
     confidences: tuple[float, float]
@@ -146,27 +148,26 @@ class Outputs:
 def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), pixels.dtype)
     output = model(pixels.to(dtype))
-    return output if isinstance(output, Tensor) else output.logits
+    return logits_of(output)
 
 
 def _outputs(logits: list[Tensor], batch: Batch) -> tuple[Outputs, Outputs]:
     shapes = [tuple(values.shape) for values in logits]
-    if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][1] < 2:
         raise DataError(
             f"the original returns logits of shape {shapes[0]}, the quantized model {shapes[1]}; both must be "
-            "[images, classes] with the same classes"
+            "[images, classes] with the same two classes or more"
         )
     classes = shapes[0][1]
     if batch.labels.max() >= classes:
-        row = batch.first + int(batch.labels.argmax())
-        raise DataError(f"image {row}: label {batch.labels.max()} is not one of the models' {classes} classes")
+        checked_label(batch.labels.max(), classes, f"image {batch.rows[int(batch.labels.argmax())]}", "the models'")
     targets = torch.from_numpy(batch.labels)
     results = []
     for name, values in zip(MODELS, logits, strict=True):
         values = values.double().cpu()
         finite = values.isfinite().all(1)
         if not finite.all():
-            row = batch.first + int((~finite).nonzero()[0])
+            row = batch.rows[int((~finite).nonzero()[0])]
             raise CheckpointError(
                 f"the {name} model returns NaN or infinity for image {row}: damaged weights, or a dtype too narrow"
             )
@@ -186,7 +187,7 @@ def _keep_examples(examples: dict[int, list[Example]], batch: Batch, pair: tuple
         if len(kept) < most:
             predictions = (int(original.predictions[i]), int(quantized.predictions[i]))
             confidences = (float(original.confidences[i]), float(quantized.confidences[i]))
-            kept.append(Example(batch.first + int(i), label, predictions, confidences, _thumbnail(batch.images[i])))
+            kept.append(Example(batch.rows[i], label, predictions, confidences, _thumbnail(batch.images[i])))
 
 
 def _thumbnail(image: Image.Image) -> bytes:

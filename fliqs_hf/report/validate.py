@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from fliqs_hf.hf.private import last_part
 from fliqs_hf.report import statistics, validation_page
 from fliqs_hf.report.comparison import WARM_UP_BATCHES, Comparison, Example, compare
 from fliqs_hf.report.statistics import Calibration, ClassChange, Proportion
-from fliqs_hf.report.validation_data import MatchLabels, class_names, label_reader, read_batches
+from fliqs_hf.report.validation_data import class_names, label_reader, read_batches
+from fliqs_hf.training.images import mode_of
+from fliqs_hf.training.labels import MatchLabels
 from fliqs_hf.version import __version__
 
 FEWEST_TIMED_BATCHES = 5
@@ -103,7 +105,8 @@ class ValidationResult:
         gate: None where no `max_drop` was given.
         class_changes: every class that has images, worst first.
         class_names: by label.
-        conditions: where and how it was measured.
+        conditions: where and how it was measured; `labels`: what classes were matched by; `warnings`: what is known
+            against the result.
     """
 
     images: int
@@ -180,6 +183,7 @@ def validate(
     seed: int = 0,
     examples_per_class: int = 4,
     dataset_name: str | None = None,
+    warnings: Sequence[str] = (),
 ) -> ValidationResult:
     """Compare two image classifiers on the same labelled images, in one pass over them.
 
@@ -188,7 +192,8 @@ def validate(
         dataset: a `datasets.Dataset`, or anything that gives mappings with an image (PIL, or uint8 array) and a label.
             The images should be a random sample of those the model will meet, and none it was trained or searched on.
         image_processor: called as `image_processor(images, return_tensors="pt")["pixel_values"]`.
-        match_labels: "name" matches a data set's class names with the models', "index" takes its numbers as they are.
+        match_labels: "name" matches a data set's class names with the models' by the rules of `training.labels`,
+            "index" takes its numbers as they are.
         max_drop: the gate, in percentage points of top-1 accuracy: the result passes only if the one-sided upper bound
             of the drop is below it.
         confidence: of every interval (two-sided) and of the gate (one-sided).
@@ -196,6 +201,7 @@ def validate(
         resamples, seed: of the bootstrap.
         examples_per_class: most example images kept of each class; 0 keeps images out of the report.
         dataset_name: what to call the images in the results; of a path only the last part is kept.
+        warnings: what is known against the result, such as images that the model was trained on; shown with it.
     Raises: ConfigError: a setting out of range. DataError: no images, or images, labels or label sets that do not fit.
         CheckpointError: a model returns NaN or infinities.
     """
@@ -203,11 +209,8 @@ def validate(
     names = class_names(original, quantized)
     config = getattr(original, "config", None)
     classes = len(names) if names else getattr(config, "num_labels", None)
-    feature = (getattr(dataset, "features", None) or {}).get(label_column)
-    mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
-    batches = read_batches(
-        dataset, batch_size, image_column, label_column, label_reader(feature, names, classes, match_labels), mode
-    )
+    reader = label_reader(dataset, label_column, names, classes, match_labels)
+    batches = read_batches(dataset, batch_size, image_column, label_column, reader, mode_of(config))
     place = torch.device(device) if device is not None else next(original.parameters()).device
     length = len(dataset) if isinstance(dataset, Sized) else None
     found = compare(
@@ -250,6 +253,8 @@ def validate(
         conditions={
             "dataset": None if dataset_name is None else last_part(dataset_name),
             **_conditions(place, batch_size, resamples, seed),
+            "labels": reader.by,
+            "warnings": list(warnings),
         },
     )
 

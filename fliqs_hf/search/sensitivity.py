@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import AllocationError, DataError
@@ -26,6 +25,7 @@ from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
 from fliqs_hf.search.probes import Probes, Reduction
 from fliqs_hf.search.solver import choice_at_target
 from fliqs_hf.search.space import SearchSpace
+from fliqs_hf.training.losses import ClassLoss
 
 #: A second look takes no score for less than this share of the first.
 LEAST_SHARE = 1e-3
@@ -75,22 +75,36 @@ def fisher_scores(
         that of the gradients of the weights (half a forward and backward pass), of a product as large as a forward
         pass for each format of up to `probes.JOINT_BITS` bits, and three to six passes over each layer's input per
         format.
-    Raises: DataError: no batch, a gradient that is not finite, or a layer whose input is overwritten before backward.
-        A layer that the forward pass does not reach scores 0. AllocationError: a space of another model.
+    Raises: DataError: no batch, a label that is no class, a gradient that is not finite, scores that tell no formats
+        apart, or a layer whose input is overwritten before backward. A layer that the forward pass does not reach
+        scores 0. ConfigError: logits that are not those of a classifier. AllocationError: a space of another model.
     """
-    settings = settings or QuantizerSettings()
+    found = _measured(model, batches, forward, space, settings or QuantizerSettings(), reduction, combine)
+    meaningful(found.decision_scores)
+    return found
+
+
+def _measured(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Tensor]],
+    forward: Forward,
+    space: SearchSpace,
+    settings: QuantizerSettings,
+    reduction: Reduction,
+    combine: Combine | None,
+) -> Sensitivity:
     layers = layers_of(model, space)
     same = space.activation == "same"
     roles: tuple[tuple[bool, bool], ...] = ((True, True),) if same else ((True, False), (False, True))
     total = torch.zeros((), dtype=torch.float64)  # becomes [roles, L, K] on the device of the labels
-    count, start = 0, time.perf_counter()
+    losses, start = ClassLoss(), time.perf_counter()
     with frozen(model), Probes(layers, space.formats, roles, settings, reduction) as probes:
         for inputs, labels in batches:
             with probes.watching(), torch.enable_grad():
-                loss = functional.cross_entropy(forward(inputs).float(), labels, reduction="sum")
+                loss = losses(forward(inputs), labels)
             sums = probes.backward(loss, len(labels)).double()
             total = total + (sums.square() / 2 if reduction == "image" else sums).sum(-1)
-            count += len(labels)
+    count, invalid = losses.images, int(losses.invalid)
     if not count:
         raise DataError("the sensitivity pass got no images: give it a split that is not empty")
     total = total.cpu()
@@ -99,11 +113,27 @@ def fisher_scores(
     for role, index in enumerate(decisions):
         scores.index_add_(0, index, total[role])
     if combine is not None:
-        sums = combine(torch.cat([scores.flatten(), scores.new_tensor([count])]))
-        scores, count = sums[:-1].view_as(scores), int(sums[-1])
+        sums = combine(torch.cat([scores.flatten(), scores.new_tensor([count, invalid])]))
+        scores, count, invalid = sums[:-2].view_as(scores), int(sums[-2]), int(sums[-1])
+    losses.check(invalid, count)
     if not scores.isfinite().all():
         raise DataError("the sensitivity pass met a loss or gradient that is not finite: check images and model")
     return Sensitivity((scores / count).float(), count, time.perf_counter() - start)
+
+
+def meaningful(scores: Tensor) -> Tensor:
+    """`scores` [D, K]. Raises: DataError: they tell no formats apart, so formats would be chosen from nothing."""
+    if not scores.any():
+        raise DataError(
+            "every sensitivity score is 0: no gradient of the loss reaches the layers. Either the answers are too "
+            "sure (a saturated softmax: measure on other images or labels), or the layers don't decide them"
+        )
+    if scores.shape[1] > 1 and bool((scores == scores[:, :1]).all()):
+        raise DataError(
+            "the sensitivity scores of all formats are equal in every layer, so they choose nothing: check that the "
+            "images differ, and that the layers are not all 0"
+        )
+    return scores
 
 
 def second_look(
@@ -133,13 +163,11 @@ def second_look(
     Raises: DataError: as `fisher_scores`. TargetError: the target is out of reach.
     """
     allocation = space.allocation(choice_at_target(space, table, -first.decision_scores, target, band))
-    groups = {layer.name: layer.input_group for layer in space.layers}
-    switch = make_searchable(
-        model, space.formats, names=list(groups), input_groups=groups, settings=settings or QuantizerSettings()
-    )
+    groups, settings = {layer.name: layer.input_group for layer in space.layers}, settings or QuantizerSettings()
+    switch = make_searchable(model, space.formats, names=list(groups), input_groups=groups, settings=settings)
     try:
         switch.set_allocation(allocation)
-        second = fisher_scores(model, batches, forward, space, settings, combine=combine)
+        second = _measured(model, batches, forward, space, settings, "image", combine)  # all may be 0 here
     finally:
         restore(model)
     before = first.decision_scores.double()  # products of float32 scores would underflow

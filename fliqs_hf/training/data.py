@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,105 +12,54 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fliqs_hf.errors import DataError
-from fliqs_hf.optional import needed_for
-from fliqs_hf.training.images import checked_label, pixels
+from fliqs_hf.training.images import Lazy, name_of, pixels
+from fliqs_hf.training.labels import MOST_CLASSES, checked_label
 from fliqs_hf.training.seeds import derived_seed
-from fliqs_hf.training.stream import BUFFER_SIZE, StreamBatches, StreamData
+from fliqs_hf.training.splits import ROW, check_column
+from fliqs_hf.training.stream import BUFFER_SIZE, StreamBatches, StreamData, name_in_stream
 
 logger = logging.getLogger(__name__)
 
-DIGITS = "digits"
+
+class Images:
+    """The images of a split: what is stored of each, and what it is called in errors."""
+
+    def __init__(self, split: Any, column: str, stream: Any = None) -> None:
+        """
+        Args:
+            stream: what `split` was taken from in another order. It is undecoded.
+        Raises: DataError: there is no such column.
+        """
+        check_column(split, column)
+        self.column, self.stream = column, stream
+        columns = [name for name in split.column_names if name in (column, ROW)]
+        self._view = undecoded(split, column).select_columns(columns)
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def __getitem__(self, index: int) -> tuple[Any, Lazy]:
+        """What `images.pixels` takes, and its name."""
+        try:
+            row = self._view[index]
+        except Exception as error:  # whatever a column that is no `datasets.Image` decodes by
+            raise DataError(f"image {index} cannot be read: {error}") from error
+        return row[self.column], Lazy(lambda: self._name(row, index))
+
+    def _name(self, row: Mapping[str, Any], index: int) -> str:
+        image, number = row[self.column], row.get(ROW, index)
+        if self.stream is not None:
+            return name_in_stream(self.stream, image, self.column)
+        return name_of(image, number, None if isinstance(number, str) else self._view.split)
 
 
-def load_splits(
-    dataset_name: str | None = None,
-    *,
-    dataset_config_name: str | None = None,
-    train_dir: str | None = None,
-    validation_dir: str | None = None,
-    train_split: str = "train",
-    validation_split: str | None = None,
-    train_val_split: float = 0.15,
-    streaming: bool = False,
-    seed: int = 0,
-    cache_dir: str | None = None,
-) -> tuple[Any, Any]:
-    """Training and validation split as `datasets.Dataset`s, or `datasets.IterableDataset`s.
-
-    Args:
-        dataset_name: a Hub id, a local folder (parquet files or an image folder), or "digits": the 8 × 8 images that
-            scikit-learn ships (1797, ten classes), which needs no network; "digits:1", … are other splits of them.
-        train_dir, validation_dir: image folders, one sub-folder per class.
-        validation_split: default: "validation" or "test" where there is one, else `train_val_split` of the training
-            split.
-        streaming: read the data set as it comes, instead of downloading it first.
-        cache_dir: where downloads and prepared data are kept.
-    Raises: DataError: nothing to load, a split that does not exist or is empty.
-    """
+def undecoded(split: Any, column: str) -> Any:
+    """`split` with the bytes and paths of its images, where it has a column of encoded ones."""
     import datasets
 
-    if dataset_name is not None and is_digits(dataset_name):
-        return _digits(int(dataset_name.partition(":")[2] or 0))
-    if dataset_name is not None:
-        try:
-            splits = datasets.load_dataset(dataset_name, dataset_config_name, streaming=streaming, cache_dir=cache_dir)
-        except (FileNotFoundError, ValueError, ConnectionError, OSError) as error:
-            raise DataError(f"cannot load the dataset {dataset_name!r}: {error}") from error
-    elif train_dir is not None:
-        folders = {"train": str(Path(train_dir) / "**")}
-        if validation_dir is not None:
-            folders["validation"] = str(Path(validation_dir) / "**")
-        try:
-            splits = datasets.load_dataset("imagefolder", data_files=folders, streaming=streaming, cache_dir=cache_dir)
-        except (FileNotFoundError, ValueError, OSError) as error:
-            raise DataError(f"cannot load the images of {' and '.join(folders.values())}: {error}") from error
-    else:
-        raise DataError("no data: give dataset_name (a Hub id, a folder or 'digits') or train_dir")
-    names = list(splits)
-    for split in (train_split, validation_split):
-        if split is not None and split not in names:
-            raise DataError(f"split {split!r} does not exist; the dataset has {', '.join(names)}")
-    other = validation_split or next((name for name in ("validation", "test") if name in names), None)
-    if other is None:
-        if streaming:
-            raise DataError(f"a stream cannot be split: name a validation_split; the dataset has {', '.join(names)}")
-        if not 0 < train_val_split < 1:
-            raise DataError(f"train_val_split={train_val_split} must be between 0 and 1")
-        try:
-            parts = splits[train_split].train_test_split(train_val_split, seed=seed)
-        except ValueError as error:
-            raise DataError(
-                f"the split {train_split!r} holds {len(splits[train_split])} images, too few to hold out "
-                f"train_val_split={train_val_split} of them: add images, or give a validation split"
-            ) from error
-        return parts["train"], parts["test"]
-    return splits[train_split], splits[other]
-
-
-def is_digits(name: str) -> bool:
-    return re.fullmatch(rf"{DIGITS}(:\d+)?", name) is not None
-
-
-def _digits(seed: int) -> tuple[Any, Any]:
-    import datasets
-    import numpy as np
-
-    with needed_for(f"the data set {DIGITS!r}"):
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
-    parts = train_test_split(np.arange(len(pixels)), test_size=0.25, random_state=seed, stratify=digits.target)
-
-    def split(indices: Any) -> Any:
-        from PIL import Image
-
-        columns = {"image": [Image.fromarray(pixels[i]) for i in indices], "label": digits.target[indices].tolist()}
-        return datasets.Dataset.from_dict(columns, features=features)
-
-    return split(parts[0]), split(parts[1])
+    if not isinstance((split.features or {}).get(column), datasets.Image):
+        return split
+    return split.cast_column(column, datasets.Image(decode=False))
 
 
 class ImageData(Dataset[tuple[Tensor, int]]):
@@ -119,8 +67,8 @@ class ImageData(Dataset[tuple[Tensor, int]]):
 
     Labels are checked on construction; images when they are read.
 
-    Raises: DataError: an empty split, a column that does not exist, a label outside 0 … `num_labels` − 1 (with its
-        index), an image that cannot be decoded (with its index and file).
+    Raises: DataError: an empty split, a column that does not exist, a label outside 0 … `num_labels` − 1, an image
+        that cannot be decoded (both with their row in the data set and their file).
     """
 
     def __init__(
@@ -134,6 +82,7 @@ class ImageData(Dataset[tuple[Tensor, int]]):
         label_ids: Sequence[int] | None = None,
         max_samples: int | None = None,
         cache: bool = False,
+        stream: Any = None,
     ) -> None:
         """
         Args:
@@ -141,43 +90,37 @@ class ImageData(Dataset[tuple[Tensor, int]]):
             label_ids: the model's class of each of the split's labels, where they differ.
             max_samples: use the first so many images.
             cache: keep processed images in memory.
+            stream: what `split` was taken from in another order, undecoded; its rows are those that errors name.
         """
-        for column in (image_column, label_column):
-            if column not in split.column_names:
-                raise DataError(f"column {column!r} does not exist; the dataset has {', '.join(split.column_names)}")
+        check_column(split, label_column, "label")
         if max_samples is not None:
             split = split.select(range(min(max_samples, len(split))))
         if len(split) == 0:
             raise DataError("the split is empty: it holds no image")
+        self.images, self.processor = Images(split, image_column, stream), processor
         known = len(label_ids) if label_ids is not None else num_labels
         self.labels = [
-            checked_label(label, known, f"image {index}") for index, label in enumerate(split[label_column])
+            checked_label(label, known, Lazy(lambda index=index: str(self.images[index][1])))  # type: ignore[misc]
+            for index, label in enumerate(split[label_column])
         ]
         if label_ids is not None:
             self.labels = [label_ids[label] for label in self.labels]
-        self.split, self.processor, self.image_column = split, processor, image_column
         self._cache: dict[int, Tensor] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self) -> tuple[Tensor, int]:
+        return self[0]
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if self._cache is not None and index in self._cache:
             return self._cache[index], self.labels[index]
-        try:
-            image = self.split[index][self.image_column]
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"image {index}{self._file(index)} cannot be read: {error}") from error
-        values = pixels(image, self.processor, f"image {index}")
+        image, name = self.images[index]
+        values = pixels(image, self.processor, name)
         if self._cache is not None:
             self._cache[index] = values
         return values, self.labels[index]
-
-    def _file(self, index: int) -> str:
-        import datasets
-
-        raw = self.split.cast_column(self.image_column, datasets.Image(decode=False))[index][self.image_column]
-        return f" ({raw['path']})" if raw and raw.get("path") else ""
 
 
 class StepBatches(Sampler[list[int]]):
@@ -213,6 +156,17 @@ class StepBatches(Sampler[list[int]]):
             yield order[start : start + self.batch_size].tolist()
 
 
+class Loader(DataLoader[tuple[Tensor, int]]):
+    """A `DataLoader` whose workers' `DataError`s say what they say in this process, without a traceback in them."""
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        try:
+            yield from batches
+        except DataError as error:
+            raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
+
+
 def train_loader(
     data: ImageData | StreamData,
     batch_size: int,
@@ -227,9 +181,9 @@ def train_loader(
     pin = torch.cuda.is_available()
     if isinstance(data, StreamData):
         stream = StreamBatches(data, batch_size, seed, first, last, rank, world_size)
-        return DataLoader(stream, batch_size=None, num_workers=min(workers, 1), pin_memory=pin)  # type: ignore[arg-type]
+        return Loader(stream, batch_size=None, num_workers=min(workers, 1), pin_memory=pin)  # type: ignore[arg-type]
     sampler = StepBatches(len(data), batch_size, seed, first, last, rank, world_size)
-    return DataLoader(data, batch_sampler=sampler, num_workers=workers, pin_memory=pin)
+    return Loader(data, batch_sampler=sampler, num_workers=workers, pin_memory=pin)
 
 
 def labelled(train: Any, validation: Any, column: str) -> tuple[Any, Any, list[str]]:
@@ -238,27 +192,42 @@ def labelled(train: Any, validation: Any, column: str) -> tuple[Any, Any, list[s
     Classes are those of the column's `ClassLabel`; of a column of words, the words in alphabetical order; of one of
     whole numbers, 0 to the largest.
 
-    Raises: DataError: the column does not exist, is of another type, or validation has a class that training lacks.
+    Raises: DataError: the column does not exist, is of another type, has less than two classes, or validation has a
+        class that training lacks.
     """
+    train, validation, names = _with_classes(train, validation, column)
+    if len(names) < 2:
+        raise DataError(f"column {column!r} has {len(names)} class ({', '.join(names)}), where two or more are needed")
+    return train, validation, names
+
+
+def _with_classes(train: Any, validation: Any, column: str) -> tuple[Any, Any, list[str]]:
     import datasets
 
-    features = train.features or {}
-    if column not in features:
-        raise DataError(f"column {column!r} does not exist; the dataset has {', '.join(features)}")
-    names = getattr(features[column], "names", None)
+    check_column(train, column, "label")
+    feature = (train.features or {}).get(column)
+    names = getattr(feature, "names", None)
     if names is not None:
         return train, validation, list(names)
     if isinstance(train, datasets.IterableDataset):
         raise DataError(f"column {column!r} does not name its classes, which a stream needs: stream is for ClassLabel")
-    kind = str(getattr(features[column], "dtype", features[column]))
-    present = set(train[column])
-    if "int" in kind and present:
+    kind = feature.dtype if isinstance(feature, datasets.Value) else f"a {type(feature).__name__}"
+    number, text = re.fullmatch("u?int[0-9]+", kind) is not None, kind in ("string", "large_string")
+    if not (number or text):
+        raise DataError(f"column {column!r} holds {'nothing' if kind == 'null' else kind}, not classes")
+    present = set(train[column]) - {None}  # which `ImageData` refuses by row
+    if not present:
+        raise DataError(f"column {column!r} holds nothing, not classes")
+    if number and max(present) >= MOST_CLASSES:
+        raise DataError(
+            f"column {column!r} has the label {max(present)}: whole numbers are classes from 0 on; make it a column "
+            "of text, of which each value is a class"
+        )
+    if number:
         return train, validation, [str(label) for label in range(max(present) + 1)]
-    if "string" not in kind or not present:
-        raise DataError(f"column {column!r} holds {kind if present else 'nothing'}, not classes")
     names = sorted(present)
     for label in validation[column]:
-        if label not in present:
+        if label not in present and label is not None:
             raise DataError(f"the validation split has the class {label!r}, which the training split lacks")
     classes = datasets.ClassLabel(names=names)
     return train.cast_column(column, classes), validation.cast_column(column, classes), names
@@ -282,10 +251,8 @@ def held_in_memory(
     """
     import datasets
 
-    columns = list(stream.features or {})
-    for column in (image_column, label_column):
-        if column not in columns:
-            raise DataError(f"column {column!r} does not exist; the dataset has {', '.join(columns)}")
+    check_column(stream, image_column)
+    check_column(stream, label_column, "label")
     raw = stream.cast_column(image_column, datasets.Image(decode=False))
     chosen = raw if max_samples is None else raw.shuffle(seed=0, buffer_size=BUFFER_SIZE).take(max_samples)
     held = datasets.Dataset.from_list(list(chosen), features=raw.features)

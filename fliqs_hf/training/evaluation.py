@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.training.data import ImageData
+from fliqs_hf.training.data import ImageData, Loader
+from fliqs_hf.training.losses import ClassLoss, logits_of
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,29 @@ def evaluate(
     Args:
         metrics: of the `evaluate` library, by Hub name or local path, given predicted and true labels; where a metric
             averages over classes (F1, precision, recall), it takes the macro average.
-    Raises: ConfigError: a metric that cannot be loaded, or does not take labels.
+    Raises: ConfigError: a metric that cannot be loaded, or does not take labels, or a model that chooses no class.
+        DataError: a label that is no class.
     """
+    losses = ClassLoss()
     loaded = {metric: load_metric(metric) for metric in metrics}
     predictions: list[int] = []
     references: list[int] = []
     training = model.training
     model.eval()
     mine = Subset(data, range(accelerator.process_index, len(data), accelerator.num_processes))
-    loader = DataLoader(mine, batch_size, num_workers=workers)
-    totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    loader = Loader(mine, batch_size, num_workers=workers)
+    totals = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
     for images, labels in tqdm(loader, desc=name, leave=False, disable=not accelerator.is_local_main_process):
         with accelerator.autocast():
-            logits = model(images.to(accelerator.device)).logits.float()
-        totals += _counts(logits, labels.to(accelerator.device))
+            logits = logits_of(model(images.to(accelerator.device))).float()
+        totals[:3] += _counts(logits, labels.to(accelerator.device), losses)
         if loaded:
             predictions += logits.argmax(-1).tolist()
             references += labels.tolist()
-    correct, correct5, loss, n = accelerator.reduce(totals, reduction="sum").tolist()
+    totals[3], totals[4] = losses.images, losses.invalid
+    correct, correct5, loss, n, invalid = accelerator.reduce(totals, reduction="sum").tolist()
     model.train(training)
+    losses.check(round(invalid), round(n))
     if loaded:
         predictions, references = gather_object(predictions), gather_object(references)
     values = {metric: _compute(module, metric, predictions, references) for metric, module in loaded.items()}
@@ -98,8 +103,8 @@ def _compute(module: Any, metric: str, predictions: list[int], references: list[
     return next(iter(result.values())) if len(result) == 1 else result
 
 
-def _counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """[correct, correct among the first five, sum of losses, images], float64."""
+def _counts(logits: Tensor, labels: Tensor, losses: ClassLoss) -> Tensor:
+    """[correct, correct among the first five, sum of losses], float64."""
+    loss = losses(logits, labels)
     top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
-    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([top[:, 0].sum(), top.sum(), loss, torch.tensor(len(labels), device=logits.device)]).double()
+    return torch.stack([top[:, 0].sum(), top.sum(), loss]).double()

@@ -25,6 +25,7 @@ from fliqs_hf.interrupt import finishing
 from fliqs_hf.training.average import WeightAverage
 from fliqs_hf.training.backends import Backend, ShardedBackend
 from fliqs_hf.training.data import ImageData, train_loader
+from fliqs_hf.training.losses import check_problem
 from fliqs_hf.training.schedule import Schedule, check_schedule, learning_rate_at
 from fliqs_hf.training.seeds import derived_seed
 from fliqs_hf.training.state import Best, load_state, save_state, states
@@ -168,6 +169,7 @@ def train(
         a signal arrived, the state is saved. CheckpointError: `resume` with a damaged state, or of other settings.
     """
     _check_support(accelerator, config)
+    check_problem(getattr(model, "config", None))
     if config.keep_best and (score is None or state_folder is None):
         raise ConfigError("keeping the best weights needs a score and a state_folder")
     if config.keep_best and hook is not None and not hook.settled(config.max_steps - 1):

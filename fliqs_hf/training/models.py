@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +13,9 @@ from torch.nn import functional
 
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.training.images import resize_to
+from fliqs_hf.training.labels import are_numbered, match_trained, names_of
 from fliqs_hf.training.loading import load
+from fliqs_hf.training.losses import check_problem
 from fliqs_hf.training.scratch import check_patches, image_side, scratch_config
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,9 @@ def load_classifier(
 ) -> tuple[Any, Any]:
     """An image classifier over the classes `names`, and its image processor.
 
-    A head of other classes in the same number is kept, index by index, with the data set's names in the config; the
-    checkpoint's names stay where they are words and the data set has numbers or ids ("n01440764"). Both are logged.
+    A head of as many classes is kept, matched with the data set's by the rules of `training.labels`, and what nothing
+    is known of in its order. Where the names are not the same, the config has the data set's; the checkpoint's stay
+    where they are words and the data set has numbers or ids ("n01440764"). Both are logged.
 
     Args:
         model_name_or_path: a checkpoint. Its head is kept if it has as many classes, else a new one is made.
@@ -43,7 +44,8 @@ def load_classifier(
         image_size: side in pixels, where it differs from the checkpoint's: the processor resizes to it and absolute
             position embeddings are interpolated once (bicubic), as is usual in fine-tuning.
         cache_dir: where downloads are kept.
-    Raises: ConfigError: see `read_classifier`; or the weights cannot be loaded, or not for images of that size.
+    Raises: ConfigError: see `read_classifier`; the weights cannot be loaded, or not for images of that size; or the
+        head that is kept is not one that chooses one of its classes.
     """
     from transformers import AutoModelForImageClassification
 
@@ -55,9 +57,14 @@ def load_classifier(
     if model_type is not None:
         config.id2label, config.label2id = labels["id2label"], labels["label2id"]
         return AutoModelForImageClassification.from_config(config), processor
-    if _takes_names(config, names, str(model_name_or_path)):
-        config.num_labels = len(names)
-        config.id2label, config.label2id = labels["id2label"], labels["label2id"]
+    kept = _class_names(config, names, str(model_name_or_path))
+    if len(kept) == config.num_labels:
+        check_problem(config)
+    else:
+        config.problem_type = None  # what the old head was for
+    if kept != names_of(config):
+        config.num_labels = len(kept)
+        config.id2label, config.label2id = dict(enumerate(kept)), {name: index for index, name in enumerate(kept)}
     model = load(
         AutoModelForImageClassification, str(model_name_or_path), revision=model_revision, config=config,
         ignore_mismatched_sizes=True, dtype=torch.float32, cache_dir=cache_dir,
@@ -107,66 +114,32 @@ def read_classifier(
 
 
 def label_ids(names: Sequence[str], model: Any) -> list[int] | None:
-    """The model's class of each of the data set's, where they have the same names in another order, else None."""
-    ids = _matched(_own_names(model.config), names)
-    return None if ids is None or ids == list(range(len(ids))) else ids
+    """The model's class of each of the data set's, where it has them in another order, else None."""
+    ids = list(match_trained(names, names_of(model.config)).ids)
+    return None if ids == list(range(len(ids))) else ids
 
 
-def _matched(own: Sequence[str], names: Sequence[str]) -> list[int] | None:
-    """Where each of `names` is in `own`, None if they are not the same names.
-
-    Case and outer blanks count only if that is what tells classes apart ("a" and "A" of letters). Names that occur
-    more than once, such as ImageNet's "crane", are matched in their order.
-    """
-    for fold in (str, _folded):
-        theirs, ours = (_numbered([fold(name) for name in part]) for part in (own, names))
-        if theirs.keys() == ours.keys():
-            return [theirs[key] for key in ours]
-    return None
-
-
-def _folded(name: str) -> str:
-    return name.strip().casefold()
-
-
-def _numbered(names: Sequence[str]) -> dict[tuple[str, int], int]:
-    """(name, how often it came before) -> index."""
-    seen: Counter[str] = Counter()
-    keys = {}
-    for index, name in enumerate(names):
-        keys[name, seen[name]] = index
-        seen[name] += 1
-    return keys
-
-
-def _are_ids(names: Sequence[str]) -> bool:
-    """Whether the names are one prefix with numbers: "0", "n01440764", "LABEL_0"."""
-    return len({re.sub(r"[0-9]+$", "", name) for name in names}) == 1 and all(name[-1:].isdigit() for name in names)
-
-
-def _own_names(config: Any) -> list[str]:
-    return [str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
-
-
-def _takes_names(config: Any, names: Sequence[str], source: str) -> bool:
-    """Whether the classes of the checkpoint `source` get the names of the data set's; logs what does not fit."""
-    own = _own_names(config)
+def _class_names(config: Any, names: Sequence[str], source: str) -> list[str]:
+    """Names of the classes that the checkpoint `source` is trained on with, by class; logs what does not fit."""
+    own = names_of(config)
     if len(own) != len(names):
         logger.warning(
             "the head of %s has %d classes, the data set %d: a new one is made, which needs training",
             source, len(own), len(names),
         )  # fmt: skip
-        return True
-    if _matched(own, names) is not None:
-        return False
-    takes = not _are_ids(names) or _are_ids(own)
-    index = next(i for i, (a, b) in enumerate(zip(own, names, strict=True)) if _folded(a) != _folded(b))
+        return list(names)
+    found = match_trained(names, own)
+    if found.by == "name":
+        return own
+    takes = not are_numbered(names) or are_numbered(own)
+    index = next(i for i, place in enumerate(found.ids) if own[place] != names[i])
     logger.warning(
-        "the classes of %s are not named like the data set's and are matched by their numbers: class %d is %r in the "
+        "the classes of %s are not named like the data set's and are matched by their %s: class %d is %r in the "
         "checkpoint and %r in the data set; the result has the names of the %s",
-        source, index, own[index], names[index], "data set" if takes else "checkpoint",
+        source, "numbers" if found.by == "number" else "order", found.ids[index], own[found.ids[index]], names[index],
+        "data set" if takes else "checkpoint",
     )  # fmt: skip
-    return takes
+    return [name for _, name in sorted(zip(found.ids, names, strict=True))] if takes else own
 
 
 def _check_channels(config: Any, source: str) -> None:

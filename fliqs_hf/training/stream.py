@@ -11,11 +11,15 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fliqs_hf.errors import DataError
-from fliqs_hf.training.images import checked_label, pixels
+from fliqs_hf.training.images import Lazy, name_of, pixels
+from fliqs_hf.training.labels import checked_label
 from fliqs_hf.training.seeds import derived_seed
+from fliqs_hf.training.splits import check_column
 
 #: images of a stream, undecoded, among which the next one is chosen at random
 BUFFER_SIZE = 2000
+#: images of a stream that are read again to find the row of one that cannot be used
+LOOKED_THROUGH = 50_000
 
 
 class StreamData:
@@ -44,26 +48,38 @@ class StreamData:
         """
         import datasets
 
-        columns = list(split.features or {})
-        for column in (image_column, label_column):
-            if column not in columns:
-                raise DataError(f"column {column!r} does not exist; the dataset has {', '.join(columns)}")
+        check_column(split, image_column)
+        check_column(split, label_column, "label")
         self.split = split.cast_column(image_column, datasets.Image(decode=False))
         self.processor, self.num_labels, self.buffer_size = processor, num_labels, buffer_size
         self.image_column, self.label_column, self.label_ids = image_column, label_column, label_ids
+
+    def first(self) -> tuple[Tensor, int]:
+        """The first image as it is stored. Raises: DataError: the stream is empty, or as `decode`."""
+        for example in self.split:
+            return self.decode(example)
+        raise DataError("the stream is empty: it holds no image")
 
     def epoch(self, seed: int, epoch: int) -> Iterator[dict[str, Any]]:
         """Undecoded examples in the order of this epoch."""
         order = derived_seed("order", seed, epoch) >> 31  # NumPy takes 32 bits
         return iter(self.split.shuffle(seed=order, buffer_size=self.buffer_size))
 
-    def decode(self, example: dict[str, Any], name: str) -> tuple[Tensor, int]:
+    def decode(self, example: dict[str, Any]) -> tuple[Tensor, int]:
+        """Pixel values and label. Raises: DataError: they cannot be used; it says which row of the data set it is."""
         image, label = example[self.image_column], example[self.label_column]
-        if image and image.get("path"):
-            name += f" ({image['path']})"
         known = len(self.label_ids) if self.label_ids is not None else self.num_labels
+        name = Lazy(lambda: name_in_stream(self.split, image, self.image_column))
         label = checked_label(label, known, name)
         return pixels(image, self.processor, name), self.label_ids[label] if self.label_ids is not None else label
+
+
+def name_in_stream(stream: Any, image: Any, column: str) -> str:
+    """What an undecoded image is called in errors. Its row is that of the order in which the data set is stored, in
+    which the stream is read again."""
+    rows = enumerate(itertools.islice(stream, LOOKED_THROUGH))
+    row: Any = next((row for row, other in rows if other[column] == image), f"beyond row {LOOKED_THROUGH}")
+    return name_of(image, row, stream.split)
 
 
 class StreamBatches(IterableDataset[tuple[Tensor, Tensor]]):
@@ -82,12 +98,12 @@ class StreamBatches(IterableDataset[tuple[Tensor, Tensor]]):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         size, position = self.batch_size * self.world_size, 0
         for epoch in itertools.count():
-            examples = enumerate(self.data.epoch(self.seed, epoch))
+            examples = self.data.epoch(self.seed, epoch)
             before = position
             while len(block := list(itertools.islice(examples, size))) == size:
                 if position >= self.first:
                     mine = block[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-                    pairs = [self.data.decode(example, f"image {index} of epoch {epoch}") for index, example in mine]
+                    pairs = [self.data.decode(example) for example in mine]
                     yield torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
                 position += 1
                 if position >= self.last:

@@ -16,13 +16,13 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 import fliqs_hf
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cli.data import load_split
 from fliqs_hf.cost import bops, trace_layers, weight_bytes
 from fliqs_hf.hf.card import model_card
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.ptq import calibrate
 from fliqs_hf.search.run import RunFolder
 from fliqs_hf.training.images import pixels
+from fliqs_hf.training.splits import load_split
 from fliqs_hf_cli import main
 from tests.hf.runs import write_run
 from tests.hub_server import HubServer
@@ -155,7 +155,7 @@ def test_quantize_to_a_target_reports_why(
 
 def test_quantize_calibrates(fp32: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     allocation = Allocation.uniform(quantizable_layers(tiny("vit", 0)), "int3")
-    split = load_split(str(photos), "train").shuffle(seed=0)
+    split = load_split(str(photos), "train")[0].shuffle(seed=0)
     processor = AutoImageProcessor.from_pretrained(fp32)
     batch = torch.stack([pixels(row["image"], processor, "") for row in split])
     x = images(2)

@@ -276,7 +276,7 @@ def test_validate_checks_its_outputs_first(
     fp32: Path, photos: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], name: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(validating, "load_split", None)
+    monkeypatch.setattr(validating, "to_validate", None)
     run = shutil.copytree(packed, tmp_path / "run")
     before = fill(tmp_path, "foreign.html", "foreign.md", "foreign.json", "folder.html/x")
     output = tmp_path / name.format(photos=photos, fp32=fp32, run=run, tmp=tmp_path)
@@ -290,7 +290,7 @@ def test_a_foreign_validation_stays(
     fp32: Path, photos: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], name: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(validating, "load_split", None)
+    monkeypatch.setattr(validating, "to_validate", None)
     run = shutil.copytree(packed, tmp_path / "run")
     before = fill(run, name)
     assert f"{name} is in the way" in refused(capsys, "validate", str(fp32), str(run), "--dataset_name", str(photos))

@@ -270,7 +270,7 @@ def test_outputs_that_do_not_fit() -> None:
         outcome_of_rows(data([0, 1]), torch.zeros(4, 3))
     with pytest.raises(CheckpointError, match="quantized model returns NaN or infinity for image 1"):
         outcome_of_rows(data([0, 1]), torch.zeros(4, 7).index_fill(0, torch.tensor([1]), math.nan))
-    with pytest.raises(DataError, match="image 1: label 7"):
+    with pytest.raises(DataError, match="image 1 has the label 7"):
         outcome_of_rows(data([0, 7]))
 
 
@@ -278,7 +278,7 @@ def test_labels_beyond_the_output_of_models_without_a_config() -> None:
     models = Scripted(torch.zeros(4, 2)), Scripted(torch.zeros(4, 2))
     for model in models:
         model.config = None
-    with pytest.raises(DataError, match="image 1: label 2 is not one of the models' 2 classes"):
+    with pytest.raises(DataError, match="image 1 has the label 2, which is not one of the models' 2 classes"):
         validate(*models, data([0, 2]), image_processor=process)
 
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from fliqs_hf.errors import DataError
-from fliqs_hf.report.validation_data import class_names, label_reader, read_batches
+from fliqs_hf.report.validation_data import class_names, read_batches
+from fliqs_hf.training.labels import LabelReader
 
 ANIMALS = ("cat", "dog", "emu")
 
@@ -47,60 +48,60 @@ def test_models_with_other_classes_are_refused(other: tuple[str, ...], message: 
 
 def test_named_classes_are_matched_by_name_whatever_their_order() -> None:
     feature = datasets.ClassLabel(names=["emu", "Cat "])
-    reader = label_reader(feature, ANIMALS, 3, "name")
+    reader = LabelReader(feature, ANIMALS, 3, "name")
     assert [reader(0, 0), reader(1, 1)] == [2, 0]
-    by_index = label_reader(feature, ANIMALS, 3, "index")
+    by_index = LabelReader(feature, ANIMALS, 3, "index")
     assert [by_index(0, 0), by_index(1, 1)] == [0, 1]
 
 
 def test_equal_lists_of_names_are_taken_in_order_even_with_duplicates() -> None:
     names = ("crane", "hen", "crane")  # ImageNet has such pairs
-    assert label_reader(datasets.ClassLabel(num_classes=3), names, 3, "name")(2, 0) == 2
-    assert label_reader(SimpleNamespace(names=list(names)), names, 3, "name")(2, 0) == 2
-    with pytest.raises(DataError, match="'crane' is the name of 2 classes"):
-        label_reader(SimpleNamespace(names=["crane"]), names, 3, "name")
+    assert LabelReader(datasets.ClassLabel(num_classes=3), names, 3, "name")(2, 0) == 2
+    assert LabelReader(SimpleNamespace(names=list(names)), names, 3, "name")(2, 0) == 2
+    with pytest.raises(DataError, match="'crane' is the name of 2 classes of the models"):
+        LabelReader(SimpleNamespace(names=["crane"]), names, 3, "name")
 
 
 def test_text_labels_are_matched_by_name() -> None:
-    assert label_reader(None, ANIMALS, 3, "name")("Dog", 0) == 1
+    assert LabelReader(None, ANIMALS, 3, "name")("Dog", 0) == 1
     with pytest.raises(DataError, match="id2label"):
-        label_reader(None, None, 3, "name")("dog", 0)
+        LabelReader(None, None, 3, "name")("dog", 0)
 
 
 def test_label_sets_that_do_not_match_are_refused() -> None:
     with pytest.raises(DataError, match=r"'horse' is no class of the models.*match_labels='index'"):
-        label_reader(datasets.ClassLabel(names=["cat", "horse"]), ANIMALS, 3, "name")
-    with pytest.raises(DataError, match="10 classes, the models 3"):
-        label_reader(datasets.ClassLabel(num_classes=10), ANIMALS, 3, "name")
-    label_reader(datasets.ClassLabel(num_classes=10), ANIMALS, 3, "index")
+        LabelReader(datasets.ClassLabel(names=["cat", "horse"]), ANIMALS, 3, "name")
+    with pytest.raises(DataError, match="'3' has the number of no class of the models"):
+        LabelReader(datasets.ClassLabel(num_classes=10), ANIMALS, 3, "name")
+    LabelReader(datasets.ClassLabel(num_classes=10), ANIMALS, 3, "index")
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (3, "image 7: label 3 is not one of the models' 3 classes"),
-        (-1, "image 7: label -1.*split without labels"),
-        (True, "image 7: label True is not a class number"),
-        (1.0, "image 7: label 1.0 is not a class number"),
-        (None, "image 7: label None is not a class number"),
+        (3, "image 7 has the label 3, which is not one of the models' 3 classes"),
+        (-1, "image 7 has the label -1.*choose another split"),
+        (True, "image 7 has the label True, which is not a class number"),
+        (1.0, "image 7 has the label 1.0, which is not a class number"),
+        (None, "image 7 has the label None, which is not a class number"),
     ],
 )
 def test_labels_out_of_range_are_refused(value: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        label_reader(None, ANIMALS, 3, "name")(value, 7)
+        LabelReader(None, ANIMALS, 3, "name")(value, "image 7")
 
 
 def test_minus_one_is_refused_with_named_classes_too() -> None:
-    reader = label_reader(datasets.ClassLabel(names=["emu", "cat"]), ANIMALS, 3, "name")
+    reader = LabelReader(datasets.ClassLabel(names=["emu", "cat"]), ANIMALS, 3, "name")
     for value in (-1, 2):
-        with pytest.raises(DataError, match=r"image 0: label .* not one of the data set's own 2 classes"):
-            reader(value, 0)
+        with pytest.raises(DataError, match=r"image 0 has the label .* not one of the data set's own 2 classes"):
+            reader(value, "image 0")
 
 
 def test_batches_keep_the_order_and_the_rest() -> None:
     rows = ({"image": picture(i), "label": np.int64(i)} for i in range(5))
     batches = read(rows)
-    assert [(batch.first, batch.labels.tolist()) for batch in batches] == [(0, [0, 1]), (2, [2, 3]), (4, [4])]
+    assert [batch.rows for batch in batches] == [batch.labels.tolist() for batch in batches] == [[0, 1], [2, 3], [4]]
     assert [len(batch.images) for batch in batches] == [2, 2, 1]
 
 
@@ -113,7 +114,7 @@ def test_a_datasets_table_with_other_column_names() -> None:
     assert batch.labels.tolist() == [1, 0]
     assert batch.images[0].mode == "RGB"
     assert batch.images[0].getpixel((0, 0)) == (9, 9, 9)
-    with pytest.raises(DataError, match="no column 'image'; there are 'img', 'fine'"):
+    with pytest.raises(DataError, match="'image' does not exist; the dataset has img, fine"):
         read(table)
 
 
@@ -137,9 +138,9 @@ def truncated_jpeg() -> bytes:
     ("image", "message"),
     [
         ("cat.jpg", "image 1 is a str.*cast_column"),
-        (None, "image 1 is a NoneType"),
-        (np.zeros((4, 4, 3)), "image 1 is a ndarray"),
-        (picture(700, "I"), "image 1 has mode 'I'"),
+        (None, "image 1 cannot be read: the data set has nothing there"),
+        (np.zeros((4, 4, 3)), r"image 1 cannot be read.*float64 \[4, 4, 3\]"),
+        (picture(700, "I"), "image 1 cannot be read.*mode 'I'"),
     ],
 )
 def test_what_is_no_image_is_refused(image: Any, message: str) -> None:

@@ -47,7 +47,7 @@ def test_digits_are_real_and_split_once() -> None:
 
 @pytest.mark.parametrize("label", [3, -1])
 def test_a_label_outside_the_head_is_named(label: int) -> None:
-    with pytest.raises(DataError, match=rf"image 1 has the label {label}.*3 classes"):
+    with pytest.raises(DataError, match=rf"image 1 \(photo-1\.png\) has the label {label},.*3 classes"):
         ImageData(split_of([0, label, 2]), PROCESSOR, 3)
 
 

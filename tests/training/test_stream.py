@@ -13,11 +13,12 @@ from accelerate.state import AcceleratorState
 
 import fliqs_hf.pipeline.job as job_module
 import fliqs_hf.training.data as data_module
+import fliqs_hf.training.stream as stream_module
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.pipeline.job import load
 from fliqs_hf.training import ImageData, load_splits
 from fliqs_hf.training.arguments import parse
-from fliqs_hf.training.data import held_in_memory, labelled, train_loader
+from fliqs_hf.training.data import held_in_memory, labelled, train_loader, undecoded
 from fliqs_hf.training.stream import StreamData
 from tests.training.test_data import PROCESSOR, png, split_of
 
@@ -64,6 +65,29 @@ def test_faults_are_named() -> None:
         batches(stream(5), 0, 1)
     with pytest.raises(DataError, match="'img' does not exist"):
         stream(image_column="img")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_a_stream_name_the_row_of_the_data_set(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """Which a shuffled stream does not know: it is read again."""
+    train = split_of([0, 1, 2, 0] * 3, broken=9).to_iterable_dataset(num_shards=3)  # these are shuffled as well
+    with pytest.raises(DataError) as caught:
+        batches(StreamData(train, PROCESSOR, 3), 0, 2, workers=workers)
+    assert str(caught.value).startswith("image 9 (photo-9.png) cannot be read: ")
+    held = held_in_memory(train, list("abc"), 12)
+    data = ImageData(held, PROCESSOR, 3, stream=undecoded(train, "image"))
+    with pytest.raises(DataError, match=r"^image 9 \(photo-9"):
+        [data[index] for index in range(12)]
+    monkeypatch.setattr(stream_module, "LOOKED_THROUGH", 3)
+    with pytest.raises(DataError, match=r"^image beyond row 3 "):
+        batches(StreamData(train, PROCESSOR, 3), 0, 2)
+
+
+def test_the_first_image_of_a_stream_is_checked() -> None:
+    with pytest.raises(DataError, match=r"image 0 \(photo-0"):
+        stream(broken=0).first()
+    with pytest.raises(DataError, match="the stream is empty"):
+        StreamData(split_of([0]).to_iterable_dataset().take(0), PROCESSOR, 3).first()
 
 
 def test_a_folder_of_parquet_files_is_streamed(tmp_path: Path) -> None:
