@@ -30,7 +30,6 @@ import argparse
 import copy
 import glob
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -75,17 +74,15 @@ from fliqs_hf.pipeline.compare_methods import (
 )
 from fliqs_hf.pipeline.compare_scores import Scores
 from fliqs_hf.pipeline.compare_summary import is_summary, summarise, write_summary
-from fliqs_hf.pipeline.compare_table import COLUMNS, Table, is_table
+from fliqs_hf.pipeline.compare_table import COLUMNS, Table, is_table, provenance
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, data_source
 from fliqs_hf.report.comparison import peak_memory
-from fliqs_hf.report.validate import processor_name
 from fliqs_hf.search import (
     OneShotSearch,
     SearchSpace,
     choice_at_target,
 )
 from fliqs_hf.search.hook import FixedFormats, SearchHook
-from fliqs_hf.search.run import versions
 from fliqs_hf.training import ImageData, StepHook, TrainConfig, evaluate, load_splits, train
 from fliqs_hf.training.data import labelled
 from fliqs_hf.training.labels import match_given, names_of
@@ -115,12 +112,9 @@ class Comparison:
         self.teacher = copy.deepcopy(self.model) if arguments.distill else None
         processor = load_processor(arguments.model)
         *splits, names = labelled(*load_splits(arguments.dataset_name), "label")
-        labels = self.model.config.num_labels
+        labels, ids = self.model.config.num_labels, None
         check_problem(self.model.config)
-        ids = None
-        if (
-            getattr(splits[0].features["label"], "names", None) is not None
-        ):  # else numbers, which are taken as they are
+        if getattr(splits[0].features["label"], "names", None) is not None:  # numbers are taken as they are
             ids = match_given(names, names_of(self.model.config), labels, arguments.match_labels).ids
         limits = (arguments.max_train_samples, arguments.max_eval_samples)
         self.train, self.eval = (
@@ -384,16 +378,6 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     check_result_file(output.with_suffix(".png"), lambda _: summary.exists())  # they are written together
     for journal in output.parent.glob(f"{glob.escape(output.stem)}.multi-trial-*.jsonl"):
         check_result_file(journal, is_journal)
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, commit and hardware of a result."""
-    found: dict[str, Any] = dict(versions())
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    if commit:
-        found["commit"] = commit
-    return found | {"hardware": processor_name(), "threads": torch.get_num_threads()}
 
 
 def script(argv: list[str], command: str) -> int:

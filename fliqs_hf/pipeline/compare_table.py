@@ -6,11 +6,16 @@ import csv
 import io
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.files import append_text, replacing
+from fliqs_hf.report.validate import processor_name
+from fliqs_hf.search.run import versions
 
 COLUMNS = ("method", "target_bits", "seed", "top1", "loss", "cost_ratio", "steps", "seconds", "peak_mb", "allocation")
 _SETTINGS = "# settings: "
@@ -103,3 +108,13 @@ def _line(cells: Any) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue()
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and hardware of a result."""
+    found: dict[str, Any] = dict(versions())
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    if commit:
+        found["commit"] = commit
+    return found | {"hardware": processor_name(), "threads": torch.get_num_threads()}
