@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Before Transformers is imported. Tests that speak to a server of their own on the loopback interface set these back.
@@ -14,6 +15,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+
+# A runner in the background may have these ignored, which every process below would inherit.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

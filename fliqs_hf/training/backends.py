@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from torch import Tensor, nn
 
 from fliqs_hf.training.shards import gathered_into, load_whole, whole_optimizer, whole_weights
@@ -26,6 +25,8 @@ class Backend:
         self.accelerator, self.given = accelerator, model
         if accelerator.ddp_handler is None:
             # DDP refuses parameters that get no gradient otherwise, such as DINOv2's mask token.
+            from accelerate.utils import DistributedDataParallelKwargs
+
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.model, self.optimizer = accelerator.prepare(model.train(), optimizer)
 
@@ -83,6 +84,8 @@ class Backend:
         """Give every process the main one's: since the last forward pass each has its own batch statistics."""
         if self.accelerator.num_processes > 1:
             for buffer in self.given.buffers():
+                from accelerate.utils import broadcast
+
                 buffer.copy_(broadcast(buffer.clone()))
 
     def finish(self) -> nn.Module:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
@@ -79,6 +78,8 @@ def evaluate(
     model.train(training)
     losses.check(round(invalid), round(n))
     if loaded:
+        from accelerate.utils import gather_object  # a server that only loads models does without
+
         predictions, references = gather_object(predictions), gather_object(references)
     values = {metric: _compute(module, metric, predictions, references) for metric, module in loaded.items()}
     return Accuracy(round(correct), round(correct5), round(n), loss / n, values)

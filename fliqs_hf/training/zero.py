@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -138,6 +137,8 @@ class ZeroBackend(Backend):
             for name, parameter in self._trained():
                 plain[name].copy_(safe_get_full_fp32_param(parameter))
             for mine, theirs in zip(self.whole.buffers(), self.given.buffers(), strict=True):
+                from accelerate.utils import broadcast
+
                 mine.copy_(broadcast(theirs.clone()))
 
     def _set_weights(self, weights: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.baselines import MultiTrialResult, ShortTraining, multi_trial, random_allocation
 from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers
-from fliqs_hf.errors import CheckpointError, ConfigError, TargetError, TrainingError
+from fliqs_hf.errors import CheckpointError, ConfigError, DependencyError, TargetError, TrainingError
 from fliqs_hf.search import SearchSpace, best_choice
 from fliqs_hf.training import TrainConfig
 from fliqs_hf.training.seeds import derived_seed
@@ -170,7 +170,7 @@ def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainingError, match="gave nan for trial 0"):
         search(objective=lambda allocation, number: float("nan"))
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ConfigError, match=r"pip install 'fliqs-hf\[multi-trial\]'"):
+    with pytest.raises(DependencyError, match=r"pip install 'fliqs-hf\[multi-trial\]'"):
         search(sampler="optuna")
 
 

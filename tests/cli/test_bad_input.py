@@ -340,7 +340,7 @@ def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module, name in ((recipe_job, "load_splits"), (recipe, "finetune"), (recipe_job, "load_classifier")):
         monkeypatch.setattr(module, name, loads)
-    monkeypatch.setattr("fliqs_hf.cli.validate.load_split", loads)
+    monkeypatch.setattr("fliqs_hf.cli.validate.to_validate", loads)
     monkeypatch.setattr("fliqs_hf.cli.calibration.load_split", loads)
     monkeypatch.setattr("fliqs_hf.pipeline.compare.load_splits", loads)
 

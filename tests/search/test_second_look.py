@@ -111,7 +111,7 @@ def test_a_layer_that_dies_when_quantized_is_not_free(monkeypatch: pytest.Monkey
     second = first.clone()
     second[0] = 0
     found = Sensitivity(second, 5, 1.0)
-    monkeypatch.setattr(sensitivity, "fisher_scores", lambda *_, **__: found)
+    monkeypatch.setattr(sensitivity, "_measured", lambda *_, **__: found)
     twice = second_look(model, [], logits_of, space, table, target, Sensitivity(first, 5, 1.0)).decision_scores
     torch.testing.assert_close(twice[0], first[0] * 1e-3**0.5)
     torch.testing.assert_close(twice[1:], first[1:])
