@@ -57,10 +57,10 @@ def loss_delta_scores(
         scores = torch.zeros(len(space.decisions), len(space.formats))
         for row, decision in enumerate(tqdm(space.decisions, desc="loss deltas")):
             for column, fmt in enumerate(space.formats):
-                # A switch takes None, fp32, for weights too.
-                weight, activation = (None if decision.kind == role else fmt for role in ("activation", "weight"))
-                formats = LayerFormats(weight, activation)  # type: ignore[arg-type]
+                formats = LayerFormats(fmt, None if decision.kind == "weight" else fmt)
                 switch.set_allocation(Allocation(dict.fromkeys(decision.layers, formats)))
+                if decision.kind == "activation":
+                    switch.leave_weights()
                 scores[row, column] = loss() - clean
         if not scores.isfinite().all():
             raise DataError("the loss deltas met a loss that is not finite: check images and model")

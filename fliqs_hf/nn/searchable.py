@@ -157,6 +157,10 @@ class FormatSwitch:
                     f"but are given {self.formats[indices[other]]} and {self.formats[indices[row]]}"
                 )
 
+    def leave_weights(self) -> None:
+        """Leave all weights in floating point, until formats are chosen anew."""
+        self._exceptions |= {(row, WEIGHT) for row in range(len(self.names))}
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Run the layers in plain fp32 within this context."""
