@@ -62,7 +62,8 @@ def locked_run(name: str | Path) -> AbstractContextManager[None]:
 def _refuse_foreign(file: Path) -> None:
     """Raises: ConfigError: the name of the lock is that of a file with something else in it, which would be lost."""
     try:
-        foreign = file.is_symlink() or (file.stat().st_size > 0 and "pid" not in _holder(file))
+        content = file.read_bytes() if file.is_file() else b""  # once: another process may take it away
+        foreign = file.is_symlink() or (content != b"" and b'"pid"' not in content)
     except OSError:  # there is none, or `locked` says why there cannot be one
         return
     if foreign:

@@ -90,7 +90,13 @@ class FLIQSConfig(QuantizationConfigMixin):
         if self.format_version == 1 and self.digests is not None:
             raise ConfigError("format_version=1 has no digests; the configuration is damaged")
         self._check_types()
-        if self.checksum not in ALGORITHMS:
+        if not isinstance(self.check_integrity, bool):
+            raise ConfigError(f"check_integrity={self.check_integrity!r}: give True or False")
+        if self.digests is not None and not (
+            isinstance(self.digests, Mapping) and self.digests.keys() == {"settings", "tensors"}
+        ):
+            raise ConfigError(f"digests={self.digests!r:.100} are not what saving a model writes; leave them out")
+        if not isinstance(self.checksum, str) or self.checksum not in ALGORITHMS:
             raise ConfigError(f"checksum={self.checksum!r} does not exist; choose from {', '.join(ALGORITHMS)}")
         self._check_contradictions()
         if isinstance(self.allocation, (str, Path)):
