@@ -17,9 +17,7 @@ def check_schedule(schedule: str, warmup_steps: int | None, max_steps: int) -> N
     if schedule not in get_args(Schedule):
         raise ConfigError(f"schedule={schedule!r} does not exist; choose from {', '.join(get_args(Schedule))}")
     if warmup_steps is not None and not (is_whole(warmup_steps, 0) and warmup_steps <= max_steps):
-        raise ConfigError(
-            f"warmup_steps={warmup_steps!r} must be a whole number between 0 and the {max_steps} steps of the training"
-        )
+        raise ConfigError(f"warmup_steps={warmup_steps!r} must be between 0 and the {max_steps} steps of the training")
     if schedule == "constant" and warmup_steps:
         raise ConfigError(f"a constant learning rate has no warmup_steps={warmup_steps}: use constant_with_warmup")
 
