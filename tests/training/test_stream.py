@@ -11,10 +11,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-import fliqs_hf.pipeline.job as job_module
 import fliqs_hf.training.data as data_module
 import fliqs_hf.training.stream as stream_module
 from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.pipeline.checks import check_arguments
 from fliqs_hf.pipeline.job import load
 from fliqs_hf.training import ImageData, load_splits
 from fliqs_hf.training.arguments import parse
@@ -131,9 +131,6 @@ def test_held_images_are_of_every_class_and_the_same_each_time(
     assert "the 5 evaluation images show 1 of the 3 classes, 'b' is missing: raise max_eval_samples" in caplog.text
 
 
-def test_a_limit_of_a_stream_is_refused_before_anything_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job_module, "load_splits", lambda *_, **__: pytest.fail("data were loaded"))
+def test_a_limit_of_a_stream_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_train_samples=6 does not go with streaming"):
-        load(*arguments(tmp_path, "--max_train_samples", "6"))
+        check_arguments(*arguments(tmp_path, "--max_train_samples", "6"))
