@@ -30,6 +30,7 @@ from fliqs_hf.hf.integrity import Stamps, check_integrity, check_stamps, digests
 from fliqs_hf.hf.unregistered import let_through, stop_others
 from fliqs_hf.nn import make_searchable, pack_model, packed_layers, quantizable_layers, restore, unpack_model
 from fliqs_hf.nn.finite import check_finite, not_finite
+from fliqs_hf.nn.kernels import set_kernels
 from fliqs_hf.nn.replace import Places, replace
 from fliqs_hf.nn.select import left_out, matches
 from fliqs_hf.nn.swap import packed_like
@@ -167,6 +168,7 @@ class FLIQSHfQuantizer(HfQuantizer):
             if self.pre_quantized:
                 layer.check_codes(name)
         model.config.quantization_config = self.quantization_config = packed_config(config, self.allocation)
+        set_kernels(model)
         return model
 
     def _patterns_for(self, model: Any) -> list[str] | None:
@@ -341,4 +343,5 @@ def declare_packed(model: Any, config: FLIQSConfig) -> Any:
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized, model.quantization_method, model.config._is_quantized = True, METHOD, True
     model._weight_conversions = []
+    set_kernels(model)
     return model.eval()

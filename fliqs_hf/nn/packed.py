@@ -1,7 +1,9 @@
 """Packed layers: weights as bit-packed codes, for storage and inference.
 
-A packed layer computes exactly what the searchable layer computes in the same formats, bit for bit: its weight
-decodes to the very values that fake quantization gives, and its input is quantized by the same function.
+By its reference path a packed layer computes exactly what the searchable layer computes in the same formats, bit for
+bit: its weight decodes to the very values that fake quantization gives, and its input is quantized by the same
+function. Where `kernels` is "auto", inference takes a faster kernel if there is one: see `nn/native.py` for what it
+rounds.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.errors import CheckpointError, ConfigError, FormatError
 from fliqs_hf.formats.packing import pack, packed_bytes, unpack
 from fliqs_hf.formats.rounding import decode, encode, round_to_format
+from fliqs_hf.nn import native
 from fliqs_hf.nn.finite import all_finite
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.quant import quantize_activation
@@ -71,6 +74,8 @@ class PackedLayer(nn.Module):
     weight_scale: Tensor | None
     input_scale: Tensor | None
     bias: Tensor | None
+    kernels: native.Kernels = "reference"
+    _native: native.Native | None = None
 
     def __init__(
         self,
@@ -164,6 +169,37 @@ class PackedLayer(nn.Module):
     def quantized(self, input: Tensor) -> tuple[Tensor, Tensor]:
         return self.quantized_input(input), self.decoded_weight().to(input.dtype)
 
+    @property
+    def kernel(self) -> native.Choice:
+        """What runs in inference, and why."""
+        if self.kernels == "reference":
+            return native.Choice("reference", "asked for")
+        if self._native is None or not self._native.is_of(self):
+            self._native = native.Native(self)
+        return self._native.choice
+
+    @property
+    def not_a_product(self) -> str:
+        """Why the layer is no product of a matrix of rows with its weight; "" where it is."""
+        return ""
+
+    def takes(self, input: Tensor) -> bool:
+        """Whether `input` has the shape that a native kernel expects; all others go the reference path."""
+        raise NotImplementedError
+
+    def native_product(self, input: Tensor) -> native.Int8Product | None:
+        """The kernel for `input`, or None for the reference path: it alone has gradients, can be compiled, and reports
+        inputs that do not fit."""
+        if self.kernels == "reference" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return None
+        learns = self.bias is not None and self.bias.requires_grad
+        if torch.is_grad_enabled() and (input.requires_grad or learns):
+            return None
+        if self.kernel.kernel == "reference" or input.device.type != "cpu" or not self.takes(input):
+            return None
+        assert self._native is not None, "`kernel` makes it"
+        return self._native.product(self)
+
     def check_codes(self, name: str) -> None:
         """Raises: CheckpointError: codes of NaN or infinity, or scales that are not positive numbers."""
         for buffer, scale in (("weight_scale", self.weight_scale), ("input_scale", self.input_scale)):
@@ -183,7 +219,11 @@ class PackedLayer(nn.Module):
             if scale is not None and after.dtype != scale.dtype:
                 setattr(self, name, scale.to(after.device))
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self._native = None
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_native": None}  # a copy prepares its own
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight_shape)}, {self.formats}, bias={self.bias is not None}"
@@ -202,7 +242,12 @@ class PackedLinear(PackedLayer):
     def out_features(self) -> int:
         return self.weight_shape[0]
 
+    def takes(self, input: Tensor) -> bool:
+        return input.dim() > 0 and input.numel() > 0 and input.shape[-1] == self.in_features
+
     def forward(self, input: Tensor) -> Tensor:
+        if (product := self.native_product(input)) is not None:
+            return native.linear(self, product, input)
         x, weight = self.quantized(input)
         return functional.linear(x, weight, self.bias)
 
@@ -219,6 +264,18 @@ class PackedConv2d(PackedLayer):
         self.__dict__.update(self.geometry)
         self._reversed_padding_repeated_twice = geometry._reversed_padding_repeated_twice
 
+    @property
+    def not_a_product(self) -> str:
+        g = self.geometry
+        plain = g["padding"] in (0, (0, 0), "valid") and g["dilation"] == (1, 1) and g["groups"] == 1
+        return "" if plain and g["stride"] == g["kernel_size"] else "a convolution whose windows overlap or are padded"
+
+    def takes(self, input: Tensor) -> bool:
+        fits = input.dim() == 4 and input.shape[1] == self.geometry["in_channels"]
+        return fits and all(n >= k for n, k in zip(input.shape[2:], self.geometry["kernel_size"], strict=True))
+
     def forward(self, input: Tensor) -> Tensor:
+        if (product := self.native_product(input)) is not None:
+            return native.patches(self, product, input)
         x, weight = self.quantized(input)
         return nn.Conv2d._conv_forward(self, x, weight, self.bias)  # type: ignore[arg-type]

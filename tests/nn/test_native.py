@@ -1,0 +1,299 @@
+"""Native kernels: layers are exact to the bound that `nn/native.py` derives, and nothing stale is ever used."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fliqs_hf
+from fliqs_hf import Allocation, FLIQSConfig, LayerFormats
+from fliqs_hf.errors import ConfigError
+from fliqs_hf.formats import COMMON, code_values, round_to_format
+from fliqs_hf.nn import QuantizerSettings, native, pack_model
+from fliqs_hf.nn.kernels import VARIABLE, kernels_of, set_kernels
+from fliqs_hf.nn.packed import PackedConv2d, PackedLayer
+from tests.models import tiny
+
+ROOT = Path(__file__).parents[2]
+WEIGHT = "int7"  # the widest integers that every CPU sums exactly
+CODABLE = [fmt for fmt in COMMON if native.int8_shift(fmt) is not None]
+UNIT = 2.0**-24  # largest relative error of one float32 rounding
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+def packed(layer: nn.Module, weight: str, activation: str | None, granularity: Any = "per_token") -> PackedLayer:
+    """One layer, packed, with its native kernel allowed."""
+    model = nn.Sequential(layer).eval()
+    clipped = granularity == "per_token_clipped"
+    if clipped:
+        fliqs_hf.make_searchable(model, [weight], settings=QuantizerSettings(activation_granularity=granularity))
+        with torch.no_grad():
+            model[0].input_clip.fill_(-0.01)  # type: ignore[union-attr, operator]
+    allocation = Allocation({"0": LayerFormats.of(weight, activation)})
+    pack_model(model, allocation, QuantizerSettings(activation_granularity=granularity))
+    set_kernels(model)
+    return model[0]  # type: ignore[return-value]
+
+
+def some(*shape: int, seed: int = 0) -> Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values * torch.logspace(-2, 2, shape[0])[(..., *[None] * (len(shape) - 1))]
+
+
+def exact(layer: PackedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer in float64 from the same codes and scales, and the bound on what a native kernel may differ by."""
+    fmt = layer.formats.activation
+    assert fmt is not None and layer.weight_scale is not None
+    scale = native.input_scale(layer, x)
+    codes = round_to_format(torch.div(x, scale), fmt).double()
+    weight = layer.code_values().double().view(layer.weight_shape)
+    shape = (1, -1, *[1] * (x.dim() - 2)) if isinstance(layer, PackedConv2d) else (-1,)
+    scales = layer.weight_scale.double().expand(layer.weight_shape[0]).view(shape) * scale.double()
+    if isinstance(layer, PackedConv2d):
+        product = nn.functional.conv2d(codes, weight, stride=layer.geometry["stride"]) * scales
+    else:
+        product = codes @ weight.T * scales
+    whole = product if layer.bias is None else product + layer.bias.double().view(shape)
+    # Second-order terms are far below a millionth of the first-order ones.
+    return whole, (3 * UNIT * product.abs() + UNIT * whole.abs()) * (1 + 1e-6)
+
+
+def assert_exact(layer: PackedLayer, x: Tensor) -> None:
+    assert layer.kernel.kernel == "int8", layer.kernel
+    with torch.no_grad():
+        found = layer(x)
+    expected, bound = exact(layer, x)
+    assert found.shape == expected.shape
+    assert bool(((found.double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in COMMON if fmt.bits <= 8], ids=str)
+def test_which_formats_are_8_bit_integers_follows_from_their_values(fmt: Any) -> None:
+    values = code_values(fmt).double()
+    values = values[values.isfinite() & (values.abs() <= fmt.max_value)]
+    shifts = [k for k in range(64) if bool((values * 2**k == (values * 2**k).round()).all())]
+    expected = next((k for k in shifts if bool((values.abs() * 2**k <= 127).all())), None)
+    assert native.int8_shift(fmt) == expected
+
+
+@pytest.mark.parametrize("weight", CODABLE, ids=str)
+@pytest.mark.parametrize("activation", CODABLE, ids=str)
+def test_every_pair_of_formats_is_exact(weight: Any, activation: Any) -> None:
+    torch.manual_seed(1)
+    layer = packed(nn.Linear(37, 11), weight.name, activation.name)
+    if weight.max_value * 2 ** (native.int8_shift(weight) or 0) > native.largest_exact_weight():
+        assert layer.kernel.kernel == "reference"
+    else:
+        assert_exact(layer, some(5, 37))
+
+
+@pytest.mark.parametrize("granularity", ["per_token", "per_tensor", "per_token_clipped"])
+@pytest.mark.parametrize("shape", [(1, 48), (7, 48), (2, 3, 48), (2, 2, 2, 48), (48,)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_shapes_and_granularities(granularity: str, shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(2)
+    layer = packed(nn.Linear(48, 20, bias=bias), WEIGHT, "int8", granularity)
+    assert_exact(layer, some(*shape))
+    assert_exact(layer, some(*shape[:-1], 96)[..., ::2])  # not contiguous
+
+
+@pytest.mark.parametrize("side", [(8, 8), (12, 8), (11, 9)], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("pair", [(WEIGHT, "int8"), ("int4", "e2m3"), ("e2m1", "int5")], ids=str)
+def test_patch_embeddings(side: tuple[int, int], batch: int, pair: tuple[str, str]) -> None:
+    torch.manual_seed(3)
+    assert_exact(packed(nn.Conv2d(3, 10, 4, stride=4), *pair), some(batch, 3, *side))
+
+
+def test_every_row_is_independent_of_batch_and_threads() -> None:
+    """Sums are exact and all else is element by element: the same bits, however the images are batched."""
+    torch.manual_seed(4)
+    layer, x = packed(nn.Linear(192, 576), WEIGHT, "int8"), some(200, 192)
+    threads = torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            torch.set_num_threads(1)
+            together = layer(x)
+            torch.set_num_threads(2)
+            assert torch.equal(layer(x), together)
+            for row in (0, 1, 77, 199):
+                assert torch.equal(layer(x[row : row + 1]), together[row : row + 1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_come_out_as_they_went_in(dtype: torch.dtype) -> None:
+    layer, x = packed(nn.Linear(16, 8), WEIGHT, "int8"), some(4, 16).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x.float()).to(dtype))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_shows_in_its_row_only(bad: float) -> None:
+    layer, x = packed(nn.Linear(16, 8), WEIGHT, "int8"), some(4, 16)
+    x[2, 5] = bad
+    with torch.no_grad():
+        assert layer(x).isnan().any(1).tolist() == [False, False, True, False]
+        assert layer(x)[2].isnan().all()
+
+
+def test_zeros_give_the_bias() -> None:
+    layer = packed(nn.Linear(16, 8), WEIGHT, "int8")
+    with torch.no_grad():
+        assert torch.equal(layer(torch.zeros(2, 16)), layer.bias.expand(2, -1))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("layer", "formats", "granularity", "reason"), [
+    (nn.Linear(8, 8), ("e4m3", "int8"), "per_token", "weights in e4m3"),
+    (nn.Linear(8, 8), ("int8", "e5m2"), "per_token", "inputs in e5m2"),
+    (nn.Linear(8, 8), ("int8", None), "per_token", "not quantized"),
+    (nn.Conv2d(3, 4, 3, padding=1), (WEIGHT, "int8"), "per_token", "overlap or are padded"),
+    (nn.Conv2d(4, 4, 2, stride=2, groups=2), (WEIGHT, "int8"), "per_token", "overlap or are padded"),
+    (nn.Linear(native._LONGEST_SUM, 1), (WEIGHT, "int8"), "per_token", "may exceed 32 bits"),
+])  # fmt: skip
+def test_what_has_no_kernel_takes_the_reference_path(
+    layer: nn.Module, formats: tuple[str, str | None], granularity: str, reason: str
+) -> None:
+    found = packed(layer, *formats, granularity)
+    assert found.kernel.kernel == "reference" and reason in found.kernel.reason
+
+
+def test_gradients_wrong_inputs_and_the_asked_for_reference_take_the_reference_path() -> None:
+    layer = packed(nn.Linear(16, 8), WEIGHT, "int8")
+    reference = copy.deepcopy(layer)
+    reference.kernels = "reference"
+    x = some(4, 16)
+    assert torch.equal(layer(x), reference(x))  # the bias wants a gradient
+    assert not torch.equal(layer(x).detach(), torch.no_grad()(layer)(x))  # so that this test can fail
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), reference(x))
+    with torch.no_grad():
+        assert layer(x[:0]).shape == (0, 8)
+        with pytest.raises(RuntimeError, match="16"):
+            layer(some(4, 15))
+    assert reference.kernel.reason == "asked for"
+
+
+def test_new_codes_are_used() -> None:
+    layer, x = packed(nn.Linear(16, 8), WEIGHT, "int8"), some(4, 16)
+    other = packed(nn.Linear(16, 8), WEIGHT, "int8")
+    with torch.no_grad():
+        layer(x)
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(layer(x), other(x))
+        layer.pack_(some(8, 16, seed=5))
+        assert_exact(layer, x)
+
+
+def test_a_copy_and_a_move_prepare_their_own() -> None:
+    layer, x = packed(nn.Linear(16, 8), WEIGHT, "int8"), some(4, 16)
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(copy.deepcopy(layer)(x), expected)
+        assert torch.equal(layer.to(torch.bfloat16).float()(x), layer(x))
+
+
+class Attention(nn.Module):
+    """Two layers that read one tensor, which may be written to in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, change: float = 0.0) -> Tensor:
+        q = self.q(x)
+        if change:
+            x.add_(change)
+        return torch.cat([q, self.k(x)])
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_shared_codes_are_never_stale(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(6)
+    model = Attention().eval()
+    pack_model(model, Allocation.uniform(["q", "k"], WEIGHT))
+    set_kernels(model)
+    alone = copy.deepcopy(model)
+    made = []
+    original = native.input_codes
+    monkeypatch.setattr(native, "input_codes", lambda *args: made.append(1) or original(*args))  # type: ignore[func-returns-value]
+    with context():
+        buffer = some(4, 16)
+        model(buffer)
+        assert len(made) == (1 if context is torch.no_grad else 2)
+        for seed in (7, 8):  # the caller fills one buffer again and again
+            buffer.copy_(some(4, 16, seed=seed))
+            assert torch.equal(model(buffer), alone(some(4, 16, seed=seed)))
+        changed = some(4, 16, seed=9)
+        expected = torch.cat([alone.q(changed.clone()), alone.k(changed + 1.0)])
+        assert torch.equal(model(changed, 1.0), expected)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the instruction sets of x86")
+def test_a_saturating_cpu_is_noticed() -> None:
+    """Without VNNI oneDNN adds pairs of 8-bit products in 16 bits: exact for weights up to 64 only."""
+    code = (
+        "from fliqs_hf.nn import native\n"
+        "print(native.largest_exact_weight())\n"
+        "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    )  # fmt: skip
+    assert run.stdout.splitlines()[0] == "64", run.stdout
+
+
+def test_a_weight_beyond_the_exact_ones_takes_the_reference_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "largest_exact_weight", lambda: 64)
+    kinds = {
+        fmt: packed(nn.Linear(8, 8), fmt, "int8").kernel.kernel for fmt in ("int8", "int7", "e2m3", "e2m1", "int4")
+    }
+    assert kinds == {"int8": "reference", "int7": "int8", "e2m3": "int8", "e2m1": "int8", "int4": "int8"}
+
+
+def test_models_run_with_it_from_loading_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fliqs_hf.quantize(tiny("vit"), FLIQSConfig(weight_format="int4"))
+    model.save_pretrained(tmp_path / "one")
+    loaded = type(model).from_pretrained(tmp_path / "one")
+    assert {choice.kernel for choice in kernels_of(loaded).values()} == {"int8"}
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        native_logits = loaded(images).logits
+        assert torch.equal(native_logits, model(images).logits)  # reloading gives the same bits
+        assert torch.equal(native_logits[:1], loaded(images[:1]).logits)
+    loaded.save_pretrained(tmp_path / "two")
+    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    set_kernels(loaded, "reference")
+    with torch.no_grad():
+        reference = loaded(images).logits
+    assert not torch.equal(reference, native_logits)
+    monkeypatch.setenv(VARIABLE, "reference")
+    set_kernels(loaded)
+    assert {choice.reason for choice in kernels_of(loaded).values()} == {"asked for"}
+    with torch.no_grad():
+        assert torch.equal(loaded(images).logits, reference)
+
+
+def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fliqs_hf.quantize(tiny("vit"), FLIQSConfig())
+    with pytest.raises(ConfigError, match="kernels='fast'"):
+        set_kernels(model, "fast")  # type: ignore[arg-type]
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(ConfigError, match=f"{VARIABLE}='fast'"):
+        set_kernels(model)
