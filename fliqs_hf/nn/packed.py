@@ -190,7 +190,8 @@ class PackedLayer(nn.Module):
     def native_product(self, input: Tensor) -> native.Int8Product | None:
         """The kernel for `input`, or None for the reference path: it alone has gradients, can be compiled, and reports
         inputs that do not fit."""
-        if self.kernels == "reference" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if self.kernels == "reference" or traced or torch.is_autocast_enabled("cpu"):
             return None
         learns = self.bias is not None and self.bias.requires_grad
         if torch.is_grad_enabled() and (input.requires_grad or learns):
