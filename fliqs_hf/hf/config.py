@@ -21,12 +21,16 @@ from fliqs_hf.hf.integrity import ALGORITHMS, Digests
 from fliqs_hf.hf.stored import check_stored
 from fliqs_hf.nn import QuantizerSettings, quantizable_layers
 from fliqs_hf.nn.adapters import register_peft
+from fliqs_hf.nn.kernels import check_kernels
+from fliqs_hf.nn.native import Kernels
 from fliqs_hf.nn.select import matches, why_not
 
 METHOD = "fliqs"
 FORMAT_VERSION = 2
 #: Version 1 has no digests; otherwise it is the same.
 READABLE_VERSIONS = (1, FORMAT_VERSION)
+#: About one process that loads, not about the checkpoint.
+LOADING_ATTRIBUTES = ("check_integrity", "kernels")
 
 
 @register_quantization_config(METHOD)
@@ -56,8 +60,10 @@ class FLIQSConfig(QuantizationConfigMixin):
             searchable model learns) or "static" (one number per layer).
         checksum: with which saved checkpoints are bound to their configuration: "crc32" against accidents, or
             "sha256".
-        check_integrity: False loads a packed checkpoint without comparing these; the one argument that has an effect
-            on a checkpoint that is packed already.
+        check_integrity: False loads a packed checkpoint without comparing these.
+        kernels: "auto" runs each packed layer with the fastest exact kernel of this machine, "reference" with the one
+            that training simulates, bit for bit; see `nn/native.py`. This and `check_integrity` are not stored; no
+            other argument has an effect on a checkpoint that is packed already.
         digests: of a packed checkpoint, see `hf/integrity.py`; set by the library.
         format_version: of the checkpoint layout; set by the library.
 
@@ -75,6 +81,7 @@ class FLIQSConfig(QuantizationConfigMixin):
     activation_granularity: str = "per_token"
     checksum: str = "crc32"
     check_integrity: bool = field(default=True, compare=False)
+    kernels: Kernels = field(default="auto", compare=False)
     digests: Digests | None = field(default=None, compare=False)
     format_version: int = FORMAT_VERSION
     quant_method: str = METHOD
@@ -92,6 +99,7 @@ class FLIQSConfig(QuantizationConfigMixin):
         self._check_types()
         if not isinstance(self.check_integrity, bool):
             raise ConfigError(f"check_integrity={self.check_integrity!r}: give True or False")
+        check_kernels("kernels", self.kernels)
         if self.digests is not None and not (
             isinstance(self.digests, Mapping) and self.digests.keys() == {"settings", "tensors"}
         ):
@@ -161,7 +169,7 @@ class FLIQSConfig(QuantizationConfigMixin):
         Raises: ConfigError: a key that does not exist, with the nearest one that does; a path in place of an
             allocation; a regular expression; anything of another type or size than `to_dict` gives.
         """
-        known = [f.name for f in fields(cls) if f.name != "check_integrity"]
+        known = [f.name for f in fields(cls) if f.name not in LOADING_ATTRIBUTES]
         for key in config_dict:
             if key not in known:
                 close = get_close_matches(key, known, 1)
@@ -173,7 +181,8 @@ class FLIQSConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without what is not in force: a packed model's formats are all in `allocation`."""
-        data: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "check_integrity"}
+        names = [f.name for f in fields(self) if f.name not in LOADING_ATTRIBUTES]
+        data: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.allocation is not None:
             data["allocation"] = self.allocation.to_dict()
             del data["weight_format"], data["activation_format"]
@@ -183,7 +192,7 @@ class FLIQSConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What Transformers takes over from the argument of `from_pretrained` where the checkpoint has a config."""
-        return {"check_integrity": self.check_integrity}
+        return {name: getattr(self, name) for name in LOADING_ATTRIBUTES}
 
     def resolve(self, model: Any) -> Allocation:
         """The allocation that this configuration means for `model`, in the model's names and order.

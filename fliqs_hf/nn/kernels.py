@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import get_args
+from typing import cast, get_args
 
 from torch import nn
 
@@ -12,7 +12,13 @@ from fliqs_hf.nn.native import Choice, Kernels
 from fliqs_hf.nn.swap import packed_layers
 
 #: For operators: takes the place of "auto", in every program.
-VARIABLE = "FLIQS_HF_KERNELS"
+ENVIRONMENT = "FLIQS_KERNELS"
+
+
+def check_kernels(source: str, value: object) -> None:
+    """Raises: ConfigError: `value`, which `source` gave, is none of `Kernels`."""
+    if value not in get_args(Kernels):
+        raise ConfigError(f"{source}={value!r} does not exist; choose from {', '.join(map(repr, get_args(Kernels)))}")
 
 
 def set_kernels(model: nn.Module, kernels: Kernels = "auto") -> None:
@@ -20,16 +26,15 @@ def set_kernels(model: nn.Module, kernels: Kernels = "auto") -> None:
 
     Args:
         kernels: "auto" for the fastest kernel that each layer has on this machine, or "reference" for the path that
-            equals the searchable model bit for bit. The environment variable FLIQS_HF_KERNELS replaces "auto".
+            equals the searchable model bit for bit. The environment variable FLIQS_KERNELS replaces "auto".
     Raises: ConfigError: neither of them.
     """
-    for source, value in (("kernels", kernels), (VARIABLE, os.environ.get(VARIABLE, kernels))):
-        if value not in get_args(Kernels):
-            raise ConfigError(
-                f"{source}={value!r} does not exist; choose from {', '.join(map(repr, get_args(Kernels)))}"
-            )
+    check_kernels("kernels", kernels)
+    if kernels == "auto" and (value := os.environ.get(ENVIRONMENT)):
+        check_kernels(ENVIRONMENT, value)
+        kernels = cast(Kernels, value)
     for layer in packed_layers(model).values():
-        layer.kernels = value if kernels == "auto" else kernels  # type: ignore[assignment]
+        layer.kernels = kernels
 
 
 def kernels_of(model: nn.Module) -> dict[str, Choice]:

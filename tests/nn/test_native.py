@@ -19,7 +19,7 @@ from fliqs_hf import Allocation, FLIQSConfig, LayerFormats
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import COMMON, code_values, round_to_format
 from fliqs_hf.nn import QuantizerSettings, native, pack_model
-from fliqs_hf.nn.kernels import VARIABLE, kernels_of, set_kernels
+from fliqs_hf.nn.kernels import ENVIRONMENT, kernels_of, set_kernels
 from fliqs_hf.nn.packed import PackedConv2d, PackedLayer
 from tests.models import tiny
 
@@ -31,7 +31,7 @@ UNIT = 2.0**-24  # largest relative error of one float32 rounding
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
 
 
 def packed(layer: nn.Module, weight: str, activation: str | None, granularity: Any = "per_token") -> PackedLayer:
@@ -283,17 +283,21 @@ def test_models_run_with_it_from_loading_alone(tmp_path: Path, monkeypatch: pyte
     with torch.no_grad():
         reference = loaded(images).logits
     assert not torch.equal(reference, native_logits)
-    monkeypatch.setenv(VARIABLE, "reference")
-    set_kernels(loaded)
+    monkeypatch.setenv(ENVIRONMENT, "reference")
+    loaded = type(model).from_pretrained(tmp_path / "one")
     assert {choice.reason for choice in kernels_of(loaded).values()} == {"asked for"}
     with torch.no_grad():
         assert torch.equal(loaded(images).logits, reference)
+    monkeypatch.delenv(ENVIRONMENT)
+    loaded = type(model).from_pretrained(tmp_path / "one", quantization_config=FLIQSConfig(kernels="reference"))
+    assert {choice.reason for choice in kernels_of(loaded).values()} == {"asked for"}
+    assert "kernels" not in loaded.config.quantization_config.to_dict()
 
 
 def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fliqs_hf.quantize(tiny("vit"), FLIQSConfig())
     with pytest.raises(ConfigError, match="kernels='fast'"):
         set_kernels(model, "fast")  # type: ignore[arg-type]
-    monkeypatch.setenv(VARIABLE, "fast")
-    with pytest.raises(ConfigError, match=f"{VARIABLE}='fast'"):
+    monkeypatch.setenv(ENVIRONMENT, "fast")
+    with pytest.raises(ConfigError, match=f"{ENVIRONMENT}='fast'"):
         set_kernels(model)
