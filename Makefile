@@ -1,7 +1,9 @@
 # make demo | test | check | style | bench: each makes the virtual environment first if there is none.
-# VENV chooses the environment, PYTHON the interpreter that makes it, PYTEST_ARGS what pytest is given.
+# VENV chooses the environment, PYTHON the interpreter that makes it, WORKERS how many processes test, PYTEST_ARGS what
+# else pytest is given.
 VENV ?= .venv
 PYTHON ?= python3
+WORKERS ?= auto
 PYTEST_ARGS ?=
 BENCH_MODEL ?= ../shared/data/deit-tiny-imagenet
 
@@ -23,7 +25,7 @@ demo: $(INSTALLED)
 	$(BIN)/python recipes/vit.py recipes/configs/digits.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
