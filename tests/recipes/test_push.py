@@ -22,7 +22,8 @@ import sys, torch, fliqs_hf
 from transformers import AutoModelForImageClassification
 torch.set_num_threads(int(sys.argv[2]))
 model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
-torch.save(model(torch.load("images.pt")).logits.detach(), "logits.pt")
+with torch.no_grad():
+    torch.save(model(torch.load("images.pt")).logits, "logits.pt")
 """
 
 
