@@ -48,6 +48,10 @@ ARCHITECTURES: dict[str, tuple[Any, Any]] = {
             image_size=32, width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=320, num_labels=5
         ),
     ),
+    "convnext": (
+        hf.ConvNextForImageClassification,
+        lambda: hf.ConvNextConfig(image_size=32, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=5),
+    ),
 }  # fmt: skip
 
 

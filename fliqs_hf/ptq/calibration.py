@@ -89,8 +89,8 @@ def calibrate(
         batches: images as the model takes them, [batch, channels, height, width], floating-point, without labels;
             iterated once (not at all where no option needs them). All of them are held in memory; 128 to 512 images
             are usual.
-        rounding: "nearest", or "gptq" for Linear and for Conv2d without groups (other convolutions: nearest, and so
-            is a layer whose Hessian cannot be inverted even with damping, with a line in the log).
+        rounding: "nearest", or "gptq" (a layer whose Hessian cannot be inverted even with damping is rounded to
+            nearest, with a line in the log).
         bias_correction: shift existing biases so that the mean of every output channel is that of the fp32 model;
             takes a second pass. Default: where input scales are fixed, which is where it pays (docs/ptq.md).
         activations: "dynamic" scales each input by itself (per token, per image in convolutions); "clipped" does the
@@ -252,7 +252,7 @@ def _pack(
         else:
             packed.input_scale = static_scale(x, formats.activation, options.activations, options.percentile)
     weight = layer.weight.detach().float()  # type: ignore[operator]
-    if options.rounding == "gptq" and getattr(layer, "groups", 1) == 1:
+    if options.rounding == "gptq":
         scale = scales.weight_scale(
             weight, scales.format_data(formats.weight), settings.weight_granularity, settings.weight_scale
         )

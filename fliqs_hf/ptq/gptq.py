@@ -34,17 +34,15 @@ def input_hessian(layer: nn.Module, x: Tensor) -> Tensor:
     """Hessian of the squared output error in one row of the weight, mean over inputs: 2·XᵀX / n.
 
     Args:
-        layer: `nn.Linear`, or `nn.Conv2d` with `groups=1`, whose patches are the inputs.
+        layer: `nn.Linear`, or `nn.Conv2d`, whose patches are the inputs.
         x: what the layer reads, [..., in] or [images, channels, height, width].
-    Returns: float64 [k, k] on the device of `x`, k the weights of an output channel. Summed in float32, of inputs that
+    Returns: float64 on the device of `x`, [k, k], k the weights of an output channel; [groups, k, k] of a convolution
+        with groups, whose output channels read the patches of their own group alone. Summed in float32, of inputs that
         a power of two brings to about 1: exact scaling, so that neither 1e-22 nor 1e20 is lost in a square.
-    Raises: ConfigError: a convolution with groups, whose channels do not share one Hessian.
     """
+    groups = 1
     if isinstance(layer, nn.Conv2d):
-        if layer.groups != 1:
-            raise ConfigError(
-                f"groups={layer.groups}: GPTQ takes convolutions without groups; round this one to nearest"
-            )
+        groups = layer.groups
         rows_per_image = x[0].numel() * layer.kernel_size[0] * layer.kernel_size[1]
     else:
         x = x.reshape(-1, x.shape[-1])
@@ -55,10 +53,12 @@ def input_hessian(layer: nn.Module, x: Tensor) -> Tensor:
     for chunk in x.split(max(1, _CHUNK // rows_per_image)):
         chunk = ((chunk if chunk.dtype == torch.float64 else chunk.float()) * unit).float()
         rows = _patches(layer, chunk) if isinstance(layer, nn.Conv2d) else chunk
+        if groups > 1:  # channels of a group are neighbours
+            rows = rows.view(len(rows), groups, -1).transpose(0, 1)
         # The sum of a chunk in float32 is off by 1e-5 of its value at most: far less than the damping.
-        product = (rows.T @ rows).double()
+        product = (rows.mT @ rows).double()
         hessian = product if not count else hessian.add_(product)
-        count += len(rows)
+        count += rows.shape[-2]
     return hessian.mul_(2 / max(count, 1)) / unit / unit
 
 
@@ -80,7 +80,8 @@ def gptq_round(weight: Tensor, scale: Tensor, fmt: Format, hessian: Tensor, damp
     Args:
         weight: [out, k], floating-point, finite.
         scale: float32 [out, 1] or [1, 1], positive; real value = code value × scale.
-        hessian: [k, k] of the inputs, as `input_hessian` gives it; its scale does not matter.
+        hessian: [k, k] of the inputs, or [groups, k, k], of which each serves its part of the rows in turn, as
+            `input_hessian` gives it; its scale does not matter.
         damping: added to the diagonal, as a part of its mean.
     Returns: float32 [out, k], on the grid.
     Raises: DataError: a Hessian that is not finite, of another shape, or not positive definite even with damping.
@@ -88,30 +89,34 @@ def gptq_round(weight: Tensor, scale: Tensor, fmt: Format, hessian: Tensor, damp
     """
     check_damping(damping)
     columns = weight.shape[1]
-    if hessian.shape != (columns, columns) or not bool(hessian.isfinite().all()):
+    groups = len(hessian) if hessian.dim() == 3 else 1
+    fits = hessian.dim() in (2, 3) and hessian.shape[-2:] == (columns, columns) and groups and not len(weight) % groups
+    if not fits or not bool(hessian.isfinite().all()):
         raise DataError(
-            f"the Hessian is {list(hessian.shape)} and must be [{columns}, {columns}] without NaN or infinity: "
-            "check the calibration images"
+            f"the Hessian is {list(hessian.shape)} and must be [{columns}, {columns}], or one such for each of groups "
+            f"that divide the {len(weight)} output channels, without NaN or infinity: check the calibration images"
         )
-    hessian = hessian.double()
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order], damping)
+    hessian = hessian.double().view(groups, columns, columns)
+    order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    sorted_rows = hessian.take_along_dim(order[:, :, None], 1)
+    factor = _inverse_factor(sorted_rows.take_along_dim(order[:, None, :], 2), damping)
     data = format_data(fmt)
-    left = weight[:, order].double()
-    rounded = torch.empty_like(weight, dtype=torch.float32)
-    scale = scale.float()
+    left = weight.view(groups, -1, columns).take_along_dim(order[:, None], 2).double()
+    rounded = torch.empty_like(left, dtype=torch.float32)
+    scale = scale.float().expand(len(weight), 1).reshape(groups, -1, 1)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
-        errors = torch.empty(len(left), end - start, dtype=torch.float64, device=left.device)
+        errors = torch.empty(*left.shape[:2], end - start, dtype=torch.float64, device=left.device)
         for j in range(start, end):
-            column = left[:, j : j + 1]
+            column = left[:, :, j : j + 1]
             nearest = round_to_grid(column.float(), scale, data, saturate=True, integer=fmt.is_integer)
-            rounded[:, order[j]] = nearest[:, 0]
-            error = (column - nearest) / factor[j, j]
-            left[:, j + 1 : end] -= error * factor[j, j + 1 : end]
-            errors[:, j - start] = error[:, 0]
-        left[:, end:] -= errors @ factor[start:end, end:]
-    return rounded
+            rounded[:, :, j : j + 1] = nearest
+            error = (column - nearest) / factor[:, j, j, None, None]
+            left[:, :, j + 1 : end] -= error * factor[:, j, None, j + 1 : end]
+            errors[:, :, j - start] = error[:, :, 0]
+        left[:, :, end:] -= errors @ factor[:, start:end, end:]
+    place = order[:, None].expand_as(rounded)
+    return torch.empty_like(rounded).scatter_(2, place, rounded).view(len(weight), columns)
 
 
 def check_damping(damping: float) -> None:
@@ -121,16 +126,20 @@ def check_damping(damping: float) -> None:
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with UᵀU = (H + damping)⁻¹. Row j of U says how the columns after j answer an error in j."""
+    """Upper triangular U with UᵀU = (H + damping)⁻¹, [groups, k, k].
+
+    Row j says how the columns after j answer an error in j.
+    """
     # By a power of four, whose root is exact: the columns' answers are the same bits for a Hessian of any size.
-    largest = hessian.diagonal().max()
+    largest = hessian.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
     hessian = torch.ldexp(hessian, -2 * (torch.frexp(largest).exponent // 2))
-    mean = hessian.diagonal().mean()
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
     # Inputs that are all zero have no Hessian at all: then every column is on its own.
-    hessian.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
+    diagonal.add_(torch.where(mean > 0, damping * mean, 1.0))
     lower, failed = torch.linalg.cholesky_ex(hessian)
-    if not bool(failed):  # nearly singular: there may be a factor, but none of the inverse
+    if not bool(failed.any()):  # nearly singular: there may be a factor, but none of the inverse
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if bool(failed) or not bool(upper.isfinite().all()):
+    if bool(failed.any()) or not bool(upper.isfinite().all()):
         raise DataError(f"the Hessian is not positive definite with damping={damping:g}: raise it, to 0.1 say")
     return upper

@@ -182,9 +182,26 @@ def test_hessian_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(input_hessian(*pair), expected)  # small integers: every sum is exact
 
 
-def test_groups_are_refused() -> None:
-    with pytest.raises(ConfigError, match="groups=3"):
-        input_hessian(nn.Conv2d(3, 3, 3, groups=3), torch.randn(1, 3, 8, 8))
+@pytest.mark.parametrize("groups", [2, 4, 12])
+def test_groups_have_a_hessian_each(groups: int) -> None:
+    """Of a grouped convolution each part is what a convolution of its own would be, depthwise ones included."""
+    torch.manual_seed(0)
+    whole = nn.Conv2d(12, 24, 3, padding=1, stride=2, groups=groups)
+    # Mixed channels: uncorrelated ones would leave nothing to make up for.
+    x = nn.Conv2d(12, 12, 3, padding=1)(torch.randn(8, 12, 9, 9)).detach()
+    weight, fmt = whole.weight.detach().flatten(1), parse("int3")
+    scale, hessian = scale_of(weight, "int3"), input_hessian(whole, x)
+    rounded = gptq_round(weight, scale, fmt, hessian)
+    assert hessian.shape == (groups, 108 // groups, 108 // groups)
+    rows, channels = 24 // groups, 12 // groups
+    for group in range(groups):
+        part = nn.Conv2d(channels, rows, 3, padding=1, stride=2)
+        of_part = input_hessian(part, x[:, group * channels : (group + 1) * channels])
+        torch.testing.assert_close(hessian[group], of_part, rtol=1e-5, atol=1e-6)  # sums of float32 products
+        mine = slice(group * rows, (group + 1) * rows)
+        expected = naive(weight[mine], scale[mine], "int3", hessian[group], 0.01)
+        np.testing.assert_allclose(rounded[mine].double(), expected, rtol=2**-23)
+    assert (rounded != quantize_weight(weight, fmt, "per_channel", "mse")).any()
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf"), 10**400, "0.1", None, True, [1]])
@@ -197,6 +214,9 @@ def test_bad_hessians_are_named() -> None:
     weight, scale, fmt = torch.ones(1, 2), torch.ones(1, 1), parse("int4")
     with pytest.raises(DataError, match=r"\[3, 3\] and must be \[2, 2\]"):
         gptq_round(weight, scale, fmt, torch.eye(3))
+    for groups in (0, 2):  # for one output channel
+        with pytest.raises(DataError, match=rf"\[{groups}, 2, 2\].* groups that divide the 1 output channels"):
+            gptq_round(weight, scale, fmt, torch.eye(2).expand(groups, 2, 2))
     with pytest.raises(DataError, match="NaN"):
         gptq_round(weight, scale, fmt, torch.full((2, 2), float("nan")))
     for hessian, damping in (([[1.0, 2.0], [2.0, 1.0]], 0.01), ([[1.0, 1.0], [1.0, 1.0]], 1e-17)):
