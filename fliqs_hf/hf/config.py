@@ -62,7 +62,7 @@ class FLIQSConfig(QuantizationConfigMixin):
             "sha256".
         check_integrity: False loads a packed checkpoint without comparing these.
         kernels: "auto" runs each packed layer with the fastest exact kernel of this machine, "reference" with the one
-            that training simulates, bit for bit; see `nn/native.py`. This and `check_integrity` are not stored; no
+            that training simulates, bit for bit; see `nn/native`. This and `check_integrity` are not stored; no
             other argument has an effect on a checkpoint that is packed already.
         digests: of a packed checkpoint, see `hf/integrity.py`; set by the library.
         format_version: of the checkpoint layout; set by the library.

@@ -2,7 +2,7 @@
 
 By its reference path a packed layer computes exactly what the searchable layer computes in the same formats, bit for
 bit: its weight decodes to the very values that fake quantization gives, and its input is quantized by the same
-function. Where `kernels` is "auto", inference takes a faster kernel if there is one: see `nn/native.py` for what it
+function. Where `kernels` is "auto", inference takes a faster kernel if there is one: see `nn/native` for what it
 rounds.
 """
 
@@ -187,7 +187,7 @@ class PackedLayer(nn.Module):
         """Whether `input` has the shape that a native kernel expects; all others go the reference path."""
         raise NotImplementedError
 
-    def native_product(self, input: Tensor) -> native.Int8Product | None:
+    def native_kernel(self, input: Tensor) -> native.Kernel | None:
         """The kernel for `input`, or None for the reference path: it alone has gradients, can be compiled, and reports
         inputs that do not fit."""
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -199,7 +199,7 @@ class PackedLayer(nn.Module):
         if self.kernel.kernel == "reference" or input.device.type != "cpu" or not self.takes(input):
             return None
         assert self._native is not None, "`kernel` makes it"
-        return self._native.product(self)
+        return self._native.kernel(self)
 
     def check_codes(self, name: str) -> None:
         """Raises: CheckpointError: codes of NaN or infinity, or scales that are not positive numbers."""
@@ -247,8 +247,8 @@ class PackedLinear(PackedLayer):
         return input.dim() > 0 and input.numel() > 0 and input.shape[-1] == self.in_features
 
     def forward(self, input: Tensor) -> Tensor:
-        if (product := self.native_product(input)) is not None:
-            return native.linear(self, product, input)
+        if (kernel := self.native_kernel(input)) is not None:
+            return kernel(self, input)
         x, weight = self.quantized(input)
         return functional.linear(x, weight, self.bias)
 
@@ -276,7 +276,7 @@ class PackedConv2d(PackedLayer):
         return fits and all(n >= k for n, k in zip(input.shape[2:], self.geometry["kernel_size"], strict=True))
 
     def forward(self, input: Tensor) -> Tensor:
-        if (product := self.native_product(input)) is not None:
-            return native.patches(self, product, input)
+        if (kernel := self.native_kernel(input)) is not None:
+            return kernel(self, input)
         x, weight = self.quantized(input)
         return nn.Conv2d._conv_forward(self, x, weight, self.bias)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Native kernels: layers are exact to the bound that `nn/native.py` derives, and nothing stale is ever used."""
+"""Native kernels: layers are exact to the bound that `nn/native` derives, and nothing stale is ever used."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ import fliqs_hf
 from fliqs_hf import Allocation, FLIQSConfig, LayerFormats
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import COMMON, code_values, round_to_format
-from fliqs_hf.nn import QuantizerSettings, native, pack_model
+from fliqs_hf.nn import QuantizerSettings, pack_model
 from fliqs_hf.nn.kernels import ENVIRONMENT, kernels_of, set_kernels
+from fliqs_hf.nn.native import choice, codes, int8
 from fliqs_hf.nn.packed import PackedConv2d, PackedLayer
 from tests.models import tiny
 
 ROOT = Path(__file__).parents[2]
 WEIGHT = "int7"  # the widest integers that every CPU sums exactly
-CODABLE = [fmt for fmt in COMMON if native.int8_shift(fmt) is not None]
+CODABLE = [fmt for fmt in COMMON if codes.int8_shift(fmt) is not None]
 UNIT = 2.0**-24  # largest relative error of one float32 rounding
 
 
@@ -57,15 +58,15 @@ def exact(layer: PackedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     """The layer in float64 from the same codes and scales, and the bound on what a native kernel may differ by."""
     fmt = layer.formats.activation
     assert fmt is not None and layer.weight_scale is not None
-    scale = native.input_scale(layer, x)
-    codes = round_to_format(torch.div(x, scale), fmt).double()
+    scale = codes.input_scale(layer, x)
+    quantized = round_to_format(torch.div(x, scale), fmt).double()
     weight = layer.code_values().double().view(layer.weight_shape)
     shape = (1, -1, *[1] * (x.dim() - 2)) if isinstance(layer, PackedConv2d) else (-1,)
     scales = layer.weight_scale.double().expand(layer.weight_shape[0]).view(shape) * scale.double()
     if isinstance(layer, PackedConv2d):
-        product = nn.functional.conv2d(codes, weight, stride=layer.geometry["stride"]) * scales
+        product = nn.functional.conv2d(quantized, weight, stride=layer.geometry["stride"]) * scales
     else:
-        product = codes @ weight.T * scales
+        product = quantized @ weight.T * scales
     whole = product if layer.bias is None else product + layer.bias.double().view(shape)
     # Second-order terms are far below a millionth of the first-order ones.
     return whole, (3 * UNIT * product.abs() + UNIT * whole.abs()) * (1 + 1e-6)
@@ -86,7 +87,7 @@ def test_which_formats_are_8_bit_integers_follows_from_their_values(fmt: Any) ->
     values = values[values.isfinite() & (values.abs() <= fmt.max_value)]
     shifts = [k for k in range(64) if bool((values * 2**k == (values * 2**k).round()).all())]
     expected = next((k for k in shifts if bool((values.abs() * 2**k <= 127).all())), None)
-    assert native.int8_shift(fmt) == expected
+    assert codes.int8_shift(fmt) == expected
 
 
 @pytest.mark.parametrize("weight", CODABLE, ids=str)
@@ -94,7 +95,7 @@ def test_which_formats_are_8_bit_integers_follows_from_their_values(fmt: Any) ->
 def test_every_pair_of_formats_is_exact(weight: Any, activation: Any) -> None:
     torch.manual_seed(1)
     layer = packed(nn.Linear(37, 11), weight.name, activation.name)
-    if weight.max_value * 2 ** (native.int8_shift(weight) or 0) > native.largest_exact_weight():
+    if weight.max_value * 2 ** (codes.int8_shift(weight) or 0) > int8.largest_exact_weight():
         assert layer.kernel.kernel == "reference"
     else:
         assert_exact(layer, some(5, 37))
@@ -163,7 +164,7 @@ def test_zeros_give_the_bias() -> None:
     (nn.Linear(8, 8), ("int8", None), "per_token", "not quantized"),
     (nn.Conv2d(3, 4, 3, padding=1), (WEIGHT, "int8"), "per_token", "overlap or are padded"),
     (nn.Conv2d(4, 4, 2, stride=2, groups=2), (WEIGHT, "int8"), "per_token", "overlap or are padded"),
-    (nn.Linear(native._LONGEST_SUM, 1), (WEIGHT, "int8"), "per_token", "may exceed 32 bits"),
+    (nn.Linear(int8.LONGEST_SUM, 1), (WEIGHT, "int8"), "per_token", "may exceed 32 bits"),
 ])  # fmt: skip
 def test_what_has_no_kernel_takes_the_reference_path(
     layer: nn.Module, formats: tuple[str, str | None], granularity: str, reason: str
@@ -229,8 +230,8 @@ def test_shared_codes_are_never_stale(context: Any, monkeypatch: pytest.MonkeyPa
     set_kernels(model)
     alone = copy.deepcopy(model)
     made = []
-    original = native.input_codes
-    monkeypatch.setattr(native, "input_codes", lambda *args: made.append(1) or original(*args))  # type: ignore[func-returns-value]
+    original = codes.input_codes
+    monkeypatch.setattr(codes, "input_codes", lambda *args: made.append(1) or original(*args))  # type: ignore[func-returns-value]
     with context():
         buffer = some(4, 16)
         model(buffer)
@@ -247,8 +248,8 @@ def test_shared_codes_are_never_stale(context: Any, monkeypatch: pytest.MonkeyPa
 def test_a_saturating_cpu_is_noticed() -> None:
     """Without VNNI oneDNN adds pairs of 8-bit products in 16 bits: exact for weights up to 64 only."""
     code = (
-        "from fliqs_hf.nn import native\n"
-        "print(native.largest_exact_weight())\n"
+        "from fliqs_hf.nn.native import int8\n"
+        "print(int8.largest_exact_weight())\n"
         "import torch; print(torch.backends.cpu.get_cpu_capability())"
     )
     run = subprocess.run(
@@ -259,7 +260,7 @@ def test_a_saturating_cpu_is_noticed() -> None:
 
 
 def test_a_weight_beyond_the_exact_ones_takes_the_reference_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "largest_exact_weight", lambda: 64)
+    monkeypatch.setattr(choice, "largest_exact_weight", lambda: 64)
     kinds = {
         fmt: packed(nn.Linear(8, 8), fmt, "int8").kernel.kernel for fmt in ("int8", "int7", "e2m3", "e2m1", "int4")
     }

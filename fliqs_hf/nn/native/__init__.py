@@ -1,0 +1,53 @@
+"""Fast kernels for packed layers on CPUs, chosen per layer, beside the reference path, which decodes the weight.
+
+**Numerics.** Codes and scales of weights and inputs are those of the reference path. The products of codes are summed
+in 32-bit integers, exactly; the sum S is then rounded to float32 once and multiplied by the two scales w and s. With
+bias b, the result lies within 3 u |S w s| + u |S w s + b| of the real number S w s + b, to first order in u = 2**-24,
+whatever the batch and the number of threads. (The reference path rounds every partial sum instead, so its error grows
+with the number of input features.) Layers are equal to that bound, but models not bit for bit: a value on the
+midpoint of two codes may be rounded the other way in the next layer, as by any other change of arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fliqs_hf.nn.native.choice import Choice, Kernels, choose
+from fliqs_hf.nn.native.int8 import Int8Product
+
+if TYPE_CHECKING:
+    from fliqs_hf.nn.packed import PackedLayer
+
+__all__ = ["Choice", "Kernel", "Kernels", "Native", "choose"]
+
+#: What computes one packed layer: the layer and its input in, its output out.
+Kernel = Callable[["PackedLayer", Tensor], Tensor]
+_KERNELS: dict[str, Callable[[PackedLayer], Kernel]] = {"int8": Int8Product}
+
+
+class Native:
+    """The kernel of one layer, made for the codes and scales that it has now."""
+
+    def __init__(self, layer: PackedLayer) -> None:
+        self.choice = choose(layer)
+        self._source = _state(layer)
+        self._kernel: Kernel | None = None
+
+    def is_of(self, layer: PackedLayer) -> bool:
+        """Whether nothing has been written to the layer's codes or scales since."""
+        now = _state(layer)
+        return all(a[0] is b[0] and a[1] == b[1] for a, b in zip(now, self._source, strict=True))
+
+    def kernel(self, layer: PackedLayer) -> Kernel | None:
+        """What computes the layer; None for the reference path."""
+        if self._kernel is None and self.choice.kernel in _KERNELS:  # not while a model is loaded
+            self._kernel = _KERNELS[self.choice.kernel](layer)
+        return self._kernel
+
+
+def _state(layer: PackedLayer) -> list[tuple[Tensor | None, int]]:
+    parts = (layer.weight_codes, layer.weight_scale)
+    return [(part, -1 if part is None or part.is_inference() else part._version) for part in parts]
