@@ -175,22 +175,34 @@ class FormatSwitch:
 
     def data(self, row: int, role: int, device: torch.device) -> FormatData:
         """The chosen format of one layer's weight or activation, as tensors on `device`."""
-        if device not in self._data:
-            active = torch.empty(len(self.names), 2, self._table.shape[1], device=device)
-            views = [
-                [FormatData(*active[i, j].unbind()) for j in (WEIGHT, ACTIVATION)] for i in range(len(self.names))
-            ]
-            self._data[device] = (self._table.to(device), active, views)
-            self._refresh(device)
-        return self._data[device][2][row][role]
+        self.prepare(device)
+        _, active, views = self._data[device]
+        if torch.compiler.is_compiling():  # one input of the graph instead of five for each layer and role
+            return FormatData(*active[row, role].unbind())
+        return views[row][role]
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the tensors for layers on `device`, if there are none. What is compiled must find them made: it would
+        be compiled again after it had made them."""
+        if device in self._data:
+            return
+        active = torch.empty(len(self.names), 2, self._table.shape[1], device=device)
+        views = [[FormatData(*active[i, j].unbind()) for j in (WEIGHT, ACTIVATION)] for i in range(len(self.names))]
+        self._data[device] = (self._table.to(device), active, views)
+        self._refresh(device)
 
     def _refresh(self, device: torch.device) -> None:
         table, active, _ = self._data[device]
         torch.index_select(table, 0, self._chosen.flatten().to(device), out=active.view(-1, table.shape[1]))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy makes its own tensors on first use: views must never be copied apart from what they view.
-        return {**self.__dict__, "_data": {}}
+        # A copy makes its own tensors: views must never be copied apart from what they view.
+        return {**self.__dict__, "_data": list(self._data)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _data={})
+        for device in state["_data"]:
+            self.prepare(device)
 
 
 class SharedInput:
@@ -204,6 +216,8 @@ class SharedInput:
 
     def get(self, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """`make()` for the first reader of `x`, the same tensor for the others; released after the last one."""
+        if torch.compiler.is_compiling():  # a compiler computes equal expressions once by itself
+            return make()
         if x.is_inference():  # has no version, so a change in place would go unnoticed
             return make()
         # The input itself is part of the key, so it cannot be freed and another tensor take its place in memory.
@@ -264,6 +278,11 @@ class _Searchable:
             data = switch.data(self.row, WEIGHT, weight.device)
             weight = quantize_weight(weight, data, settings.weight_granularity, settings.weight_scale, switch.integer)
         return x, weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.switch.prepare(self.weight.device)
+        return self
 
 
 class SearchableLinear(_Searchable, nn.Linear):

@@ -66,6 +66,7 @@ def make_searchable(
         layer.__dict__.update(attributes)
         if clipped:
             layer.register_parameter("input_clip", nn.Parameter(torch.zeros(1, device=layer.weight.device)))  # type: ignore[arg-type]
+        switch.prepare(layer.weight.device)  # type: ignore[arg-type]
     return switch
 
 
