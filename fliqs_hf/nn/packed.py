@@ -20,6 +20,7 @@ from fliqs_hf.formats.packing import pack, packed_bytes, unpack
 from fliqs_hf.formats.rounding import decode, encode, round_to_format
 from fliqs_hf.nn import native
 from fliqs_hf.nn.finite import all_finite
+from fliqs_hf.nn.native.gradient import WithGradient
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.quant import quantize_activation
 from fliqs_hf.quant.fake import fake_quantize, round_to_grid
@@ -187,19 +188,35 @@ class PackedLayer(nn.Module):
         """Whether `input` has the shape that a native kernel expects; all others go the reference path."""
         raise NotImplementedError
 
+    def needs_gradient(self, input: Tensor) -> bool:
+        learns = self.bias is not None and self.bias.requires_grad
+        return torch.is_grad_enabled() and (input.requires_grad or learns)
+
     def native_kernel(self, input: Tensor) -> native.Kernel | None:
-        """The kernel for `input`, or None for the reference path: it alone has gradients, can be compiled, and reports
-        inputs that do not fit."""
+        """The kernel for `input`, or None for the reference path: it alone trains, can be compiled, and reports inputs
+        that do not fit."""
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.kernels == "reference" or traced or torch.is_autocast_enabled("cpu"):
             return None
-        learns = self.bias is not None and self.bias.requires_grad
-        if torch.is_grad_enabled() and (input.requires_grad or learns):
+        if self.training and self.needs_gradient(input):
             return None
         if self.kernel.kernel == "reference" or input.device.type != "cpu" or not self.takes(input):
             return None
         assert self._native is not None, "`kernel` makes it"
         return self._native.kernel(self)
+
+    def reference(self, input: Tensor) -> Tensor:
+        """The layer by its decoded weight."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        kernel = self.native_kernel(input)
+        if kernel is None:
+            return self.reference(input)
+        if self.needs_gradient(input):
+            output: Tensor = WithGradient.apply(input, self.bias, self, kernel)
+            return output
+        return kernel(self, input)
 
     def check_codes(self, name: str) -> None:
         """Raises: CheckpointError: codes of NaN or infinity, or scales that are not positive numbers."""
@@ -246,9 +263,7 @@ class PackedLinear(PackedLayer):
     def takes(self, input: Tensor) -> bool:
         return input.dim() > 0 and input.numel() > 0 and input.shape[-1] == self.in_features
 
-    def forward(self, input: Tensor) -> Tensor:
-        if (kernel := self.native_kernel(input)) is not None:
-            return kernel(self, input)
+    def reference(self, input: Tensor) -> Tensor:
         x, weight = self.quantized(input)
         return functional.linear(x, weight, self.bias)
 
@@ -275,8 +290,6 @@ class PackedConv2d(PackedLayer):
         fits = input.dim() == 4 and input.shape[1] == self.geometry["in_channels"]
         return fits and all(n >= k for n, k in zip(input.shape[2:], self.geometry["kernel_size"], strict=True))
 
-    def forward(self, input: Tensor) -> Tensor:
-        if (kernel := self.native_kernel(input)) is not None:
-            return kernel(self, input)
+    def reference(self, input: Tensor) -> Tensor:
         x, weight = self.quantized(input)
         return nn.Conv2d._conv_forward(self, x, weight, self.bias)  # type: ignore[arg-type]

@@ -178,8 +178,10 @@ def test_gradients_wrong_inputs_and_the_asked_for_reference_take_the_reference_p
     reference = copy.deepcopy(layer)
     reference.kernels = "reference"
     x = some(4, 16)
-    assert torch.equal(layer(x), reference(x))  # the bias wants a gradient
+    layer.train()
+    assert torch.equal(layer(x), reference(x))  # the bias wants a gradient, and the model is in training
     assert not torch.equal(layer(x).detach(), torch.no_grad()(layer)(x))  # so that this test can fail
+    layer.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(x), reference(x))
     with torch.no_grad():
@@ -220,6 +222,28 @@ class Attention(nn.Module):
         if change:
             x.add_(change)
         return torch.cat([q, self.k(x)])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "patches"])
+def test_in_evaluation_mode_gradients_are_those_of_the_reference_path(kind: str, frozen: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    plain = nn.Linear(16, 8) if kind == "linear" else nn.Conv2d(3, 8, 4, stride=4)
+    x = torch.randn((5, 16) if kind == "linear" else (2, 3, 8, 8), generator=generator)
+    layer = packed(plain, "int4", "e2m1").eval()
+    reference = copy.deepcopy(layer)
+    reference.kernels = "reference"
+    found = []
+    for module in (layer, reference):
+        assert module.bias is not None
+        module.bias.requires_grad_(not frozen)
+        source = x.clone().requires_grad_()
+        output = module(source)
+        (output * torch.arange(output.numel()).view_as(output)).sum().backward()
+        found.append((output.detach(), source.grad, module.bias.grad))
+    assert torch.equal(found[0][0], torch.no_grad()(layer)(x)) and not torch.equal(found[0][0], found[1][0])
+    for a, b in zip(found[0][1:], found[1][1:], strict=True):
+        assert (a is None and b is None and frozen) or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
