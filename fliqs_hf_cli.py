@@ -168,6 +168,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         _VALIDATE,
         _validate,
     )
+    add("export", "export:export", "a packed model for other programs: ONNX, compared with itself", _EXPORT, _export)
     add("report", "publish:report", "write report.html and figures into a run folder", _REPORT, _report)
     add("push", "publish:push", "publish a run on the Hub: weights, card, report, history", _PUSH, _push)
     add(
@@ -294,6 +295,39 @@ def _validate(parser: Parser) -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--device", help="cpu, cuda, …; default: cuda if there is one")
     parser.add_argument("--output", nargs="+", metavar="FILE", default=[], help="also write .html, .md or .json files")
+
+
+_EXPORT = """  fliqs-hf export runs/pilot exported --dataset_name photos/ --min_agreement 99
+  fliqs-hf export runs/pilot exported --form qdq               for TensorRT and NPUs; static scales fit best
+  fliqs-hf validate MODEL exported --dataset_name photos/      the file, as a model like any other
+The file runs in ONNX Runtime without this package, and holds the allocation as metadata. Before it is kept, it answers
+the same images as the packed model; exit status 1, and no file, where too few answers are the same."""
+
+
+def _export(parser: Parser) -> None:
+    parser.add_argument("run", help="run folder, checkpoint folder or Hub id of a packed model")
+    parser.add_argument("output", help="folder to write: model.onnx, its config and image processor, a record")
+    parser.add_argument("--to", choices=("onnx",), default="onnx")
+    parser.add_argument("--form", choices=("auto", "integer", "qdq"), default="auto",
+                        help="products of 8-bit integers, in the fastest operators of ONNX Runtime (auto) or in those "
+                        "of the standard (integer), or between QuantizeLinear and DequantizeLinear (qdq)")  # fmt: skip
+    parser.add_argument("--input_scales", choices=("as_packed", "per_tensor"), default="as_packed",
+                        help="per_tensor: one scale for the whole batch where inputs are 8-bit integers: faster, and "
+                        "another quantization")  # fmt: skip
+    parser.add_argument("--dataset_name", help="images to compare on: Hub id, folder of images, or 'digits'; default: "
+                        "generated noise")  # fmt: skip
+    parser.add_argument("--split", help="or a part, such as 'test[:500]'; default: validation or test if there is one")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--max_samples", type=int, default=256, help="images to compare on (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--min_agreement", type=float, metavar="PERCENT",
+                        help="of the images must get the class that the packed model gives them; default: 99 with "
+                        "--dataset_name, 0 on noise")  # fmt: skip
+    parser.add_argument("--opset", type=int, default=21, help="21 to 25 (default: %(default)s); 25 has 2-bit types")
+    parser.add_argument("--include_preprocessing", action="store_true",
+                        help="take pixels from 0 to 255 of resized images, and normalize them there")  # fmt: skip
+    parser.add_argument("--external_data", action="store_true", help="weights in model.onnx.data; always above 1.8 GB")
+    parser.add_argument("--overwrite", action="store_true", help="replace the export that is in OUTPUT")
 
 
 _REPORT = """  fliqs-hf report runs/digits"""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fliqs_hf.cost import Target
     from fliqs_hf.hf.card import model_card
     from fliqs_hf.hf.hub import push
+    from fliqs_hf.pipeline.export import export
     from fliqs_hf.pipeline.post_training import allocate
     from fliqs_hf.ptq import calibrate
     from fliqs_hf.report.run_report import write_report
@@ -26,6 +27,7 @@ _LAZY = {
     "Target": "fliqs_hf.cost",
     "allocate": "fliqs_hf.pipeline.post_training",
     "calibrate": "fliqs_hf.ptq",
+    "export": "fliqs_hf.pipeline.export",
     "model_card": "fliqs_hf.hf.card",
     "push": "fliqs_hf.hf.hub",
     "validate": "fliqs_hf.report.validate",
@@ -40,6 +42,7 @@ __all__ = [
     "__version__",
     "allocate",
     "calibrate",
+    "export",
     "make_searchable",
     "model_card",
     "parse",

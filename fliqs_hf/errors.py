@@ -41,6 +41,10 @@ class BusyError(FliqsError, RuntimeError):
     """A folder that another process is writing to."""
 
 
+class ExportError(FliqsError, RuntimeError):
+    """An exported model that does not answer as the model that it was made from."""
+
+
 class HubError(FliqsError, RuntimeError):
     """The Hub refused a request, or could not be reached."""
 

@@ -83,6 +83,8 @@ LIMITS: Mapping[str, Limit] = {
     "target_ratio": Limit(0, 1, above=True),
     # validation
     "max_drop": Limit(0, 100),
+    "min_agreement": Limit(0, 100),
+    "opset": Limit(21, 25),
     "confidence": Limit(0.5, 1, above=True, below=True),
 }
 

@@ -15,6 +15,10 @@ EXTRAS = {
     "statsmodels": "report",
     "optuna": "multi-trial",
     "deepspeed": "deepspeed",
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
 }
 
 

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from fliqs_hf.cost import LayerInfo, example_image, trace_layers
 from fliqs_hf.errors import ConfigError, FliqsError
 from fliqs_hf.hf.config import METHOD, FLIQSConfig
+from fliqs_hf.hf.export.runtime import OnnxClassifier, exported_file
 from fliqs_hf.training.loading import load
 
 #: Of a text that goes with an image; CLIP reads so many.
@@ -26,12 +27,18 @@ def checkpoint_of(name: str) -> str:
     return str(folder) if folder.is_dir() else name
 
 
+def _folder_of(name: str) -> str:
+    """The folder of an exported file; any other name as it is."""
+    file = exported_file(name)
+    return name if file is None else str(file.parent)
+
+
 def read_config(name: str, revision: str | None = None) -> tuple[Any, FLIQSConfig | None]:
     """Model config without its quantization, and that quantization if it is ours.
 
     Raises: ConfigError: no such model, or it is quantized by another method.
     """
-    config = load(AutoConfig, name, "configuration", revision=revision)
+    config = load(AutoConfig, _folder_of(name), "configuration", revision=revision)
     data = getattr(config, "quantization_config", None)
     if data is None:
         return config, None
@@ -64,14 +71,19 @@ def empty_model(config: Any) -> Any:
 
 
 def load_model(name: str, revision: str | None = None) -> Any:
-    """The model in evaluation mode, fp32 where it is not quantized. Raises: ConfigError: it cannot be loaded."""
+    """The model in evaluation mode, fp32 where it is not quantized; an exported file in its own runtime.
+
+    Raises: ConfigError, CheckpointError: it cannot be loaded. DependencyError: its runtime is missing.
+    """
     config, _ = read_config(name, revision)
+    if (file := exported_file(name)) is not None:
+        return OnnxClassifier(file, config).eval()
     return load(model_class(config), name, revision=revision, dtype=torch.float32).eval()
 
 
 def load_processor(name: str, revision: str | None = None) -> Any:
     """Its image processor. Raises: ConfigError: it has none."""
-    return load(AutoImageProcessor, name, "image processor", revision=revision)
+    return load(AutoImageProcessor, _folder_of(name), "image processor", revision=revision)
 
 
 def is_classifier(model: Any) -> bool:

@@ -300,7 +300,8 @@ def _model_result(model: nn.Module, found: Comparison, i: int, confidence: float
         top1=statistics.proportion(int(correct.sum()), images, confidence),
         top5=None if found.in_top5 is None else statistics.proportion(int(found.in_top5[i].sum()), images, confidence),
         calibration=statistics.calibration(found.confidences[i], correct),
-        weights_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        weights_bytes=getattr(model, "file_bytes", 0)
+        or sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         working_bytes=found.working_bytes[i],
         checkpoint_bytes=_checkpoint_bytes(model),
         latency=latency,
@@ -316,7 +317,10 @@ def _name(model: nn.Module) -> str:
 
 
 def _checkpoint_bytes(model: nn.Module) -> int | None:
-    """Size of the weight files that `save_pretrained` writes, measured by writing them to a temporary folder."""
+    """Size of the weight files that `save_pretrained` writes, measured by writing them to a temporary folder; of an
+    exported model that of its file."""
+    if (size := getattr(model, "file_bytes", None)) is not None:
+        return int(size)
     if not isinstance(model, transformers.PreTrainedModel):
         return None
     with tempfile.TemporaryDirectory() as folder:

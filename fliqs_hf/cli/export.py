@@ -1,0 +1,82 @@
+"""`fliqs-hf export`."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fliqs_hf.cli.data import to_validate
+from fliqs_hf.cli.output import answer, table
+from fliqs_hf.pipeline.checkpoints import checkpoint_of, load_processor, read_config
+from fliqs_hf.pipeline.export import ExportResult
+from fliqs_hf.pipeline.export import export as export_model
+from fliqs_hf.training.data import Images
+from fliqs_hf.training.images import mode_of, pixels
+from fliqs_hf.training.splits import sample
+
+
+def export(args: argparse.Namespace) -> int:
+    result = export_model(
+        args.run,
+        args.output,
+        to=args.to,
+        images=None if args.dataset_name is None else _Pixels(args),
+        form=args.form,
+        input_scales=args.input_scales,
+        min_agreement=args.min_agreement,
+        opset=args.opset,
+        include_preprocessing=args.include_preprocessing,
+        external_data=args.external_data,
+        overwrite=args.overwrite,
+    )
+    answer(args.json, result.to_dict(), _text(result))
+    return 0
+
+
+class _Pixels:
+    """Batches of pixel values of the images that are named; loaded when they are first wanted."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+
+    def __iter__(self) -> Iterator[Tensor]:
+        args = self._args
+        name = checkpoint_of(args.run)
+        processor, mode = load_processor(name), mode_of(read_config(name)[0])
+        split, _ = to_validate(args.run, args.dataset_name, args.split)
+        images = Images(sample(split, args.max_samples), args.image_column)
+        for first in range(0, len(images), args.batch_size):
+            rows = [images[index] for index in range(first, min(first + args.batch_size, len(images)))]
+            yield torch.stack([pixels(image, processor, name, mode) for image, name in rows])
+
+
+def _text(result: ExportResult) -> str:
+    agreement = result.agreement
+    kinds = Counter((layer.weight, layer.activation, layer.form, layer.stored.lower()) for layer in result.layers)
+    text = table(
+        ("weights", "inputs", "product", "stored as", "layers"),
+        [(*kind, count) for kind, count in kinds.most_common()],
+    )
+    changes: dict[str, list[str]] = {}
+    for layer in result.layers:
+        if layer.changed:
+            changes.setdefault(layer.changed, []).append(layer.name)
+    text += "".join(f"\n{_names(names)}: {reason}" for reason, names in changes.items())
+    noise = " (generated noise: give --dataset_name to know)" if result.images == "generated" else ""
+    return (
+        f"{text}\n\n"
+        f"same class      {agreement.percent:.2f} % of {agreement.images:,} images{noise}\n"
+        f"logits          differ by {agreement.rms:.3g} (RMS) of {agreement.logits_rms:.3g}\n"
+        f"size            {result.file_bytes / 1e6:.3f} MB, all of it; the quantized layers took "
+        f"{result.packed_bytes / 1e6:.3f} MB packed\n"
+        f"written         {result.folder}: {', '.join(result.files)}"
+    )
+
+
+def _names(names: list[Any]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

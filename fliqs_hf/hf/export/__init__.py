@@ -1,0 +1,1 @@
+"""Packed models in the formats of other programs: ONNX, OpenVINO, `torch.export`."""

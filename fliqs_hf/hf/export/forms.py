@@ -1,0 +1,123 @@
+"""Which operators of ONNX a packed layer becomes, how its codes are stored, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from fliqs_hf.errors import ConfigError
+from fliqs_hf.formats import Format
+from fliqs_hf.formats.rounding import code_values
+from fliqs_hf.nn.native.codes import int8_shift
+from fliqs_hf.nn.packed import PackedConv2d, PackedLayer, PackedLinear
+
+#: auto: integer products, with an operator of ONNX Runtime's own where that is faster. integer: the same in standard
+#: operators. qdq: QuantizeLinear and DequantizeLinear around floating-point products, for TensorRT and NPUs.
+Form = Literal["auto", "integer", "qdq"]
+InputScales = Literal["as_packed", "per_tensor"]
+
+#: The opset with 4-bit types, and the one with 2-bit types.
+OPSETS = range(21, 26)
+_TWO_BITS = 25
+_LONGEST_SUM = 2**31 // (255 * 127)
+_KNOWN_BUFFERS = {"weight_codes", "weight_scale", "input_scale"}
+_GRANULARITIES = ("per_token", "per_tensor", "per_token_clipped", "static")
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """What becomes of one layer.
+
+    Attributes:
+        weight, activation: its formats, "fp32" for an input that is not quantized.
+        form: "integer": a product of 8-bit integers; "qdq": of quantized and dequantized tensors; "float": of tensors
+            that are rounded to their formats, in fp32.
+        stored: the ONNX type of the codes in the file.
+        changed: what is not as in the packed layer, and why; "" where nothing is.
+    """
+
+    name: str
+    weight: str
+    activation: str
+    form: Literal["integer", "qdq", "float"]
+    stored: str
+    changed: str
+
+
+def layer_form(name: str, layer: PackedLayer, form: Form, scales: InputScales, opset: int) -> LayerForm:
+    """Raises: ConfigError: a layer that cannot be expressed, or a setting that does not exist."""
+    for setting, value, choices in (("form", form, Form), ("input_scales", scales, InputScales)):
+        if value not in get_args(choices):
+            raise ConfigError(f"{setting}={value!r} does not exist; choose from {', '.join(get_args(choices))}")
+    if opset not in OPSETS:
+        raise ConfigError(f"opset={opset!r}: give {OPSETS.start} to {OPSETS.stop - 1}")
+    _check_known(name, layer)
+    weight, activation = layer.formats.weight, layer.formats.activation
+    reason = not_integer(layer)
+    kind: Literal["integer", "qdq", "float"] = "float" if reason else "qdq" if form == "qdq" else "integer"
+    changed = f"fp32 product: {reason}" if reason else ""
+    if asymmetric(layer, scales) and kind == "integer":
+        changed = "input scale of the whole batch, with a zero point, as asked for"
+    stored = storage(weight, opset)[0]
+    return LayerForm(name, str(weight), str(activation or "fp32"), kind, stored, changed)
+
+
+def _check_known(name: str, layer: PackedLayer) -> None:
+    kind, granularity = type(layer), layer.settings.activation_granularity
+    unknown = {key for key, _ in layer.named_buffers(recurse=False)} - _KNOWN_BUFFERS
+    scales = 0 if layer.weight_scale is None else layer.weight_scale.numel()
+    if kind not in (PackedLinear, PackedConv2d) or unknown or granularity not in _GRANULARITIES:
+        raise ConfigError(f"{name!r}, {kind.__name__} in {layer.formats}, cannot be exported: its kind is not known")
+    if scales not in (0, 1, layer.weight_shape[0]):
+        raise ConfigError(f"{name!r} has {scales} weight scales: those per tensor or channel can be exported")
+    if isinstance(layer, PackedConv2d) and layer.geometry["padding_mode"] != "zeros":
+        raise ConfigError(f"{name!r}: padding_mode={layer.geometry['padding_mode']!r} cannot be exported")
+
+
+def not_integer(layer: PackedLayer) -> str:
+    """Why the layer is no product of 8-bit integers; "" where it is."""
+    weight, activation = layer.formats.weight, layer.formats.activation
+    if activation is None:
+        return "the input is not quantized"
+    for role, fmt in (("weights", weight), ("inputs", activation)):
+        if int8_shift(fmt) is None:
+            return f"{role} in {fmt} are no 8-bit integers"
+    if layer.weight_shape[1:].numel() >= _LONGEST_SUM:
+        return f"sums of {layer.weight_shape[1:].numel()} products may exceed 32 bits"
+    if isinstance(layer, PackedConv2d) and layer.geometry["groups"] > 1:
+        return "a grouped convolution, whose integer form is slower"
+    return ""
+
+
+def asymmetric(layer: PackedLayer, scales: InputScales) -> bool:
+    """Whether `DynamicQuantizeLinear` takes the place of the layer's own input scale."""
+    own = layer.settings.activation_granularity in ("static", "per_tensor")
+    fmt = layer.formats.activation
+    return scales == "per_tensor" and not own and fmt is not None and fmt.is_integer and fmt.bits == 8
+
+
+def storage(fmt: Format, opset: int) -> tuple[str, int]:
+    """The narrowest ONNX type that holds every value of `fmt`, times 2**shift, exactly, and this shift.
+
+    "UINT4" stands for positions in a table of 16 values: for 4-bit formats that are no 4-bit integers.
+    """
+    values = code_values(fmt).float()
+    values = values[values.isfinite()]
+    if (shift := int8_shift(fmt)) is not None:
+        low, high = (float(v) * 2**shift for v in torch.aminmax(values))
+        if low >= -2 and high <= 1 and opset >= _TWO_BITS:
+            return "INT2", shift
+        if low >= -8 and high <= 7:
+            return "INT4", shift
+        return ("UINT4" if fmt.bits <= 4 else "INT8"), shift
+    for name, dtype in (("FLOAT8E4M3FN", torch.float8_e4m3fn), ("FLOAT8E5M2", torch.float8_e5m2),
+                        ("INT16", torch.int16), ("FLOAT16", torch.float16), ("BFLOAT16", torch.bfloat16)):  # fmt: skip
+        if bool((values.abs() <= _largest(dtype)).all()) and torch.equal(values.to(dtype).float(), values):
+            return name, 0
+    return "FLOAT", 0
+
+
+def _largest(dtype: torch.dtype) -> float:
+    return float((torch.finfo if dtype.is_floating_point else torch.iinfo)(dtype).max)

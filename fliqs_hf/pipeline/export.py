@@ -1,0 +1,211 @@
+"""A packed model for programs without this package: written, run there, and compared with itself before it is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fliqs_hf.cost import example_image
+from fliqs_hf.errors import ConfigError, ExportError
+from fliqs_hf.files import disk_errors, replacing
+from fliqs_hf.hf.export import onnx_file
+from fliqs_hf.hf.export.agreement import Agreement, compare
+from fliqs_hf.hf.export.forms import Form, InputScales, LayerForm
+from fliqs_hf.hf.export.preprocessing import Normalization
+from fliqs_hf.hf.export.runtime import ONNX_FILE, OnnxClassifier
+from fliqs_hf.json_file import read_object
+from fliqs_hf.nn import packed_layers
+from fliqs_hf.pipeline.checkpoints import checkpoint_of, is_classifier, load_model, load_processor, read_config
+from fliqs_hf.pipeline.outputs import check_apart, check_writable
+from fliqs_hf.version import __version__
+
+To = Literal["onnx"]
+#: What an export consists of; lists the files of its folder, so that another export may replace them.
+RECORD = "export.json"
+#: Of images with a meaning. On noise every class is nearly as likely as the next.
+MIN_AGREEMENT = 99.0
+_GENERATED = 64
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written, and how it compares with the packed model.
+
+    Attributes:
+        files: names in `folder`, the model first.
+        agreement: on `images`: "yours", or "generated" noise, which says whether the arithmetic is the same but not
+            how often the answers differ.
+        layers: what became of each; `changed` says what differs and why.
+        packed_bytes: codes and scales of the packed layers in the checkpoint. file_bytes: of the exported model, all
+            of it.
+    """
+
+    folder: str
+    to: To
+    files: tuple[str, ...]
+    images: Literal["yours", "generated"]
+    agreement: Agreement
+    min_agreement: float | None
+    layers: tuple[LayerForm, ...]
+    packed_bytes: int
+    file_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "agreement": {**asdict(self.agreement), "percent": self.agreement.percent}}
+
+
+def export(
+    run: str | Path,
+    output: str | Path,
+    *,
+    to: To = "onnx",
+    images: Iterable[Tensor] | None = None,
+    form: Form = "auto",
+    input_scales: InputScales = "as_packed",
+    min_agreement: float | None = None,
+    opset: int = onnx_file.OPSET,
+    include_preprocessing: bool = False,
+    external_data: bool = False,
+    overwrite: bool = False,
+) -> ExportResult:
+    """Write a packed model as a file that other programs run, if it answers there as it does here.
+
+    Args:
+        run: run folder, checkpoint folder or Hub id of a packed image classifier.
+        output: folder to write: the model, its config and image processor, and a record.
+        images: batches of pixel values [images, channels, height, width] as the image processor makes them, to compare
+            on; default: noise.
+        form: see `forms.Form`. input_scales: "per_tensor" gives layers with 8-bit integer inputs one scale and zero
+            point for the whole batch instead of their own: faster, and another quantization.
+        min_agreement: percent of the images that must get the same class; default: 99 on your images, none on noise.
+        opset: 21 to 25; 2-bit weights are stored in 2 bits from 25 on.
+        include_preprocessing: the file takes pixels from 0 to 255 of resized images and normalizes them itself.
+        external_data: weights in a file of their own, as is always done above 1.8 GB.
+        overwrite: replace an earlier export; nothing else is ever replaced.
+    Raises: ConfigError: a setting, or a model that cannot be exported. DependencyError: the extra "onnx" is missing.
+        ExportError: the agreement is below `min_agreement`; nothing is written. DiskError: `output` cannot be written.
+    """
+    if to not in get_args(To):
+        raise ConfigError(f"to={to!r} does not exist; choose from {', '.join(get_args(To))}")
+    if min_agreement is not None and not 0 <= min_agreement <= 100:
+        raise ConfigError(f"min_agreement={min_agreement!r}: give percent between 0 and 100")
+    onnx_file.check_environment()
+    folder = Path(output)
+    _check_output(folder, str(run), overwrite)
+    source = _Source.load(str(run))
+    onnx_file.layer_forms(source.model, form, input_scales, opset)
+    normalization = Normalization.of(source.processor, source.image.shape[1]) if include_preprocessing else None
+    if images is not None and min_agreement is None:
+        min_agreement = MIN_AGREEMENT
+    with replacing(folder) as draft:
+        draft.mkdir()
+        with disk_errors(folder):
+            layers = onnx_file.write_onnx(
+                source.model, source.image, draft / ONNX_FILE, form=form, input_scales=input_scales, opset=opset,
+                external_data=external_data, normalization=normalization,
+            )  # fmt: skip
+        exported = OnnxClassifier(draft / ONNX_FILE, source.config)
+        agreement = compare(
+            source.model, exported, _noise(source.image) if images is None else images,
+            None if normalization is None else normalization.pixels,
+        )  # fmt: skip
+        _check_agreement(agreement, min_agreement, input_scales)
+        source.config.save_pretrained(draft)
+        source.processor.save_pretrained(draft)
+        names = sorted(
+            (path.name for path in draft.iterdir()), key=lambda name: (not name.startswith(ONNX_FILE), name)
+        )
+        result = ExportResult(
+            str(folder), to, (*names, RECORD), "generated" if images is None else "yours", agreement, min_agreement,
+            layers, _packed_bytes(source.model), exported.file_bytes,
+        )  # fmt: skip
+        record = {"format_version": 1, "fliqs_hf": __version__, "form": form, "input_scales": input_scales}
+        text = json.dumps({**record, **result.to_dict(), "folder": None}, indent=1)
+        (draft / RECORD).write_text(text + "\n", encoding="utf-8")
+    return result
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported; `image`: zeros of the size that its processor makes, [1, channels, height, width]."""
+
+    model: Any
+    config: Any
+    processor: Any
+    image: Tensor
+
+    @classmethod
+    def load(cls, run: str) -> _Source:
+        checkpoint = checkpoint_of(run)
+        config, quantization = read_config(checkpoint)
+        if quantization is None:
+            raise ConfigError(f"{run!r} is not quantized by fliqs_hf: run `fliqs-hf quantize` on it first")
+        processor, model = load_processor(checkpoint), load_model(checkpoint)
+        if not is_classifier(model):
+            raise ConfigError(f"{type(model).__name__} is no image classifier: only those can be exported yet")
+        config.architectures = [type(model).__name__]
+        return cls(model, config, processor, torch.zeros_like(example_image(model, _side(processor, model))))
+
+
+def _check_agreement(agreement: Agreement, least: float | None, scales: InputScales) -> None:
+    if least is None or agreement.percent >= least:
+        return
+    hint = "; input_scales='as_packed' keeps its own input scales" if scales == "per_tensor" else ""
+    raise ExportError(
+        f"the exported model gives {agreement.percent:.2f} % of {agreement.images:,} images the class that the packed "
+        f"model gives them, less than min_agreement={least:g} (logits differ by {agreement.rms:.3g} of "
+        f"{agreement.logits_rms:.3g}); nothing is written{hint}"
+    )
+
+
+def _check_output(folder: Path, run: str, overwrite: bool) -> None:
+    """Raises: ConfigError: something is in the way. DiskError: it cannot be written."""
+    if not str(folder).strip() or folder.name in ("", "..") or "\0" in str(folder):
+        raise ConfigError(f"the output folder {str(folder)!r} has no usable name: give one, such as exported")
+    check_apart(folder, {"RUN": run})
+    check_writable(folder)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"{folder} is no folder: choose another output folder")
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if not there:
+        return
+    record = read_object(folder / RECORD) if (folder / RECORD).is_file() else {}
+    listed = record.get("files")
+    ours = set(listed) if isinstance(listed, list) and record.get("format_version") == 1 else set()
+    if foreign := sorted(there - ours):
+        raise ConfigError(
+            f"{folder / foreign[0]} is in the way: no export of fliqs_hf wrote it, and nothing else is replaced. "
+            "Move it away, or choose another output folder"
+        )
+    if not overwrite:
+        raise ConfigError(f"{folder} holds an export already: pass overwrite to replace it, or choose another folder")
+
+
+def _side(processor: Any, model: Any) -> tuple[int, int] | None:
+    """Height and width of what the processor makes, where the model's config names none."""
+    for config in (model.config, getattr(model.config, "vision_config", None)):
+        if getattr(config, "image_size", None):
+            return None
+    for name in ("crop_size", "size"):
+        size = getattr(processor, name, None)
+        if size and {"height", "width"} <= set(size):
+            return int(size["height"]), int(size["width"])
+    return None
+
+
+def _noise(image: Tensor) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_GENERATED // 8):
+        yield torch.randn(8, *image.shape[1:], generator=generator)
+
+
+def _packed_bytes(model: Any) -> int:
+    parts = [part for layer in packed_layers(model).values() for part in (layer.weight_codes, layer.weight_scale)]
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)

@@ -1,0 +1,55 @@
+"""Whole models in ONNX Runtime against the packed models, one of each kind that is promised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fliqs_hf
+from fliqs_hf import FLIQSConfig
+from fliqs_hf.hf.export.onnx_file import write_onnx
+from fliqs_hf.hf.export.runtime import OnnxClassifier
+from fliqs_hf.nn.kernels import set_kernels
+from tests.models import images, tiny
+
+onnx_ir = pytest.importorskip("onnx_ir")
+pytest.importorskip("onnxruntime")
+
+
+def exported(architecture: str, folder: Path, **settings: Any) -> tuple[Any, Any]:
+    model = fliqs_hf.quantize(tiny(architecture), FLIQSConfig(weight_format="int8", activation_format="int8"))
+    set_kernels(model, "reference")
+    write_onnx(model, images(1), folder / "model.onnx", **settings)
+    return model, OnnxClassifier(folder / "model.onnx", threads=1)
+
+
+@pytest.mark.parametrize("architecture", ["vit", "deit", "dinov2", "swin", "resnet", "mobilenet_v2"])
+def test_answers_are_the_packed_models(architecture: str, tmp_path: Path) -> None:
+    """In any batch size. Logits are about 0.2 to 2: a code that rounds the other way would move them by 1e-4 or more,
+    and none does for these inputs; else they differ by the order of sums."""
+    model, file = exported(architecture, tmp_path)
+    for count in (1, 5):
+        pixels = images(count)
+        with torch.no_grad():
+            expected = model(pixels).logits
+        torch.testing.assert_close(file(pixels).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_q_k_and_v_read_one_quantized_input(tmp_path: Path) -> None:
+    exported("vit", tmp_path)
+    graph = onnx_ir.load(tmp_path / "model.onnx").graph
+    products = [node for node in graph if node.op_type == "MatMulIntegerToFloat"]
+    codes = {node.inputs[0].name for node in products}
+    assert len(products) == 2 * 6 + 1
+    assert len(codes) == 2 * 4 + 1  # q, k and v of each of the two blocks are three readers of one
+
+
+def test_batch_norms_are_folded_into_integer_products(tmp_path: Path) -> None:
+    exported("resnet", tmp_path)
+    model = onnx_ir.load(tmp_path / "model.onnx")
+    kinds = [node.op_type for node in model.graph]
+    assert "ConvInteger" in kinds and "BatchNormalization" not in kinds
+    assert not [name for name in model.graph.initializers if "running_mean" in name]

@@ -1,0 +1,179 @@
+"""One packed layer in ONNX Runtime against the packed layer itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fliqs_hf.allocation import LayerFormats
+from fliqs_hf.errors import ConfigError
+from fliqs_hf.formats import parse
+from fliqs_hf.formats.rounding import code_values
+from fliqs_hf.hf.export.forms import layer_form, storage
+from fliqs_hf.nn.packed import PackedLayer
+from fliqs_hf.nn.searchable import QuantizerSettings
+from fliqs_hf.nn.swap import packed_like
+
+onnx_ir = pytest.importorskip("onnx_ir")
+ort = pytest.importorskip("onnxruntime")
+
+INPUTS = torch.randn(3, 7, 40, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 7).view(1, 7, 1)
+IMAGES = torch.randn(3, 8, 12, 12, generator=torch.Generator().manual_seed(2))
+
+
+def packed(plain: nn.Module, weight: str, activation: str | None, granularity: Any = "per_token") -> PackedLayer:
+    formats = LayerFormats(parse(weight), None if activation is None else parse(activation))
+    layer = packed_like(plain, formats, QuantizerSettings(activation_granularity=granularity))
+    layer.pack_(plain.weight)  # type: ignore[arg-type]
+    if layer.input_scale is not None:
+        layer.input_scale = torch.tensor([0.01 if granularity == "static" else 0.7])
+    return layer.eval()
+
+
+def linear(*arguments: Any) -> PackedLayer:
+    torch.manual_seed(0)
+    return packed(nn.Linear(40, 24), *arguments)
+
+
+def convolution(*arguments: Any, **geometry: Any) -> PackedLayer:
+    torch.manual_seed(0)
+    return packed(nn.Conv2d(8, 16, **{"kernel_size": 3, **geometry}), *arguments)
+
+
+def run(layer: PackedLayer, x: Tensor, form: Any = "auto", scales: Any = "as_packed", opset: int = 21) -> Any:
+    """What ONNX Runtime makes of `x`, and the graph."""
+    from fliqs_hf.hf.export.rewritten import rewrite
+
+    float32 = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+    given = onnx_ir.val("x", type=float32, shape=onnx_ir.Shape(["batch", *x.shape[1:]]))
+    node = onnx_ir.node("PackedLayer", [given], {"layer": "layer"}, domain="fliqs_hf")
+    (out,) = node.outputs
+    out.name, out.type = "y", float32
+    graph = onnx_ir.Graph([given], [out], nodes=[node], opset_imports={"": opset, "fliqs_hf": 1}, name="graph")
+    model = onnx_ir.Model(graph, ir_version=10)
+    rewrite(model, {"layer": layer}, {"layer": layer_form("layer", layer, form, scales, opset)}, form, scales)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    data = onnx_ir.to_proto(model).SerializeToString()
+    (y,) = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+    return torch.from_numpy(y), model
+
+
+def assert_equal(layer: PackedLayer, x: Tensor, *arguments: Any, **settings: Any) -> Any:
+    """Up to the rounding of sums: both are within 2 n u of Σ |x| |w|, u = 2**-24, n products (Higham 2002, 3.1)."""
+    found, model = run(layer, x, *arguments, **settings)
+    expected = layer(x).detach()
+    weight, inputs = layer.decoded_weight().abs(), layer.quantized_input(x).abs()
+    if layer.kind == "linear":
+        bound = nn.functional.linear(inputs, weight)
+    else:
+        bound = nn.Conv2d._conv_forward(layer, inputs, weight, None)  # type: ignore[arg-type]
+    bias = layer.bias.detach().abs().view(-1, *[1] * (2 * (layer.kind != "linear")))  # type: ignore[union-attr]
+    assert ((found - expected).abs() <= 2 * layer.weight_shape[1:].numel() * 2.0**-24 * (bound + bias)).all()
+    return model
+
+
+@pytest.mark.parametrize("form", ["auto", "integer", "qdq"])
+@pytest.mark.parametrize("formats", [("int8", "int8"), ("int4", "int8"), ("int3", "int5"), ("e2m1", "e2m1"),
+                                     ("e2m3", "int8"), ("e3m0", "e2m2"), ("int7", "e2m0")])  # fmt: skip
+def test_products_of_integers(form: str, formats: tuple[str, str]) -> None:
+    model = assert_equal(linear(*formats), INPUTS, form)
+    kinds = [node.op_type for node in model.graph]
+    product = {"auto": "MatMulIntegerToFloat", "integer": "MatMulInteger", "qdq": "MatMul"}[form]
+    assert kinds.count(product) == 1 and ("QuantizeLinear" in kinds)
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_token_clipped", "static"])
+@pytest.mark.parametrize("form", ["auto", "integer", "qdq"])
+@pytest.mark.parametrize("activation", ["int8", "int4", "e2m1"])
+def test_every_way_of_scaling_inputs(granularity: str, form: str, activation: str) -> None:
+    assert_equal(linear("int8", activation, granularity), INPUTS, form)
+
+
+@pytest.mark.parametrize("formats", [("e4m3", "e4m3"), ("e5m2", "int8"), ("e3m4", "e3m3"), ("int12", "int12"),
+                                     ("bf16", "bf16"), ("int4", None), ("e4m3", "e5m10"),
+                                     ("e5m1", "e4m2")])  # fmt: skip
+def test_other_formats_keep_their_values_and_are_multiplied_in_fp32(formats: tuple[str, str | None]) -> None:
+    layer = linear(*formats)
+    assert_equal(layer, INPUTS)
+    assert layer_form("layer", layer, "auto", "as_packed", 21).changed.startswith("fp32 product: ")
+
+
+@pytest.mark.parametrize("activation", ["e2m1", "e3m2", "e4m3", "e5m2", "e3m3", "e4m2", "int6", "e2m5", "e5m10"])
+def test_inputs_are_rounded_as_the_packed_layer_rounds_them(activation: str) -> None:
+    """Through an identity: values between, on, and next to the midpoints of the grid, exactly."""
+    fmt = parse(activation)
+    values = code_values(fmt)
+    values = values[values.isfinite()].unique()
+    middles = (values[1:] + values[:-1]) / 2
+    near = torch.cat([values, middles, middles.nextafter(torch.tensor(torch.inf)), middles.nextafter(-values.max())])
+    near = near[near.abs() <= fmt.max_value]
+    x = torch.full((len(near), 2), fmt.max_value)
+    x[:, 0] = near
+    plain = nn.Linear(2, 2, bias=False)
+    plain.weight.data = torch.eye(2)
+    layer = packed(plain, "bf16", activation)
+    found, _ = run(layer, x)
+    assert torch.equal(found, layer.quantized_input(x))
+
+
+@pytest.mark.parametrize("geometry", [
+    {}, {"padding": 1}, {"stride": 3, "bias": True}, {"padding": "same", "kernel_size": 2}, {"dilation": 2},
+    {"groups": 8, "padding": 1}, {"stride": 2, "padding": (1, 0)},
+])  # fmt: skip
+@pytest.mark.parametrize("form", ["auto", "qdq"])
+def test_convolutions(geometry: dict[str, Any], form: str) -> None:
+    assert_equal(convolution("int8", "int8", **geometry), IMAGES, form)
+
+
+def test_integer_convolutions_are_that() -> None:
+    model = assert_equal(convolution("int4", "int8", "static"), IMAGES)
+    assert "ConvInteger" in [node.op_type for node in model.graph]
+
+
+def test_one_scale_for_the_batch_maps_to_onnx_runtimes_own() -> None:
+    layer = linear("int8", "int8")
+    found, model = run(layer, INPUTS, scales="per_tensor")
+    assert [node.op_type for node in model.graph][:2] == ["DynamicQuantizeLinear", "MatMulInteger"]
+    step = (INPUTS.max() - INPUTS.min()) / 255
+    exact = nn.functional.linear(INPUTS, layer.decoded_weight(), layer.bias)
+    # half a step for each input, and another for what rounding the zero point moves the range by
+    assert ((found - exact).abs() <= step * layer.decoded_weight().abs().sum(1) + 1e-5).all()
+
+
+@pytest.mark.parametrize(("fmt", "opset", "stored"), [
+    ("int2", 21, "INT4"), ("int2", 25, "INT2"), ("int4", 21, "INT4"), ("int3", 25, "INT4"), ("int5", 21, "INT8"),
+    ("e2m1", 21, "UINT4"), ("e2m3", 21, "INT8"), ("e3m2", 21, "FLOAT8E4M3FN"), ("e4m3", 21, "FLOAT8E4M3FN"),
+    ("e5m2", 21, "FLOAT8E5M2"), ("e3m4", 21, "FLOAT16"), ("int10", 21, "INT16"), ("bf16", 21, "BFLOAT16"),
+])  # fmt: skip
+def test_codes_are_stored_in_the_narrowest_type(fmt: str, opset: int, stored: str) -> None:
+    assert storage(parse(fmt), opset)[0] == stored
+
+
+def test_two_bits_are_two_bits() -> None:
+    model = assert_equal(linear("int2", "int8"), INPUTS, opset=25)
+    assert model.graph.initializers["layer.weight"].const_value.nbytes == 40 * 24 // 4
+
+
+def test_what_is_not_known_is_refused() -> None:
+    class PackedOther(PackedLayer):
+        kind = "linear"
+
+    layer = linear("int8", "int8")
+    layer.register_buffer("zero_point", torch.zeros(1))
+    with pytest.raises(ConfigError, match="its kind is not known"):
+        layer_form("layer", layer, "auto", "as_packed", 21)
+    other = linear("int8", "int8")
+    other.__class__ = PackedOther
+    with pytest.raises(ConfigError, match=r"PackedOther in .* cannot be exported"):
+        layer_form("layer", other, "auto", "as_packed", 21)
+    blocks = linear("int8", "int8")
+    blocks.weight_scale = torch.ones(48)
+    with pytest.raises(ConfigError, match="48 weight scales"):
+        layer_form("layer", blocks, "auto", "as_packed", 21)
+    with pytest.raises(ConfigError, match="opset=9: give 21 to 25"):
+        layer_form("layer", linear("int8", "int8"), "auto", "as_packed", 9)

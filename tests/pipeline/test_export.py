@@ -1,0 +1,173 @@
+"""`fliqs-hf export` and `fliqs_hf.export`: files, comparison, refusals; exported files as models of other commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import ViTImageProcessor
+
+import fliqs_hf
+from fliqs_hf import FLIQSConfig
+from fliqs_hf.errors import ConfigError, DependencyError, ExportError
+from fliqs_hf.hf.export.agreement import compare
+from fliqs_hf.nn.packed import PackedLayer
+from fliqs_hf.pipeline.checkpoints import load_model
+from fliqs_hf_cli import main
+from tests.models import images, tiny
+
+onnx_ir = pytest.importorskip("onnx_ir")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    model = fliqs_hf.quantize(tiny("vit"), FLIQSConfig(weight_format="int4", activation_format="int8"))
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "onnx"
+    fliqs_hf.export(checkpoint, folder, images=[images(4), images(3, seed=2)])
+    return folder
+
+
+def test_the_folder_is_complete_and_its_record_true(checkpoint: Path, exported: Path) -> None:
+    record = json.loads((exported / "export.json").read_text())
+    assert set(record["files"]) == {path.name for path in exported.iterdir()}
+    assert record["files"][0] == "model.onnx"
+    assert (record["agreement"]["images"], record["agreement"]["same"], record["min_agreement"]) == (7, 7, 99.0)
+    assert {(layer["form"], layer["stored"]) for layer in record["layers"]} == {("integer", "INT4")}
+    assert record["file_bytes"] == (exported / "model.onnx").stat().st_size
+    layers = fliqs_hf.nn.packed_layers(load_model(str(checkpoint))).values()
+    assert record["packed_bytes"] == sum(x.weight_codes.numel() + 4 * x.weight_scale.numel() for x in layers)
+    assert "quantization_config" not in json.loads((exported / "config.json").read_text())
+
+
+def test_the_file_carries_the_allocation(exported: Path) -> None:
+    model = onnx_ir.load(exported / "model.onnx")
+    data = json.loads(model.metadata_props["fliqs_hf"])
+    assert len(data["layers"]) == 14
+    assert data["layers"]["vit.layers.1.mlp.fc1"] == {
+        "weight": "int4", "activation": "int8", "form": "integer", "stored": "INT4",
+    }  # fmt: skip
+
+
+def test_onnxruntime_alone_runs_it(checkpoint: Path, exported: Path) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(exported / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"pixel_values": images(2).numpy()})
+    with torch.no_grad():
+        expected = load_model(str(checkpoint))(images(2)).logits
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)  # no code rounds otherwise on these images
+
+
+def test_agreement_counts_and_measures() -> None:
+    class Fixed(torch.nn.Module):
+        def __init__(self, logits: list[list[float]]) -> None:
+            super().__init__()
+            self.logits = torch.tensor(logits)
+
+        def forward(self, pixels: Any) -> Any:
+            return self.logits
+
+    found = compare(Fixed([[1.0, 0.0], [3.0, 0.0]]), Fixed([[0.0, 1.0], [3.0, 0.0]]), [torch.zeros(2)])
+    assert (found.images, found.same, found.percent) == (2, 1, 50.0)
+    assert (found.rms, found.logits_rms) == pytest.approx((0.5**0.5, 2.5**0.5))
+    with pytest.raises(ExportError, match="NaN"):
+        compare(Fixed([[1.0, 0.0]]), Fixed([[float("nan"), 0.0]]), [torch.zeros(1)])
+
+
+def test_too_little_agreement_leaves_no_file(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(layer: PackedLayer) -> Any:
+        return np.ones(layer.weight_shape[0], dtype=np.float32)
+
+    monkeypatch.setattr("fliqs_hf.hf.export.rewritten.channels", wrong)
+    (tmp_path / "out").mkdir()
+    assert main(["export", str(checkpoint), str(tmp_path / "out"), "--min_agreement", "100"]) == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_settings_of_the_file(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", str(checkpoint), str(tmp_path / "out"), "--include_preprocessing", "--external_data",
+               "--input_scales", "per_tensor", "--form", "integer", "--json"]  # fmt: skip
+    assert main(command) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["files"][:2] == ["model.onnx", "model.onnx.data"]
+    assert data["images"] == "generated" and data["min_agreement"] is None
+    assert all("as asked for" in layer["changed"] for layer in data["layers"])
+    pixels = torch.randint(0, 256, (2, 3, 32, 32)).float()
+    values = (pixels / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        expected = load_model(str(checkpoint))(values).logits
+    found = load_model(str(tmp_path / "out"))(pixels).logits
+    assert (found - expected).abs().max() < 0.05  # logits are 0.2; inputs are quantized otherwise, to 8 bits
+
+    assert main(command) == 2  # there is one
+    assert "overwrite" in capsys.readouterr().err
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert main([*command, "--overwrite"]) == 2
+    assert "mine.txt is in the way" in capsys.readouterr().err
+    (tmp_path / "out" / "mine.txt").unlink()
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_validate_takes_an_exported_file(checkpoint: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tests = ["--dataset_name", "digits", "--match_labels", "index", "--json"]
+    folder, model = exported.parent / "ten", tiny("vit")
+    model.classifier = torch.nn.Linear(32, 10)
+    model.config.num_labels = 10
+    fliqs_hf.quantize(model, FLIQSConfig()).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    fliqs_hf.export(folder, exported.parent / "ten-onnx")
+    for name in (exported.parent / "ten-onnx", exported.parent / "ten-onnx" / "model.onnx"):
+        capsys.readouterr()
+        assert main(["validate", str(folder), str(name), "--max_samples", "40", *tests]) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert data["agreement"]["count"] == data["images"] == 40
+        assert data["quantized"]["checkpoint_bytes"] == (exported.parent / "ten-onnx" / "model.onnx").stat().st_size
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"to": "tflite"}, "to='tflite' does not exist"), ({"form": "fast"}, "form='fast' does not exist"),
+    ({"min_agreement": 101}, "percent between 0 and 100"), ({"opset": 13}, "opset=13"),
+    ({"input_scales": "none"}, "input_scales='none'"),
+])  # fmt: skip
+def test_bad_settings_are_named_before_any_work(
+    checkpoint: Path, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        fliqs_hf.export(checkpoint, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_models_and_places_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    tiny("vit").save_pretrained(tmp_path / "plain")
+    for run, output, words in (
+        (tmp_path / "plain", tmp_path / "out", "not quantized by fliqs_hf"),
+        (tmp_path / "nothing", tmp_path / "out", "no folder"),
+        (checkpoint, checkpoint / "inside", "only read"),
+        (checkpoint, tmp_path / "plain", "is in the way"),
+        (checkpoint, "", "no usable name"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            fliqs_hf.export(run, output)
+
+
+def test_a_missing_extra_is_named_first(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(DependencyError, match=r"onnxruntime: pip install 'fliqs-hf\[onnx\]'"):
+        fliqs_hf.export(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
