@@ -21,8 +21,8 @@ from fliqs_hf.hf.integrity import ALGORITHMS, Digests
 from fliqs_hf.hf.stored import check_stored
 from fliqs_hf.nn import QuantizerSettings, quantizable_layers
 from fliqs_hf.nn.adapters import register_peft
-from fliqs_hf.nn.kernels import check_kernels
-from fliqs_hf.nn.native import Kernels
+from fliqs_hf.nn.kernels import check_kernels, check_weight_cache
+from fliqs_hf.nn.native import Kernels, WeightCache
 from fliqs_hf.nn.select import matches, why_not
 
 METHOD = "fliqs"
@@ -30,7 +30,7 @@ FORMAT_VERSION = 2
 #: Version 1 has no digests; otherwise it is the same.
 READABLE_VERSIONS = (1, FORMAT_VERSION)
 #: About one process that loads, not about the checkpoint.
-LOADING_ATTRIBUTES = ("check_integrity", "kernels")
+LOADING_ATTRIBUTES = ("check_integrity", "kernels", "weight_cache")
 
 
 @register_quantization_config(METHOD)
@@ -62,8 +62,10 @@ class FLIQSConfig(QuantizationConfigMixin):
             "sha256".
         check_integrity: False loads a packed checkpoint without comparing these.
         kernels: "auto" runs each packed layer with the fastest exact kernel of this machine, "reference" with the one
-            that training simulates, bit for bit; see `nn/native`. This and `check_integrity` are not stored; no
-            other argument has an effect on a checkpoint that is packed already.
+            that training simulates, bit for bit; see `nn/native`.
+        weight_cache: for layers that no exact product takes: "decoded" keeps their weights as float32, "none" decodes
+            them in every forward pass. This, `kernels` and `check_integrity` are not stored; no other argument has an
+            effect on a checkpoint that is packed already.
         digests: of a packed checkpoint, see `hf/integrity.py`; set by the library.
         format_version: of the checkpoint layout; set by the library.
 
@@ -82,6 +84,7 @@ class FLIQSConfig(QuantizationConfigMixin):
     checksum: str = "crc32"
     check_integrity: bool = field(default=True, compare=False)
     kernels: Kernels = field(default="auto", compare=False)
+    weight_cache: WeightCache = field(default="decoded", compare=False)
     digests: Digests | None = field(default=None, compare=False)
     format_version: int = FORMAT_VERSION
     quant_method: str = METHOD
@@ -100,6 +103,7 @@ class FLIQSConfig(QuantizationConfigMixin):
         if not isinstance(self.check_integrity, bool):
             raise ConfigError(f"check_integrity={self.check_integrity!r}: give True or False")
         check_kernels("kernels", self.kernels)
+        check_weight_cache(self.weight_cache)
         if self.digests is not None and not (
             isinstance(self.digests, Mapping) and self.digests.keys() == {"settings", "tensors"}
         ):

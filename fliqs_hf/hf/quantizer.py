@@ -168,7 +168,7 @@ class FLIQSHfQuantizer(HfQuantizer):
             if self.pre_quantized:
                 layer.check_codes(name)
         model.config.quantization_config = self.quantization_config = packed_config(config, self.allocation)
-        set_kernels(model, config.kernels)
+        set_kernels(model, config.kernels, config.weight_cache)
         return model
 
     def _patterns_for(self, model: Any) -> list[str] | None:
@@ -289,6 +289,7 @@ def packed_config(config: FLIQSConfig, allocation: Allocation) -> FLIQSConfig:
         activation_granularity=config.activation_granularity,
         checksum=config.checksum,
         kernels=config.kernels,
+        weight_cache=config.weight_cache,
     )
 
 
@@ -344,5 +345,5 @@ def declare_packed(model: Any, config: FLIQSConfig) -> Any:
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized, model.quantization_method, model.config._is_quantized = True, METHOD, True
     model._weight_conversions = []
-    set_kernels(model, config.kernels)
+    set_kernels(model, config.kernels, config.weight_cache)
     return model.eval()

@@ -76,6 +76,7 @@ class PackedLayer(nn.Module):
     input_scale: Tensor | None
     bias: Tensor | None
     kernels: native.Kernels = "reference"
+    weight_cache: native.WeightCache = "none"
     _native: native.Native | None = None
 
     def __init__(
@@ -184,6 +185,10 @@ class PackedLayer(nn.Module):
         """Why the layer is no product of a matrix of rows with its weight; "" where it is."""
         return ""
 
+    def multiply(self, input: Tensor, weight: Tensor) -> Tensor:
+        """The layer's operation, in floating point."""
+        raise NotImplementedError
+
     def takes(self, input: Tensor) -> bool:
         """Whether `input` has the shape that a native kernel expects; all others go the reference path."""
         raise NotImplementedError
@@ -207,7 +212,7 @@ class PackedLayer(nn.Module):
 
     def reference(self, input: Tensor) -> Tensor:
         """The layer by its decoded weight."""
-        raise NotImplementedError
+        return self.multiply(*self.quantized(input))
 
     def forward(self, input: Tensor) -> Tensor:
         kernel = self.native_kernel(input)
@@ -263,9 +268,8 @@ class PackedLinear(PackedLayer):
     def takes(self, input: Tensor) -> bool:
         return input.dim() > 0 and input.numel() > 0 and input.shape[-1] == self.in_features
 
-    def reference(self, input: Tensor) -> Tensor:
-        x, weight = self.quantized(input)
-        return functional.linear(x, weight, self.bias)
+    def multiply(self, input: Tensor, weight: Tensor) -> Tensor:
+        return functional.linear(input, weight, self.bias)
 
 
 class PackedConv2d(PackedLayer):
@@ -287,9 +291,8 @@ class PackedConv2d(PackedLayer):
         return "" if plain and g["stride"] == g["kernel_size"] else "a convolution whose windows overlap or are padded"
 
     def takes(self, input: Tensor) -> bool:
-        fits = input.dim() == 4 and input.shape[1] == self.geometry["in_channels"]
+        fits = input.dim() == 4 and input.numel() > 0 and input.shape[1] == self.geometry["in_channels"]
         return fits and all(n >= k for n, k in zip(input.shape[2:], self.geometry["kernel_size"], strict=True))
 
-    def reference(self, input: Tensor) -> Tensor:
-        x, weight = self.quantized(input)
-        return nn.Conv2d._conv_forward(self, x, weight, self.bias)  # type: ignore[arg-type]
+    def multiply(self, input: Tensor, weight: Tensor) -> Tensor:
+        return nn.Conv2d._conv_forward(self, input, weight, self.bias)  # type: ignore[arg-type]

@@ -142,6 +142,7 @@ def test_damaged_config_is_named(packed: Path, edit: Callable[[Any], Any], error
         ({"checksum": "md5"}, ConfigError, "md5.*crc32, sha256"),
         ({"check_integrity": 0}, ConfigError, "check_integrity=0"),
         ({"kernels": "fast"}, ConfigError, "kernels='fast'.*'auto', 'reference'"),
+        ({"weight_cache": "all"}, ConfigError, "weight_cache='all'.*'none', 'decoded'"),
         ({"quant_method": "gptq"}, ConfigError, "gptq"),
     ],
 )

@@ -20,7 +20,7 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import COMMON, code_values, round_to_format
 from fliqs_hf.nn import QuantizerSettings, pack_model
 from fliqs_hf.nn.kernels import ENVIRONMENT, kernels_of, set_kernels
-from fliqs_hf.nn.native import choice, codes, int8
+from fliqs_hf.nn.native import choice, codes, compiled, int8
 from fliqs_hf.nn.packed import PackedConv2d, PackedLayer
 from tests.models import tiny
 
@@ -30,9 +30,16 @@ CODABLE = [fmt for fmt in COMMON if codes.int8_shift(fmt) is not None]
 UNIT = 2.0**-24  # largest relative error of one float32 rounding
 
 
-@pytest.fixture(autouse=True)
-def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["eager", "compiled"])
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs without compiled code, and with it where there is a compiler."""
     monkeypatch.delenv(ENVIRONMENT, raising=False)
+    if request.param == "eager":
+        for module in (codes, int8):
+            monkeypatch.setattr(module, "library", lambda: None)
+    elif compiled.library() is None:
+        pytest.skip("no C++ compiler")
+    return str(request.param)
 
 
 def packed(layer: nn.Module, weight: str, activation: str | None, granularity: Any = "per_token") -> PackedLayer:
@@ -44,8 +51,13 @@ def packed(layer: nn.Module, weight: str, activation: str | None, granularity: A
         with torch.no_grad():
             model[0].input_clip.fill_(-0.01)  # type: ignore[union-attr, operator]
     allocation = Allocation({"0": LayerFormats.of(weight, activation)})
-    pack_model(model, allocation, QuantizerSettings(activation_granularity=granularity))
+    static = granularity == "static"
+    pack_model(model, allocation, QuantizerSettings(activation_granularity="per_token" if static else granularity))
     set_kernels(model)
+    if static:  # as after calibration
+        model[0].settings = QuantizerSettings(activation_granularity="static")
+        if activation not in (None, "bf16"):
+            model[0].input_scale = torch.tensor([0.01])
     return model[0]  # type: ignore[return-value]
 
 
@@ -96,12 +108,12 @@ def test_every_pair_of_formats_is_exact(weight: Any, activation: Any) -> None:
     torch.manual_seed(1)
     layer = packed(nn.Linear(37, 11), weight.name, activation.name)
     if weight.max_value * 2 ** (codes.int8_shift(weight) or 0) > int8.largest_exact_weight():
-        assert layer.kernel.kernel == "reference"
+        assert layer.kernel.kernel == "decoded"
     else:
         assert_exact(layer, some(5, 37))
 
 
-@pytest.mark.parametrize("granularity", ["per_token", "per_tensor", "per_token_clipped"])
+@pytest.mark.parametrize("granularity", ["per_token", "per_tensor", "per_token_clipped", "static"])
 @pytest.mark.parametrize("shape", [(1, 48), (7, 48), (2, 3, 48), (2, 2, 2, 48), (48,)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_shapes_and_granularities(granularity: str, shape: tuple[int, ...], bias: bool) -> None:
@@ -152,6 +164,17 @@ def test_what_is_not_finite_shows_in_its_row_only(bad: float) -> None:
         assert layer(x)[2].isnan().all()
 
 
+def test_a_static_scale_shows_nan_and_saturates_infinities() -> None:
+    layer, x = packed(nn.Linear(16, 8), WEIGHT, "int8", "static"), some(4, 16)
+    x[2, 5], x[3, 1] = torch.nan, torch.inf
+    expected = x.clone()
+    expected[3, 1] = 1e6
+    with torch.no_grad():
+        got = layer(x)
+        assert got.isnan().any(1).tolist() == [False, False, True, False]
+        assert torch.equal(got[3], layer(expected)[3])
+
+
 def test_zeros_give_the_bias() -> None:
     layer = packed(nn.Linear(16, 8), WEIGHT, "int8")
     with torch.no_grad():
@@ -166,10 +189,12 @@ def test_zeros_give_the_bias() -> None:
     (nn.Conv2d(4, 4, 2, stride=2, groups=2), (WEIGHT, "int8"), "per_token", "overlap or are padded"),
     (nn.Linear(int8.LONGEST_SUM, 1), (WEIGHT, "int8"), "per_token", "may exceed 32 bits"),
 ])  # fmt: skip
-def test_what_has_no_kernel_takes_the_reference_path(
+def test_what_has_no_exact_product_takes_the_reference_path(
     layer: nn.Module, formats: tuple[str, str | None], granularity: str, reason: str
 ) -> None:
-    found = packed(layer, *formats, granularity)
+    found = packed(copy.deepcopy(layer), *formats, granularity)
+    assert found.kernel.kernel == "decoded" and reason in found.kernel.reason
+    set_kernels(found, weight_cache="none")
     assert found.kernel.kernel == "reference" and reason in found.kernel.reason
 
 
@@ -254,8 +279,8 @@ def test_shared_codes_are_never_stale(context: Any, monkeypatch: pytest.MonkeyPa
     set_kernels(model)
     alone = copy.deepcopy(model)
     made = []
-    original = codes.input_codes
-    monkeypatch.setattr(codes, "input_codes", lambda *args: made.append(1) or original(*args))  # type: ignore[func-returns-value]
+    original = codes._codes
+    monkeypatch.setattr(codes, "_codes", lambda *args: made.append(1) or original(*args))  # type: ignore[func-returns-value]
     with context():
         buffer = some(4, 16)
         model(buffer)
@@ -266,6 +291,71 @@ def test_shared_codes_are_never_stale(context: Any, monkeypatch: pytest.MonkeyPa
         changed = some(4, 16, seed=9)
         expected = torch.cat([alone.q(changed.clone()), alone.k(changed + 1.0)])
         assert torch.equal(model(changed, 1.0), expected)
+
+
+ANY = [fmt.name for fmt in COMMON]
+
+
+@pytest.mark.parametrize("activation", [*ANY, None], ids=str)
+@pytest.mark.parametrize("granularity", ["per_token", "per_tensor", "per_token_clipped", "static"])
+def test_a_decoded_weight_gives_the_bits_of_the_reference_path(activation: str | None, granularity: str) -> None:
+    torch.manual_seed(7)
+    for module, x in ((nn.Linear(24, 10), some(5, 24)), (nn.Conv2d(3, 4, 3, padding=1), some(2, 3, 7, 8))):
+        layer = packed(module, "e4m3", activation, granularity)
+        assert layer.kernel.kernel == "decoded"
+        reference = copy.deepcopy(layer)
+        reference.kernels = "reference"
+        x.view(-1)[:8] = torch.tensor([0.0, -0.0, 1e-42, -1e-42, 1e-30, -1e-30, 1e30, 0.5])
+        for dtype in (torch.float32, torch.bfloat16):
+            values = x.to(dtype)
+            for bad in (None, torch.nan, torch.inf):
+                if bad is not None:
+                    values[1].view(-1)[3] = bad
+                with torch.no_grad():
+                    got, expected = layer.to(dtype)(values), reference.to(dtype)(values)
+                torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+                assert bool((got.signbit() == expected.signbit())[~got.isnan()].all())
+
+
+def special(fmt: Any, rows: int, width: int) -> Tensor:
+    """Values around every midpoint of the format, zeros of both signs, subnormals; rows with NaN, infinities."""
+    values = code_values(fmt).float()
+    values = values[values.isfinite()].unique()
+    middle = (values[1:] + values[:-1]) / 2
+    near = torch.cat([middle, middle.nextafter(torch.tensor(torch.inf)), middle.nextafter(torch.tensor(-torch.inf))])
+    x = torch.cat([values, near, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-38, -2e-38])])
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))].repeat(rows * width // len(x) + 1)
+    x = x[: rows * width].view(rows, width).clone()
+    x[:, 0] = fmt.max_value  # so that the scale is a power of two and midpoints stay midpoints
+    x *= torch.logspace(-40, 40, rows, base=2).round()[:, None].clamp_min(2.0**-20)
+    x[1, 1], x[2, 2], x[3, 3], x[4] = torch.nan, torch.inf, -torch.inf, 0.0
+    x[5] = torch.randn(width, generator=torch.Generator().manual_seed(1)) * 1e-40
+    x[6:9] = some(3, width)
+    return x
+
+
+@pytest.mark.parametrize("fmt", CODABLE, ids=str)
+@pytest.mark.parametrize("granularity", ["per_token", "per_tensor", "per_token_clipped", "static"])
+@pytest.mark.parametrize("width", [5, 256])
+@pytest.mark.parametrize("ways", ["compiled"], indirect=True)
+def test_compiled_codes_and_scales_are_the_eager_ones(
+    fmt: Any, granularity: Any, width: int, ways: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = packed(nn.Linear(width, 2), WEIGHT, fmt.name, granularity)
+    x = special(fmt, 40, width)
+    if granularity == "per_tensor":
+        x[1:4] = 0.25
+    for values in (x, x.bfloat16(), x.repeat(1, 2)[:, ::2], x.T.contiguous().T):
+        values = values[..., :width] if values.shape[-1] != width else values
+        found, scale = codes._codes(layer, values)
+        with monkeypatch.context() as patch:
+            patch.setattr(codes, "library", lambda: None)
+            expected, expected_scale = codes._codes(layer, values)
+        torch.testing.assert_close(
+            scale.flatten(), expected_scale.flatten().expand(scale.numel()), rtol=0, atol=0, equal_nan=True
+        )
+        whole = ~scale.isnan().expand(len(values), 1).flatten()
+        assert torch.equal(found[whole], expected[whole])
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the instruction sets of x86")
@@ -288,7 +378,7 @@ def test_a_weight_beyond_the_exact_ones_takes_the_reference_path(monkeypatch: py
     kinds = {
         fmt: packed(nn.Linear(8, 8), fmt, "int8").kernel.kernel for fmt in ("int8", "int7", "e2m3", "e2m1", "int4")
     }
-    assert kinds == {"int8": "reference", "int7": "int8", "e2m3": "int8", "e2m1": "int8", "int4": "int8"}
+    assert kinds == {"int8": "decoded", "int7": "int8", "e2m3": "int8", "e2m1": "int8", "int4": "int8"}
 
 
 def test_models_run_with_it_from_loading_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

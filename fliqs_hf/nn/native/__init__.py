@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fliqs_hf.nn.native.choice import Choice, Kernels, choose
+from fliqs_hf.nn.native.choice import Choice, Kernels, WeightCache, choose
+from fliqs_hf.nn.native.decoded import DecodedProduct
 from fliqs_hf.nn.native.int8 import Int8Product
 
 if TYPE_CHECKING:
     from fliqs_hf.nn.packed import PackedLayer
 
-__all__ = ["Choice", "Kernel", "Kernels", "Native", "choose"]
+__all__ = ["Choice", "Kernel", "Kernels", "Native", "WeightCache", "choose"]
 
 #: What computes one packed layer: the layer and its input in, its output out.
 Kernel = Callable[["PackedLayer", Tensor], Tensor]
-_KERNELS: dict[str, Callable[[PackedLayer], Kernel]] = {"int8": Int8Product}
+_KERNELS: dict[str, Callable[[PackedLayer], Kernel]] = {"int8": Int8Product, "decoded": DecodedProduct}
 
 
 class Native:

@@ -15,36 +15,51 @@ if TYPE_CHECKING:
 Kernels = Literal["auto", "reference"]
 
 
+#: What is kept of the weights that no exact product takes: nothing, so that every forward pass decodes them, or their
+#: values in floating point.
+WeightCache = Literal["none", "decoded"]
+
+
 @dataclass(frozen=True)
 class Choice:
-    """The kernel of a layer, "int8" or "reference", and why, in words."""
+    """The kernel of a layer, and why, in words.
 
-    kernel: Literal["int8", "reference"]
+    Attributes:
+        kernel: "int8" for exact products of 8-bit integers, "decoded" for the reference path with its weight decoded
+            once and kept, "reference" for decoding in every pass.
+    """
+
+    kernel: Literal["int8", "decoded", "reference"]
     reason: str
 
 
 def choose(layer: PackedLayer) -> Choice:
-    """The fastest kernel that is exact for `layer` on its device, for inference."""
+    """The fastest kernel that `layer` has for inference on its device: an exact one, or one of the reference path's
+    bits."""
     device = layer.weight_codes.device.type
-    if device == "cpu":
-        return _on_cpu(layer)
-    return Choice("reference", f"no kernel for {device} yet")
+    if device != "cpu":
+        return Choice("reference", f"no kernel for {device} yet")
+    if obstacle := why_not_int8(layer):
+        return Choice("decoded" if layer.weight_cache == "decoded" else "reference", obstacle)
+    weight, activation = layer.formats.weight, layer.formats.activation
+    return Choice("int8", f"{weight} and {activation} as 8-bit integers, summed exactly")
 
 
-def _on_cpu(layer: PackedLayer) -> Choice:
+def why_not_int8(layer: PackedLayer) -> str:
+    """What keeps `layer` from exact products of 8-bit integers on this CPU; "" for nothing."""
     weight, activation = layer.formats.weight, layer.formats.activation
     if activation is None:
-        return Choice("reference", "the input is not quantized")
+        return "the input is not quantized"
     for role, fmt in (("weights", weight), ("inputs", activation)):
         if int8_shift(fmt) is None:
-            return Choice("reference", f"{role} in {fmt} are no 8-bit integers")
-    if layer.settings.activation_granularity == "static":
-        return Choice("reference", "a static input scale, which would not show NaN in the input")
+            return f"{role} in {fmt} are no 8-bit integers"
     if reason := layer.not_a_product:
-        return Choice("reference", reason)
+        return reason
+    if layer.kind == "conv2d" and layer.settings.activation_granularity == "static":
+        return "a static scale of images, which would not show NaN in one patch"
     if layer.weight_shape[1:].numel() >= LONGEST_SUM:
-        return Choice("reference", f"sums of {layer.weight_shape[1:].numel()} products may exceed 32 bits")
+        return f"sums of {layer.weight_shape[1:].numel()} products may exceed 32 bits"
     largest = largest_exact_weight()
     if weight.max_value * 2 ** (int8_shift(weight) or 0) > largest:
-        return Choice("reference", f"this CPU sums int8 products exactly for weights up to {largest} only")
-    return Choice("int8", f"{weight} and {activation} as 8-bit integers, summed exactly")
+        return f"this CPU sums int8 products exactly for weights up to {largest} only"
+    return ""

@@ -1,22 +1,26 @@
-"""Codes of inputs as unsigned 8-bit integers, made once for all layers that read one tensor."""
+"""Quantized inputs, as unsigned 8-bit integers or as values, made once for all layers that read one tensor."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fliqs_hf.formats import Format
+from fliqs_hf.nn.native.compiled import Scaling, library
 from fliqs_hf.quant.fake import round_to_grid
 from fliqs_hf.quant.scale import activation_scale, clipped_scale, format_data
 
 if TYPE_CHECKING:
     from fliqs_hf.nn.packed import PackedLayer
+
+T = TypeVar("T")
 
 ZERO_POINT = 128  # of input codes: unsigned ones have a fast kernel on every CPU, signed ones only on some
 _MAGIC = 1.5 * 2.0**23  # adding it leaves the integer next to a float32 in its low bits, ties to even
@@ -30,13 +34,16 @@ def int8_shift(fmt: Format) -> int | None:
 
 
 def input_scale(layer: PackedLayer, x: Tensor) -> Tensor:
-    """The scale that the reference path gives `x`; NaN for an input that holds an infinity, as there."""
+    """The scale that the reference path gives `x`, but NaN where codes cannot say what it holds: an infinity, which
+    has no scale, or, where the scale is given, NaN in the row (an infinity saturates then, as there)."""
     fmt, granularity = layer.formats.activation, layer.settings.activation_granularity
     assert fmt is not None
-    if layer.input_scale is not None:
+    if layer.input_scale is None:
+        scale = activation_scale(x, format_data(fmt), layer.kind, granularity)
+    elif granularity == "per_token_clipped":
         scale = clipped_scale(x, format_data(fmt), layer.kind, layer.input_scale)
     else:
-        scale = activation_scale(x, format_data(fmt), layer.kind, granularity)
+        return layer.input_scale + x.amax(-1, keepdim=True).clamp_(-1, 1).mul_(0)
     return scale + scale * 0
 
 
@@ -52,39 +59,75 @@ def input_codes(x: Tensor, scale: Tensor, fmt: Format, clipped: bool) -> Tensor:
     return y.add_(_MAGIC + ZERO_POINT).view(torch.int32).to(torch.uint8)
 
 
+def quantized_codes(layer: PackedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of `x`, uint8 in its shape, and its scales, one for each token, image or for all, in their order."""
+    return _shared(layer, x, _codes)
+
+
+def quantized_values(layer: PackedLayer, x: Tensor) -> Tensor:
+    """`layer.quantized_input(x)`, bit for bit."""
+    return _shared(layer, x, _values)
+
+
+def _codes(layer: PackedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+    fmt, values = layer.formats.activation, x.float()
+    assert fmt is not None
+    shift = int8_shift(fmt)
+    if (compiled := library()) is None or shift is None:
+        scale = input_scale(layer, values)
+        return input_codes(values, scale, fmt, layer.input_scale is not None), scale
+    codes, scale = compiled.codes(_rows(layer, values), fmt, shift, _scaling(layer))
+    return codes.view(x.shape), scale
+
+
+def _values(layer: PackedLayer, x: Tensor) -> Tensor:
+    fmt = layer.formats.activation
+    if fmt is None or (compiled := library()) is None:
+        return layer.quantized_input(x)
+    return compiled.on_grid(_rows(layer, x.float()), fmt, _scaling(layer)).view(x.shape).to(x.dtype)
+
+
+def _rows(layer: PackedLayer, x: Tensor) -> Tensor:
+    """`x` as [scales, values that share one], contiguous."""
+    if layer.settings.activation_granularity == "per_tensor":
+        return x.reshape(1, -1).contiguous()
+    return x.reshape(-1, x.shape[-1] if layer.kind == "linear" else math.prod(x.shape[1:])).contiguous()
+
+
+def _scaling(layer: PackedLayer) -> Scaling:
+    if layer.settings.activation_granularity == "static":
+        return Scaling(fixed=layer.input_scale)
+    return Scaling(factor=layer.input_scale)
+
+
 @dataclass
-class _Shared:
-    """Codes of one tensor, and the layers that have read them."""
+class _Reading:
+    """What was made of one tensor, and the layers that have read it."""
 
     version: int
     key: tuple[Any, ...]
-    codes: Tensor
-    scale: Tensor
+    made: Any
     readers: set[int]
 
 
-#: tensor -> its codes, for as long as the tensor lives: k and v read what was made for q.
-_shared: Any = WeakIdKeyDictionary()
+#: tensor -> what was made of it, for as long as the tensor lives: k and v read what was made for q.
+_readings: Any = WeakIdKeyDictionary()
 
 
-def quantized_codes(layer: PackedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of `x`, uint8 in its shape, and its scale; other layers that read this very tensor share them, but not in
-    inference mode, where nothing tells that it was written to in between."""
-    fmt, clipped = layer.formats.activation, layer.input_scale is not None
-    assert fmt is not None
+def _shared(layer: PackedLayer, x: Tensor, make: Callable[[PackedLayer, Tensor], T]) -> T:
+    """`make(layer, x)`, or what it gave another layer that read this very tensor in the same format.
 
-    def make() -> tuple[Tensor, Tensor]:
-        values = x.float()
-        scale = input_scale(layer, values)
-        return input_codes(values, scale, fmt, clipped), scale
-
-    if x.is_inference() or clipped:
-        return make()
+    But not in inference mode, where nothing tells that it was written to in between, nor with numbers of the layer's
+    own.
+    """
+    if x.is_inference() or layer.input_scale is not None:
+        return make(layer, x)
     # A write to the tensor changes its version, and a layer that reads it once more quantizes it once more: a buffer
     # that the caller fills again and again is never taken for what it held before.
-    key = (fmt, layer.kind, layer.settings.activation_granularity)
-    found: _Shared | None = _shared.get(x)
+    key = (make, layer.formats.activation, layer.kind, layer.settings.activation_granularity)
+    found: _Reading | None = _readings.get(x)
     if found is None or found.version != x._version or found.key != key or id(layer) in found.readers:
-        found = _shared[x] = _Shared(x._version, key, *make(), readers=set())
+        found = _readings[x] = _Reading(x._version, key, make(layer, x), readers=set())
     found.readers.add(id(layer))
-    return found.codes, found.scale
+    made: T = found.made
+    return made

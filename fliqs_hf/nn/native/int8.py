@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.nn.native.codes import ZERO_POINT, int8_shift, quantized_codes
+from fliqs_hf.nn.native.compiled import library
 
 if TYPE_CHECKING:
     from fliqs_hf.nn.packed import PackedLayer
@@ -72,14 +73,18 @@ class Int8Product:
         return (self._patches if layer.kind == "conv2d" else self._linear)(layer, x)
 
     def _rows(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """float32 [rows, outputs] from codes [rows, features], uint8, and scales [rows, 1] or [1, 1], float32."""
-        out = _product(codes, self._weight, self._scale, self._zeros).mul_(scale)
-        return out if bias is None else out.add_(bias.float())
+        """float32 [rows, outputs] from codes [rows, features] and scales [n], each of rows / n rows in turn."""
+        out = _product(codes, self._weight, self._scale, self._zeros)
+        bias = None if bias is None else bias.float().contiguous()
+        if (compiled := library()) is not None:
+            return compiled.finish_(out, scale, bias)
+        out.view(scale.numel(), -1).mul_(scale[:, None])
+        return out if bias is None else out.add_(bias)
 
     def _linear(self, layer: PackedLayer, x: Tensor) -> Tensor:
         """`nn.Linear` of x [..., features]."""
         codes, scale = quantized_codes(layer, x)
-        out = self._rows(codes.reshape(-1, codes.shape[-1]), scale.reshape(-1, 1), layer.bias)
+        out = self._rows(codes.reshape(-1, codes.shape[-1]), scale.reshape(-1), layer.bias)
         return out.to(x.dtype).view(*x.shape[:-1], -1)
 
     def _patches(self, layer: PackedLayer, x: Tensor) -> Tensor:
@@ -90,6 +95,5 @@ class Int8Product:
         height, width = x.shape[2] // kh, x.shape[3] // kw
         blocks = codes[:, :, : height * kh, : width * kw].reshape(images, channels, height, kh, width, kw)
         rows = blocks.permute(0, 2, 4, 1, 3, 5).reshape(images * height * width, -1)
-        scales = scale.reshape(-1, 1).expand(images, 1).repeat_interleave(height * width, 0)
-        out = self._rows(rows, scales, layer.bias).to(x.dtype)
+        out = self._rows(rows, scale.reshape(-1), layer.bias).to(x.dtype)
         return out.view(images, height, width, -1).permute(0, 3, 1, 2)
