@@ -307,11 +307,13 @@ the same images as the packed model; exit status 1, and no file, where too few a
 def _export(parser: Parser) -> None:
     parser.add_argument("run", help="run folder, checkpoint folder or Hub id of a packed model")
     parser.add_argument("output", help="folder to write: model.onnx, its config and image processor, a record")
-    parser.add_argument("--to", choices=("onnx",), default="onnx")
-    parser.add_argument("--form", choices=("auto", "integer", "qdq"), default="auto",
-                        help="products of 8-bit integers, in the fastest operators of ONNX Runtime (auto) or in those "
-                        "of the standard (integer), or between QuantizeLinear and DequantizeLinear (qdq)")  # fmt: skip
-    parser.add_argument("--input_scales", choices=("as_packed", "per_tensor"), default="as_packed",
+    parser.add_argument("--to", choices=("onnx", "torch"), default="onnx",
+                        help="an ONNX file, or a program of torch.export (.pt2); default: %(default)s")  # fmt: skip
+    parser.add_argument("--form", choices=("auto", "integer", "qdq"),
+                        help="products of 8-bit integers, in the fastest operators of ONNX Runtime (auto, the "
+                        "default) or in those of the standard (integer), or between QuantizeLinear and "
+                        "DequantizeLinear (qdq)")  # fmt: skip
+    parser.add_argument("--input_scales", choices=("as_packed", "per_tensor"),
                         help="per_tensor: one scale for the whole batch where inputs are 8-bit integers: faster, and "
                         "another quantization")  # fmt: skip
     parser.add_argument("--dataset_name", help="images to compare on: Hub id, folder of images, or 'digits'; default: "
@@ -323,10 +325,15 @@ def _export(parser: Parser) -> None:
     parser.add_argument("--min_agreement", type=float, metavar="PERCENT",
                         help="of the images must get the class that the packed model gives them; default: 99 with "
                         "--dataset_name, 0 on noise")  # fmt: skip
-    parser.add_argument("--opset", type=int, default=21, help="21 to 25 (default: %(default)s); 25 has 2-bit types")
+    parser.add_argument("--opset", type=int, help="21 to 25 (default: 21); 25 has 2-bit types")
+    parser.add_argument("--weight_codes", choices=("signed", "unsigned"),
+                        help="unsigned: exact on x86 CPUs without VNNI too, which saturate large signed codes; slower "
+                        "elsewhere")  # fmt: skip
     parser.add_argument("--include_preprocessing", action="store_true",
                         help="take pixels from 0 to 255 of resized images, and normalize them there")  # fmt: skip
-    parser.add_argument("--external_data", action="store_true", help="weights in model.onnx.data; always above 1.8 GB")
+    parser.add_argument(
+        "--external_data", action="store_true", default=None, help="weights in model.onnx.data; always above 1.8 GB"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the export that is in OUTPUT")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fliqs_hf.cli.data import to_validate
 from fliqs_hf.cli.output import answer, table
+from fliqs_hf.hf.export.forms import OnnxSettings
 from fliqs_hf.pipeline.checkpoints import checkpoint_of, load_processor, read_config
 from fliqs_hf.pipeline.export import ExportResult
 from fliqs_hf.pipeline.export import export as export_model
@@ -26,16 +28,19 @@ def export(args: argparse.Namespace) -> int:
         args.output,
         to=args.to,
         images=None if args.dataset_name is None else _Pixels(args),
-        form=args.form,
-        input_scales=args.input_scales,
+        settings=_settings(args),
         min_agreement=args.min_agreement,
-        opset=args.opset,
         include_preprocessing=args.include_preprocessing,
-        external_data=args.external_data,
         overwrite=args.overwrite,
     )
     answer(args.json, result.to_dict(), _text(result))
     return 0
+
+
+def _settings(args: argparse.Namespace) -> OnnxSettings | None:
+    """Those of an ONNX file, where some are given."""
+    given = {field.name: value for field in fields(OnnxSettings) if (value := getattr(args, field.name)) is not None}
+    return OnnxSettings(**given) if given else None
 
 
 class _Pixels:

@@ -16,16 +16,18 @@ from fliqs_hf.errors import ConfigError, ExportError
 from fliqs_hf.files import disk_errors, replacing
 from fliqs_hf.hf.export import onnx_file
 from fliqs_hf.hf.export.agreement import Agreement, compare
-from fliqs_hf.hf.export.forms import Form, InputScales, LayerForm
+from fliqs_hf.hf.export.forms import LayerForm, OnnxSettings
 from fliqs_hf.hf.export.preprocessing import Normalization
 from fliqs_hf.hf.export.runtime import ONNX_FILE, OnnxClassifier
+from fliqs_hf.hf.export.torch_file import TORCH_FILE, TorchProgram, write_torch
 from fliqs_hf.json_file import read_object
 from fliqs_hf.nn import packed_layers
+from fliqs_hf.nn.kernels import set_kernels
 from fliqs_hf.pipeline.checkpoints import checkpoint_of, is_classifier, load_model, load_processor, read_config
 from fliqs_hf.pipeline.outputs import check_apart, check_writable
 from fliqs_hf.version import __version__
 
-To = Literal["onnx"]
+To = Literal["onnx", "torch"]
 #: What an export consists of; lists the files of its folder, so that another export may replace them.
 RECORD = "export.json"
 #: Of images with a meaning. On noise every class is nearly as likely as the next.
@@ -67,27 +69,22 @@ def export(
     *,
     to: To = "onnx",
     images: Iterable[Tensor] | None = None,
-    form: Form = "auto",
-    input_scales: InputScales = "as_packed",
     min_agreement: float | None = None,
-    opset: int = onnx_file.OPSET,
+    settings: OnnxSettings | None = None,
     include_preprocessing: bool = False,
-    external_data: bool = False,
     overwrite: bool = False,
 ) -> ExportResult:
     """Write a packed model as a file that other programs run, if it answers there as it does here.
 
     Args:
         run: run folder, checkpoint folder or Hub id of a packed image classifier.
+        to: "onnx", or "torch" for a program of `torch.export`.
         output: folder to write: the model, its config and image processor, and a record.
         images: batches of pixel values [images, channels, height, width] as the image processor makes them, to compare
             on; default: noise.
-        form: see `forms.Form`. input_scales: "per_tensor" gives layers with 8-bit integer inputs one scale and zero
-            point for the whole batch instead of their own: faster, and another quantization.
         min_agreement: percent of the images that must get the same class; default: 99 on your images, none on noise.
-        opset: 21 to 25; 2-bit weights are stored in 2 bits from 25 on.
+        settings: of an ONNX file.
         include_preprocessing: the file takes pixels from 0 to 255 of resized images and normalizes them itself.
-        external_data: weights in a file of their own, as is always done above 1.8 GB.
         overwrite: replace an earlier export; nothing else is ever replaced.
     Raises: ConfigError: a setting, or a model that cannot be exported. DependencyError: the extra "onnx" is missing.
         ExportError: the agreement is below `min_agreement`; nothing is written. DiskError: `output` cannot be written.
@@ -96,40 +93,52 @@ def export(
         raise ConfigError(f"to={to!r} does not exist; choose from {', '.join(get_args(To))}")
     if min_agreement is not None and not 0 <= min_agreement <= 100:
         raise ConfigError(f"min_agreement={min_agreement!r}: give percent between 0 and 100")
-    onnx_file.check_environment()
+    if to != "onnx" and (settings is not None or include_preprocessing):
+        raise ConfigError(f"to={to!r} has no settings of ONNX files, and no include_preprocessing: leave them out")
+    settings = settings or OnnxSettings()
+    if to == "onnx":
+        onnx_file.check_environment()
     folder = Path(output)
     _check_output(folder, str(run), overwrite)
     source = _Source.load(str(run))
-    onnx_file.layer_forms(source.model, form, input_scales, opset)
+    if to == "onnx":
+        onnx_file.layer_forms(source.model, settings)
     normalization = Normalization.of(source.processor, source.image.shape[1]) if include_preprocessing else None
     if images is not None and min_agreement is None:
         min_agreement = MIN_AGREEMENT
     with replacing(folder) as draft:
         draft.mkdir()
         with disk_errors(folder):
-            layers = onnx_file.write_onnx(
-                source.model, source.image, draft / ONNX_FILE, form=form, input_scales=input_scales, opset=opset,
-                external_data=external_data, normalization=normalization,
-            )  # fmt: skip
-        exported = OnnxClassifier(draft / ONNX_FILE, source.config)
+            exported, layers = _write(source, to, draft, settings, normalization)
         agreement = compare(
             source.model, exported, _noise(source.image) if images is None else images,
             None if normalization is None else normalization.pixels,
         )  # fmt: skip
-        _check_agreement(agreement, min_agreement, input_scales)
+        _check_agreement(agreement, min_agreement, settings)
         source.config.save_pretrained(draft)
         source.processor.save_pretrained(draft)
-        names = sorted(
-            (path.name for path in draft.iterdir()), key=lambda name: (not name.startswith(ONNX_FILE), name)
-        )
+        names = sorted(path.name for path in draft.iterdir())
+        names.sort(key=lambda name: not name.startswith((ONNX_FILE, TORCH_FILE)))
         result = ExportResult(
             str(folder), to, (*names, RECORD), "generated" if images is None else "yours", agreement, min_agreement,
             layers, _packed_bytes(source.model), exported.file_bytes,
         )  # fmt: skip
-        record = {"format_version": 1, "fliqs_hf": __version__, "form": form, "input_scales": input_scales}
+        record = {"format_version": 1, "fliqs_hf": __version__, "settings": asdict(settings) if to == "onnx" else None}
         text = json.dumps({**record, **result.to_dict(), "folder": None}, indent=1)
         (draft / RECORD).write_text(text + "\n", encoding="utf-8")
     return result
+
+
+def _write(
+    source: _Source, to: To, folder: Path, settings: OnnxSettings, normalization: Normalization | None
+) -> tuple[OnnxClassifier | TorchProgram, tuple[LayerForm, ...]]:
+    """Write the model alone, and load it in its runtime."""
+    if to == "torch":
+        set_kernels(source.model, "reference")
+        layers = write_torch(source.model, source.image, folder / TORCH_FILE)
+        return TorchProgram(folder / TORCH_FILE), layers
+    layers = onnx_file.write_onnx(source.model, source.image, folder / ONNX_FILE, settings, normalization)
+    return OnnxClassifier(folder / ONNX_FILE, source.config), layers
 
 
 @dataclass(frozen=True)
@@ -154,10 +163,10 @@ class _Source:
         return cls(model, config, processor, torch.zeros_like(example_image(model, _side(processor, model))))
 
 
-def _check_agreement(agreement: Agreement, least: float | None, scales: InputScales) -> None:
+def _check_agreement(agreement: Agreement, least: float | None, settings: OnnxSettings) -> None:
     if least is None or agreement.percent >= least:
         return
-    hint = "; input_scales='as_packed' keeps its own input scales" if scales == "per_tensor" else ""
+    hint = "; input_scales='as_packed' keeps its own input scales" if settings.input_scales == "per_tensor" else ""
     raise ExportError(
         f"the exported model gives {agreement.percent:.2f} % of {agreement.images:,} images the class that the packed "
         f"model gives them, less than min_agreement={least:g} (logits differ by {agreement.rms:.3g} of "

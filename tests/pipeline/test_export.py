@@ -16,6 +16,8 @@ import fliqs_hf
 from fliqs_hf import FLIQSConfig
 from fliqs_hf.errors import ConfigError, DependencyError, ExportError
 from fliqs_hf.hf.export.agreement import compare
+from fliqs_hf.hf.export.forms import OnnxSettings
+from fliqs_hf.nn.kernels import set_kernels
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.pipeline.checkpoints import load_model
 from fliqs_hf_cli import main
@@ -141,9 +143,8 @@ def test_validate_takes_an_exported_file(checkpoint: Path, exported: Path, capsy
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"to": "tflite"}, "to='tflite' does not exist"), ({"form": "fast"}, "form='fast' does not exist"),
-    ({"min_agreement": 101}, "percent between 0 and 100"), ({"opset": 13}, "opset=13"),
-    ({"input_scales": "none"}, "input_scales='none'"),
+    ({"to": "tflite"}, "to='tflite' does not exist"), ({"min_agreement": 101}, "percent between 0 and 100"),
+    ({"to": "torch", "settings": OnnxSettings()}, "to='torch' has no settings of ONNX files"),
 ])  # fmt: skip
 def test_bad_settings_are_named_before_any_work(
     checkpoint: Path, tmp_path: Path, settings: dict[str, Any], words: str
@@ -151,6 +152,27 @@ def test_bad_settings_are_named_before_any_work(
     with pytest.raises(ConfigError, match=words):
         fliqs_hf.export(checkpoint, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", [{"form": "fast"}, {"opset": 13}, {"input_scales": "none"}, {"weight_codes": "u"}])
+def test_bad_settings_of_onnx_files_are_named(setting: dict[str, Any]) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(ConfigError, match=f"{name}={value!r}"):
+        OnnxSettings(**setting)
+
+
+def test_a_torch_program_gives_the_same_bits(checkpoint: Path, tmp_path: Path) -> None:
+    """Traced with gradients on, reloaded, in other batch sizes: it is the reference path, operation by operation."""
+    result = fliqs_hf.export(checkpoint, tmp_path / "out", to="torch", min_agreement=100)
+    assert result.files[0] == "model.pt2" and result.agreement.rms == 0
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    model = load_model(str(checkpoint))
+    set_kernels(model, "reference")
+    for count in (1, 5):
+        with torch.no_grad():
+            assert torch.equal(program(images(count)), model(images(count)).logits)
+    stored = {name for name, tensor in program.state_dict().items() if tensor.dtype == torch.uint8}
+    assert len(stored) == 14  # packed, not decoded
 
 
 def test_bad_models_and_places_are_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -17,13 +17,44 @@ from fliqs_hf.nn.packed import PackedConv2d, PackedLayer, PackedLinear
 #: operators. qdq: QuantizeLinear and DequantizeLinear around floating-point products, for TensorRT and NPUs.
 Form = Literal["auto", "integer", "qdq"]
 InputScales = Literal["as_packed", "per_tensor"]
+WeightCodes = Literal["signed", "unsigned"]
 
 #: The opset with 4-bit types, and the one with 2-bit types.
 OPSETS = range(21, 26)
 _TWO_BITS = 25
+#: Sums of two products of uint8 and int8 fit into 16 bits up to this code: CPUs without VNNI sum them there.
+_EXACT_IN_16_BITS = 64
 _LONGEST_SUM = 2**31 // (255 * 127)
 _KNOWN_BUFFERS = {"weight_codes", "weight_scale", "input_scale"}
 _GRANULARITIES = ("per_token", "per_tensor", "per_token_clipped", "static")
+
+
+@dataclass(frozen=True)
+class OnnxSettings:
+    """How layers become operators of ONNX.
+
+    Attributes:
+        form: see `Form`.
+        input_scales: "per_tensor" gives layers with 8-bit integer inputs one scale and zero point for the whole batch.
+        opset: 21 to 25; there are 2-bit types from 25 on.
+        weight_codes: "unsigned" stores codes beyond ±64 with a zero point: x86 CPUs without VNNI saturate products of
+            uint8 with such int8, silently. Slower where there is VNNI.
+        external_data: weights in a file of their own, as is always done above 1.8 GB.
+    Raises: ConfigError: a value that does not exist.
+    """
+
+    form: Form = "auto"
+    input_scales: InputScales = "as_packed"
+    opset: int = OPSETS.start
+    weight_codes: WeightCodes = "signed"
+    external_data: bool = False
+
+    def __post_init__(self) -> None:
+        for setting, choices in (("form", Form), ("input_scales", InputScales), ("weight_codes", WeightCodes)):
+            if (value := getattr(self, setting)) not in get_args(choices):
+                raise ConfigError(f"{setting}={value!r} does not exist; choose from {', '.join(get_args(choices))}")
+        if self.opset not in OPSETS:
+            raise ConfigError(f"opset={self.opset!r}: give {OPSETS.start} to {OPSETS.stop - 1}")
 
 
 @dataclass(frozen=True)
@@ -33,34 +64,32 @@ class LayerForm:
     Attributes:
         weight, activation: its formats, "fp32" for an input that is not quantized.
         form: "integer": a product of 8-bit integers; "qdq": of quantized and dequantized tensors; "float": of tensors
-            that are rounded to their formats, in fp32.
-        stored: the ONNX type of the codes in the file.
+            that are rounded to their formats, in fp32; "reference": the operations of the packed layer itself.
+        stored: the type of the codes in the file.
         changed: what is not as in the packed layer, and why; "" where nothing is.
     """
 
     name: str
     weight: str
     activation: str
-    form: Literal["integer", "qdq", "float"]
+    form: Literal["integer", "qdq", "float", "reference"]
     stored: str
     changed: str
 
 
-def layer_form(name: str, layer: PackedLayer, form: Form, scales: InputScales, opset: int) -> LayerForm:
-    """Raises: ConfigError: a layer that cannot be expressed, or a setting that does not exist."""
-    for setting, value, choices in (("form", form, Form), ("input_scales", scales, InputScales)):
-        if value not in get_args(choices):
-            raise ConfigError(f"{setting}={value!r} does not exist; choose from {', '.join(get_args(choices))}")
-    if opset not in OPSETS:
-        raise ConfigError(f"opset={opset!r}: give {OPSETS.start} to {OPSETS.stop - 1}")
+def layer_form(name: str, layer: PackedLayer, settings: OnnxSettings) -> LayerForm:
+    """Raises: ConfigError: a layer that cannot be expressed."""
     _check_known(name, layer)
     weight, activation = layer.formats.weight, layer.formats.activation
     reason = not_integer(layer)
-    kind: Literal["integer", "qdq", "float"] = "float" if reason else "qdq" if form == "qdq" else "integer"
+    kind: Literal["integer", "qdq", "float"] = "float" if reason else "qdq" if settings.form == "qdq" else "integer"
     changed = f"fp32 product: {reason}" if reason else ""
-    if asymmetric(layer, scales) and kind == "integer":
+    if asymmetric(layer, settings.input_scales) and kind == "integer":
         changed = "input scale of the whole batch, with a zero point, as asked for"
-    stored = storage(weight, opset)[0]
+    stored, shift = storage(weight, settings.opset)
+    wide = stored == "INT8" and weight.max_value * 2**shift > _EXACT_IN_16_BITS
+    if wide and kind == "integer" and settings.weight_codes == "unsigned":
+        stored = "UINT8"
     return LayerForm(name, str(weight), str(activation or "fp32"), kind, stored, changed)
 
 

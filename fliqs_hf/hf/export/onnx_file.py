@@ -9,13 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.hf.export.forms import Form, InputScales, LayerForm, layer_form
+from fliqs_hf.hf.export.forms import LayerForm, OnnxSettings, layer_form
 from fliqs_hf.nn import packed_layers
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.optional import needed_for
 from fliqs_hf.version import __version__
 
-OPSET = 21
 #: Protobuf holds 2 GiB at most: above this, weights go to a file beside it.
 _MOST_BYTES = 1_800_000_000
 
@@ -29,23 +28,19 @@ def check_environment() -> None:
         import onnxscript  # noqa: F401
 
 
-def layer_forms(model: Any, form: Form, scales: InputScales, opset: int) -> dict[str, LayerForm]:
+def layer_forms(model: Any, settings: OnnxSettings) -> dict[str, LayerForm]:
     """What every packed layer becomes. Raises: ConfigError: `model` has none, or one that cannot be expressed."""
     layers = packed_layers(model)
     if not layers:
         raise ConfigError(f"this {type(model).__name__} has no packed layer; quantize it first")
-    return {name: layer_form(name, layer, form, scales, opset) for name, layer in layers.items()}
+    return {name: layer_form(name, layer, settings) for name, layer in layers.items()}
 
 
 def write_onnx(
     model: Any,
     image: Tensor,
     file: Path,
-    *,
-    form: Form = "auto",
-    input_scales: InputScales = "as_packed",
-    opset: int = OPSET,
-    external_data: bool = False,
+    settings: OnnxSettings,
     normalization: Any = None,
 ) -> tuple[LayerForm, ...]:
     """Write `model`, packed and on the CPU, to `file`; large weights, or all if asked, to `<file>.data`.
@@ -62,29 +57,27 @@ def write_onnx(
     from fliqs_hf.hf.export.rewritten import rewrite
     from fliqs_hf.hf.export.traced import trace
 
-    forms = layer_forms(model, form, input_scales, opset)
+    forms = layer_forms(model, settings)
     layers = packed_layers(model)
-    graph = trace(model, image, opset)
-    rewrite(graph, layers, forms, form, input_scales)
+    graph = trace(model, image, settings.opset)
+    rewrite(graph, layers, forms, settings)
     if normalization is not None:
         normalization.put_before(graph)
     onnx_ir.passes.common.RemoveUnusedNodesPass()(graph)  # what was folded into products
     graph.producer_name, graph.producer_version = "fliqs_hf", __version__
-    graph.metadata_props["fliqs_hf"] = json.dumps(_metadata(layers, forms, form, input_scales))
+    graph.metadata_props["fliqs_hf"] = json.dumps(_metadata(layers, forms, settings))
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
-    external = external_data or size > _MOST_BYTES
+    external = settings.external_data or size > _MOST_BYTES
     onnx_ir.save(graph, str(file), external_data=f"{file.name}.data" if external else None)
     return tuple(forms.values())
 
 
-def _metadata(
-    layers: dict[str, PackedLayer], forms: dict[str, LayerForm], form: Form, scales: InputScales
-) -> dict[str, Any]:
+def _metadata(layers: dict[str, PackedLayer], forms: dict[str, LayerForm], settings: OnnxSettings) -> dict[str, Any]:
     """What the file was made from: allocation, how scales are made, and the form of each layer."""
-    settings = {layer.settings for layer in layers.values()}
+    scales = {layer.settings for layer in layers.values()}
     return {
-        "version": __version__, "form": form, "input_scales": scales,
-        "settings": [vars(setting) for setting in settings],
+        "version": __version__, "form": settings.form, "input_scales": settings.input_scales,
+        "settings": [vars(setting) for setting in scales],
         "layers": {
             name: {"weight": f.weight, "activation": f.activation, "form": f.form, "stored": f.stored}
             for name, f in forms.items()

@@ -14,12 +14,12 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from fliqs_hf.hf.export.forms import Form, InputScales, LayerForm, asymmetric
+from fliqs_hf.hf.export.forms import LayerForm, OnnxSettings, asymmetric
 from fliqs_hf.hf.export.inputs import Codes, InputWriter
 from fliqs_hf.hf.export.nodes import MICROSOFT, Writer
 from fliqs_hf.hf.export.traced import DOMAIN, LAYER, NODE
 from fliqs_hf.hf.export.weights import channels, stored_codes
-from fliqs_hf.nn.native.codes import int8_shift
+from fliqs_hf.nn.native.codes import ZERO_POINT, int8_shift
 from fliqs_hf.nn.packed import PackedConv2d, PackedLayer
 
 
@@ -32,7 +32,7 @@ class Affine:
 
 
 def rewrite(
-    model: Any, layers: Mapping[str, PackedLayer], forms: Mapping[str, LayerForm], form: Form, scales: InputScales
+    model: Any, layers: Mapping[str, PackedLayer], forms: Mapping[str, LayerForm], settings: OnnxSettings
 ) -> None:
     """Give every layer's node its arithmetic, in place."""
     writer = Writer(model)
@@ -47,7 +47,7 @@ def rewrite(
         last, affine = node, _affine(layer)
         if (norm := _batch_norm(node)) is not None:
             last, affine = norm, _folded(affine, norm)
-        product = _Product(writer, inputs, name, layer, forms[name], form, scales, affine, weights)
+        product = _Product(writer, inputs, name, layer, forms[name], settings, affine, weights)
         writer.replace(last.outputs, product(node.inputs[0]))
         for old in dict.fromkeys((last, node)):  # the reader first
             model.graph.remove(old, safe=True)
@@ -82,12 +82,13 @@ class _Product:
     """The nodes of one layer."""
 
     def __init__(
-        self, writer: Writer, inputs: InputWriter, name: str, layer: PackedLayer, decided: LayerForm, form: Form,
-        scales: InputScales, affine: Affine, weights: dict[str, Any],
+        self, writer: Writer, inputs: InputWriter, name: str, layer: PackedLayer, decided: LayerForm,
+        settings: OnnxSettings, affine: Affine, weights: dict[str, Any],
     ) -> None:  # fmt: skip
         self.writer, self.inputs, self.name, self.layer = writer, inputs, name, layer
-        self.decided, self.form, self.affine, self.weights = decided, form, affine, weights
-        self.asymmetric = decided.form == "integer" and asymmetric(layer, scales)
+        self.decided, self.form, self.affine, self.weights = decided, settings.form, affine, weights
+        self.asymmetric = decided.form == "integer" and asymmetric(layer, settings.input_scales)
+        self.zero = [writer.constant(np.uint8(ZERO_POINT))] if decided.stored == "UINT8" else []
         self.convolution = isinstance(layer, PackedConv2d)
 
     def __call__(self, x: Any) -> Any:
@@ -115,13 +116,15 @@ class _Product:
             return self._integer_convolution(codes, factors)
         if self.form == "auto" and not self.asymmetric:
             return self._runtime_product(codes, factors)
-        product = self.writer.op("MatMulInteger", codes.values, self._codes(), codes.zero)
+        product = self.writer.op("MatMulInteger", codes.values, self._codes(), codes.zero, *self.zero)
         return self._rescaled(product, codes, factors)
 
     def _runtime_product(self, codes: Codes, factors: NDArray[np.float32]) -> Any:
         """One operator for the product, its conversion and the factors per channel: a third of the passes' time."""
         scalar, bias = codes.scalar, self.affine.bias
-        more = [None, self.writer.constant(bias, f"{self.name}.bias")] if scalar and bias is not None else []
+        more = self.zero
+        if scalar and bias is not None:
+            more = [*(self.zero or [None]), self._row(bias)]
         product = self.writer.op(
             "MatMulIntegerToFloat", codes.values, self._codes(), codes.scale if scalar else 1.0,
             self._row(factors, "scale"), codes.zero, *more, domain=MICROSOFT,
@@ -131,7 +134,9 @@ class _Product:
         return self._add(self.writer.op("Mul", product, codes.scale), self._row(bias))
 
     def _integer_convolution(self, codes: Codes, factors: NDArray[np.float32]) -> Any:
-        product = self.writer.op("ConvInteger", codes.values, self._codes(), codes.zero, **self._geometry())
+        product = self.writer.op(
+            "ConvInteger", codes.values, self._codes(), codes.zero, *self.zero, **self._geometry()
+        )
         return self._rescaled(product, codes, factors)
 
     def _rescaled(self, product: Any, codes: Codes, factors: NDArray[np.float32]) -> Any:

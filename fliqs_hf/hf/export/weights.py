@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fliqs_hf.formats.packing import unpack
 from fliqs_hf.formats.rounding import code_values
 from fliqs_hf.hf.export.nodes import Writer
-from fliqs_hf.nn.native.codes import int8_shift
+from fliqs_hf.nn.native.codes import ZERO_POINT, int8_shift
 from fliqs_hf.nn.packed import PackedConv2d, PackedLayer
 
 
@@ -25,7 +25,7 @@ def channels(layer: PackedLayer) -> NDArray[np.float32]:
 
 def stored_codes(writer: Writer, name: str, layer: PackedLayer, stored: str) -> Any:
     """The weight's codes, [in, out] of a Linear and [out, in, height, width] of a convolution: int8 where they are
-    integers (times 2**shift), else in the type that they are stored in.
+    integers (times 2**shift), or uint8 with zero point 128, else in the type that they are stored in.
 
     Types of fewer than 8 bits are cast, or looked up, in the graph: runtimes do that once, at loading.
     """
@@ -44,7 +44,7 @@ def stored_codes(writer: Writer, name: str, layer: PackedLayer, stored: str) -> 
         index = writer.op("Cast", writer.tensor(_tensor(places, stored), key), to=onnx_ir.DataType.INT32)
         return writer.op("Gather", writer.constant(table, f"{name}.values"), index)
     values = arranged(layer.code_values().mul_(2.0 ** (shift or 0)))
-    tensor = writer.tensor(_tensor(values, stored), key)
+    tensor = writer.tensor(_tensor(values + ZERO_POINT if stored == "UINT8" else values, stored), key)
     if stored in ("INT2", "INT4"):
         return writer.op("Cast", tensor, to=onnx_ir.DataType.INT8)
     return tensor

@@ -10,6 +10,7 @@ import torch
 
 import fliqs_hf
 from fliqs_hf import FLIQSConfig
+from fliqs_hf.hf.export.forms import OnnxSettings
 from fliqs_hf.hf.export.onnx_file import write_onnx
 from fliqs_hf.hf.export.runtime import OnnxClassifier
 from fliqs_hf.nn.kernels import set_kernels
@@ -19,10 +20,10 @@ onnx_ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
 
-def exported(architecture: str, folder: Path, **settings: Any) -> tuple[Any, Any]:
+def exported(architecture: str, folder: Path) -> tuple[Any, Any]:
     model = fliqs_hf.quantize(tiny(architecture), FLIQSConfig(weight_format="int8", activation_format="int8"))
     set_kernels(model, "reference")
-    write_onnx(model, images(1), folder / "model.onnx", **settings)
+    write_onnx(model, images(1), folder / "model.onnx", OnnxSettings())
     return model, OnnxClassifier(folder / "model.onnx", threads=1)
 
 

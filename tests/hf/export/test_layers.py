@@ -12,7 +12,7 @@ from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import parse
 from fliqs_hf.formats.rounding import code_values
-from fliqs_hf.hf.export.forms import layer_form, storage
+from fliqs_hf.hf.export.forms import OnnxSettings, layer_form, storage
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.nn.swap import packed_like
@@ -43,18 +43,21 @@ def convolution(*arguments: Any, **geometry: Any) -> PackedLayer:
     return packed(nn.Conv2d(8, 16, **{"kernel_size": 3, **geometry}), *arguments)
 
 
-def run(layer: PackedLayer, x: Tensor, form: Any = "auto", scales: Any = "as_packed", opset: int = 21) -> Any:
+def run(layer: PackedLayer, x: Tensor, form: Any = "auto", **more: Any) -> Any:
     """What ONNX Runtime makes of `x`, and the graph."""
     from fliqs_hf.hf.export.rewritten import rewrite
 
+    settings = OnnxSettings(form=form, **more)
     float32 = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
     given = onnx_ir.val("x", type=float32, shape=onnx_ir.Shape(["batch", *x.shape[1:]]))
     node = onnx_ir.node("PackedLayer", [given], {"layer": "layer"}, domain="fliqs_hf")
     (out,) = node.outputs
     out.name, out.type = "y", float32
-    graph = onnx_ir.Graph([given], [out], nodes=[node], opset_imports={"": opset, "fliqs_hf": 1}, name="graph")
+    graph = onnx_ir.Graph(
+        [given], [out], nodes=[node], opset_imports={"": settings.opset, "fliqs_hf": 1}, name="graph"
+    )
     model = onnx_ir.Model(graph, ir_version=10)
-    rewrite(model, {"layer": layer}, {"layer": layer_form("layer", layer, form, scales, opset)}, form, scales)
+    rewrite(model, {"layer": layer}, {"layer": layer_form("layer", layer, settings)}, settings)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -100,7 +103,7 @@ def test_every_way_of_scaling_inputs(granularity: str, form: str, activation: st
 def test_other_formats_keep_their_values_and_are_multiplied_in_fp32(formats: tuple[str, str | None]) -> None:
     layer = linear(*formats)
     assert_equal(layer, INPUTS)
-    assert layer_form("layer", layer, "auto", "as_packed", 21).changed.startswith("fp32 product: ")
+    assert layer_form("layer", layer, OnnxSettings()).changed.startswith("fp32 product: ")
 
 
 @pytest.mark.parametrize("activation", ["e2m1", "e3m2", "e4m3", "e5m2", "e3m3", "e4m2", "int6", "e2m5", "e5m10"])
@@ -137,12 +140,22 @@ def test_integer_convolutions_are_that() -> None:
 
 def test_one_scale_for_the_batch_maps_to_onnx_runtimes_own() -> None:
     layer = linear("int8", "int8")
-    found, model = run(layer, INPUTS, scales="per_tensor")
+    found, model = run(layer, INPUTS, input_scales="per_tensor")
     assert [node.op_type for node in model.graph][:2] == ["DynamicQuantizeLinear", "MatMulInteger"]
     step = (INPUTS.max() - INPUTS.min()) / 255
     exact = nn.functional.linear(INPUTS, layer.decoded_weight(), layer.bias)
     # half a step for each input, and another for what rounding the zero point moves the range by
     assert ((found - exact).abs() <= step * layer.decoded_weight().abs().sum(1) + 1e-5).all()
+
+
+@pytest.mark.parametrize("form", ["auto", "integer"])
+@pytest.mark.parametrize("layer", [linear("int8", "int8"), linear("int8", "int8", "static"), linear("int7", "int8"),
+                                   convolution("int8", "int8", padding=1)], ids=repr)  # fmt: skip
+def test_unsigned_codes_are_the_same_numbers(layer: PackedLayer, form: str) -> None:
+    x = INPUTS if layer.kind == "linear" else IMAGES
+    model = assert_equal(layer, x, form, weight_codes="unsigned")
+    stored = model.graph.initializers["layer.weight"].dtype
+    assert stored == (onnx_ir.DataType.UINT8 if layer.formats.weight.bits == 8 else onnx_ir.DataType.INT8)
 
 
 @pytest.mark.parametrize(("fmt", "opset", "stored"), [
@@ -166,14 +179,14 @@ def test_what_is_not_known_is_refused() -> None:
     layer = linear("int8", "int8")
     layer.register_buffer("zero_point", torch.zeros(1))
     with pytest.raises(ConfigError, match="its kind is not known"):
-        layer_form("layer", layer, "auto", "as_packed", 21)
+        layer_form("layer", layer, OnnxSettings())
     other = linear("int8", "int8")
     other.__class__ = PackedOther
     with pytest.raises(ConfigError, match=r"PackedOther in .* cannot be exported"):
-        layer_form("layer", other, "auto", "as_packed", 21)
+        layer_form("layer", other, OnnxSettings())
     blocks = linear("int8", "int8")
     blocks.weight_scale = torch.ones(48)
     with pytest.raises(ConfigError, match="48 weight scales"):
-        layer_form("layer", blocks, "auto", "as_packed", 21)
+        layer_form("layer", blocks, OnnxSettings())
     with pytest.raises(ConfigError, match="opset=9: give 21 to 25"):
-        layer_form("layer", linear("int8", "int8"), "auto", "as_packed", 9)
+        OnnxSettings(opset=9)

@@ -1,0 +1,61 @@
+"""A packed model as a program of `torch.export`, which torch runs without this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fliqs_hf.errors import ConfigError
+from fliqs_hf.hf.export.forms import LayerForm
+from fliqs_hf.nn import packed_layers
+
+TORCH_FILE = "model.pt2"
+
+
+class _Logits(nn.Module):
+    """Pixel values in, logits out: a program cannot return what Transformers returns without importing it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        logits: Tensor = self.model(pixel_values=pixel_values).logits
+        return logits
+
+
+def write_torch(model: Any, image: Tensor, file: Path) -> tuple[LayerForm, ...]:
+    """Write `model`, packed and in evaluation mode, to `file`: its reference path, with its weights as packed codes.
+
+    Args: image: pixel values [1, channels, height, width] of the size that the program is to take, in any number.
+    Returns: what became of each layer.
+    Raises: ConfigError: it cannot be traced.
+    """
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    try:
+        program = torch.export.export(
+            _Logits(model).eval(), (image.expand(2, -1, -1, -1),), dynamic_shapes=({0: batch},)
+        )
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # TorchDynamo's own are of these
+        text = " ".join(str(error).split())[:400]
+        raise ConfigError(f"torch.export cannot trace {type(model).__name__}: {text}") from error
+    torch.export.save(program, file)
+    return tuple(
+        LayerForm(name, str(layer.formats.weight), str(layer.formats.activation or "fp32"), "reference", "packed", "")
+        for name, layer in packed_layers(model).items()
+    )
+
+
+class TorchProgram(nn.Module):
+    """A program that `write_torch` has just written. Not for files of others."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.program = torch.export.load(file).module()
+        self.file_bytes = file.stat().st_size
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        return self.program(pixel_values)

@@ -1,0 +1,139 @@
+"""Exported models against ONNX Runtime's own quantizer and fp32: speed by turns in one process, size, agreement.
+
+    python recipes/bench/export.py MODEL IMAGES --output results.json
+
+Speeds are ratios: those of one round's times, torch fp32 over the case, so more is faster; rows give the median over
+rounds. Agreement is with the model that was exported: with fp32 for fp32 and `quantize_dynamic`, with the packed model
+for ours. Images are the first ones of a random order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnxruntime import __version__ as onnxruntime_version
+from onnxruntime.quantization import quantize_dynamic
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.exporters import OnnxConfig
+from transformers.exporters.exporter_onnx import OnnxExporter
+
+import fliqs_hf
+from fliqs_hf import FLIQSConfig
+from fliqs_hf.hf.export.agreement import compare
+from fliqs_hf.hf.export.forms import OnnxSettings
+from fliqs_hf.hf.export.onnx_file import write_onnx
+from fliqs_hf.hf.export.runtime import OnnxClassifier
+from fliqs_hf.training.data import Images
+from fliqs_hf.training.images import pixels
+from fliqs_hf.training.splits import load_split, sample
+from recipes.bench.inference import conditions
+
+#: case -> weights, inputs, settings of the export
+OURS = {
+    "W8A8 auto": ("int8", "int8", {}),
+    "W4A8 auto": ("int4", "int8", {}),
+    "E2M1 auto": ("e2m1", "e2m1", {}),
+    "W8A8 integer": ("int8", "int8", {"form": "integer"}),
+    "W8A8 qdq": ("int8", "int8", {"form": "qdq"}),
+    "W8A8 per_tensor": ("int8", "int8", {"input_scales": "per_tensor"}),
+    "W4A8 per_tensor": ("int4", "int8", {"input_scales": "per_tensor"}),
+    "W8 weights only": ("int8", None, {}),
+}
+
+
+def cases(plain: Any, image: torch.Tensor, folder: Path) -> dict[str, tuple[Any, Any, float]]:
+    """Case -> what runs, the model that it should agree with, and its size in MB."""
+    threads = torch.get_num_threads()
+    made: dict[str, tuple[Any, Any, float]] = {"torch fp32": (plain, plain, float("nan"))}
+
+    def add(name: str, file: Path, reference: Any) -> None:
+        made[name] = (OnnxClassifier(file, threads=threads), reference, file.stat().st_size / 1e6)
+
+    fp32 = folder / "fp32.onnx"
+    config = OnnxConfig(
+        dynamic=True, opset_version=21, dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}
+    )
+    graph = OnnxExporter().export(plain, {"pixel_values": image.expand(2, -1, -1, -1).contiguous()}, config)
+    graph.save_pretrained(folder / "fp32")
+    proto = onnx.load(folder / "fp32" / "model.onnx")
+    onnx.save(proto, fp32)
+    add("fp32", fp32, plain)
+    del proto.graph.value_info[:]
+    onnx.save(proto, folder / "clean.onnx")
+    for per_channel in (False, True):
+        name = "quantize_dynamic" + (" per channel" if per_channel else "")
+        quantize_dynamic(folder / "clean.onnx", folder / f"{name}.onnx", per_channel=per_channel)
+        add(name, folder / f"{name}.onnx", plain)
+    for name, (weight, activation, settings) in OURS.items():
+        packed = fliqs_hf.quantize(
+            copy.deepcopy(plain), FLIQSConfig(weight_format=weight, activation_format=activation)
+        )
+        write_onnx(packed, image, folder / f"{name}.onnx", OnnxSettings(**settings))
+        add(name, folder / f"{name}.onnx", packed)
+    return made
+
+
+@torch.no_grad()
+def speeds(made: dict[str, tuple[Any, Any, float]], images: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for turn in range(rounds + 1):
+        for name, (model, _, _) in made.items():
+            start = time.perf_counter()
+            model(images)
+            if turn:  # the first one warms up
+                times[name].append(time.perf_counter() - start)
+    return {
+        name: [base / own for base, own in zip(times["torch fp32"], own_times, strict=True)]
+        for name, own_times in times.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="fp32 checkpoint")
+    parser.add_argument("dataset_name")
+    parser.add_argument("--split")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    plain = AutoModelForImageClassification.from_pretrained(args.model).eval()
+    processor = AutoImageProcessor.from_pretrained(args.model)
+    images = Images(sample(load_split(args.dataset_name, args.split)[0], args.images), "image")
+    stacked = torch.stack([pixels(*images[index][:1], processor, images[index][1]) for index in range(len(images))])
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        made = cases(plain, stacked[:1], Path(folder))
+        ratios = {batch: speeds(made, stacked[:batch], args.rounds) for batch in args.batch_sizes}
+        for name, (model, reference, size) in made.items():
+            agreement = compare(reference, model, stacked.split(20))
+            row = {
+                "case": name, "mb": round(size, 2), "agreement": round(agreement.percent, 2),
+                "rms": round(agreement.rms, 4),
+                **{f"speed_{batch}": round(statistics.median(found[name]), 2) for batch, found in ratios.items()},
+            }  # fmt: skip
+            rows.append(row)
+            print(row, flush=True)
+    if args.output:
+        data = {
+            "conditions": {**conditions(), "onnxruntime": onnxruntime_version},
+            "images": args.images,
+            "rows": rows,
+        }
+        args.output.write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
