@@ -185,7 +185,7 @@ def _formats(parser: Parser) -> None:
 
 
 _ESTIMATE = """  fliqs-hf estimate facebook/deit-tiny-patch16-224
-  fliqs-hf estimate runs/digits/checkpoint --layers
+  fliqs-hf estimate runs/digits --layers
   fliqs-hf estimate MODEL --allocation allocation.json --formats int4 e2m1"""
 
 
@@ -206,7 +206,7 @@ _QUANTIZE = """  fliqs-hf quantize MODEL runs/w8a8                              
   fliqs-hf quantize MODEL runs/w4a8 --weight_format int4 --activation_format int8 --calibration photos/
   fliqs-hf quantize MODEL runs/pilot --target_bits 4 --calibration photos/
 The last one measures how sensitive the loss is to every format of every layer (one backward pass per image) and solves
-for the best allocation at the target. OUTPUT is a run folder: the model is in OUTPUT/checkpoint."""
+for the best allocation at the target. OUTPUT is a run folder: a model, and what is known of it in OUTPUT/fliqs."""
 
 
 def _quantize(parser: Parser) -> None:
@@ -270,7 +270,7 @@ def _match_labels(parser: Parser) -> None:
 _SEARCH = """  fliqs-hf search digits
   fliqs-hf search settings.yaml --target_bits 4"""
 
-_COMPARE = """  fliqs-hf compare runs/digits/fp32 --dataset_name digits --output compare.csv"""
+_COMPARE = """  fliqs-hf compare runs/digits/fliqs/fp32 --dataset_name digits --output compare.csv"""
 
 _VALIDATE = """  fliqs-hf validate MODEL runs/pilot --dataset_name photos/ --split test --max_drop 0.5
   fliqs-hf validate MODEL user/quantized --dataset_name cifar10 --output page.html result.json"""
@@ -278,7 +278,7 @@ _VALIDATE = """  fliqs-hf validate MODEL runs/pilot --dataset_name photos/ --spl
 
 def _validate(parser: Parser) -> None:
     parser.add_argument("original", help="Hub id or folder")
-    parser.add_argument("quantized", help="Hub id, folder, or run folder; the result is kept in a run folder")
+    parser.add_argument("quantized", help="Hub id or folder; the result is kept in a run folder")
     parser.add_argument("--dataset_name", required=True, help="Hub id, folder of images, or 'digits'")
     parser.add_argument("--split", help="or a part, such as 'test[:500]'; default: validation or test if there is one")
     parser.add_argument("--image_column", default="image")
@@ -350,7 +350,7 @@ The access token comes from `hf auth login` or HF_TOKEN."""
 
 
 def _push(parser: Parser) -> None:
-    parser.add_argument("run", help="run folder, or checkpoint folder")
+    parser.add_argument("run", help="run folder, or that of a model alone")
     parser.add_argument("repo_id", help="namespace/name, or name in your own namespace")
     parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
     parser.add_argument("--base_model", metavar="ID", help="the model on the Hub that was quantized")
@@ -366,7 +366,7 @@ _INSPECT = """  fliqs-hf inspect runs/digits
 
 
 def _inspect(parser: Parser) -> None:
-    parser.add_argument("checkpoint", help="Hub id, checkpoint folder or run folder")
+    parser.add_argument("checkpoint", help="Hub id or folder")
     parser.add_argument("--layers", action="store_true", help="list every layer")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
 

@@ -72,7 +72,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             remove(left)
         try:
             yield draft
-            _flush_all(draft)
+            flush_all(draft)
             if final.is_dir() and draft.is_dir():
                 os.replace(final, old)
             os.replace(draft, final)
@@ -82,6 +82,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
             raise
         _flush_folder(final.parent)
         _try_to_remove(old)
+
+
+def move_into(folder: Path, draft: Path, last: str) -> None:
+    """Move the files of `draft`, on the same file system, into `folder`, that named `last` after all others.
+
+    Files of the same names are replaced, others stay. Raises: DiskError: some may have been moved.
+    """
+    with disk_errors(folder):
+        for file in sorted(draft.iterdir(), key=lambda file: (file.name == last, file.name)):
+            if file.name == last:
+                _flush_folder(folder)
+            os.replace(file, folder / file.name)
+        _flush_folder(folder)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -96,6 +109,17 @@ def append_text(path: str | Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def flush_all(path: Path) -> None:
+    """A file, or every file and folder in a folder: have it on the disk. Raises: OSError."""
+    if not path.is_dir():
+        _flush(path, os.O_RDWR)
+        return
+    for folder, _, files in os.walk(path):
+        for name in files:
+            _flush(Path(folder) / name, os.O_RDWR)
+        _flush_folder(Path(folder))
 
 
 def remove(path: Path) -> None:
@@ -116,17 +140,6 @@ def _try_to_remove(path: Path) -> None:
     """What is left of it does no harm: the next writer removes it, or says why it cannot."""
     with suppress(OSError):
         remove(path)
-
-
-def _flush_all(path: Path) -> None:
-    """A file, or every file and folder in a folder."""
-    if not path.is_dir():
-        _flush(path, os.O_RDWR)
-        return
-    for folder, _, files in os.walk(path):
-        for name in files:
-            _flush(Path(folder) / name, os.O_RDWR)
-        _flush_folder(Path(folder))
 
 
 def _flush_folder(path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,6 @@ def locked(path: str | Path, file: Path | None = None) -> Iterator[None]:
         with suppress(OSError):  # something is in it
             for folder in made:
                 folder.rmdir()
-
-
-def locked_run(name: str | Path) -> AbstractContextManager[None]:
-    """`locked` for a run folder that is there. Nothing is locked where it is none, or where nobody can write."""
-    path = Path(name)
-    return locked(path) if (path / "checkpoint").is_dir() and os.access(path, os.W_OK) else nullcontext()
 
 
 def _refuse_foreign(file: Path) -> None:

@@ -90,7 +90,7 @@ def test_the_quick_start_runs(tmp_path: Path) -> None:
         check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
-    for name in ("report.html", "validation.html", "checkpoint/model.safetensors"):
+    for name in ("fliqs/report.html", "fliqs/validation.html", "model.safetensors"):
         assert (tmp_path / "runs" / "quickstart" / name).is_file()
 
 
@@ -122,7 +122,7 @@ def test_the_pilot_of_the_readme_runs(tmp_path: Path) -> None:
             )  # fmt: skip
             # Twenty images cannot open the gate.
             assert run.returncode == 0 or (command[1] == "validate" and "Undecided" in run.stdout), run.stderr[-2000:]
-        assert {"report.html", "README.md", "model.safetensors"} <= set(hub.repos[commands[-1][3]].files())
+        assert {"fliqs/report.html", "README.md", "model.safetensors"} <= set(hub.repos[commands[-1][3]].files())
         assert hub.repos[commands[-1][3]].private
 
 

@@ -26,7 +26,7 @@ LEVELS = {
     "cost": 2, "nn": 2,
     "training": 3,
     "search": 4,
-    "baselines": 5, "hf": 5, "ptq": 5,
+    "baselines": 5, "hf": 5, "ptq": 5, "runs": 5,
     "report": 6,
     "pipeline": 7,
     "cli": 8,

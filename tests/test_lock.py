@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from fliqs_hf.errors import BusyError, DiskError
-from fliqs_hf.lock import locked, locked_run
+from fliqs_hf.lock import locked
+from fliqs_hf.runs import locked_run
 
 
 def process(work: Callable[[], None]) -> int:
@@ -124,6 +125,6 @@ def test_where_nobody_can_write(tmp_path: Path) -> None:
     with locked_run("namespace/name"):  # on the Hub
         pass
     assert not Path("namespace").exists()
-    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "run" / "fliqs").mkdir(parents=True)
     with locked_run(tmp_path / "run"), pytest.raises(BusyError):
         locked_run(tmp_path / "run").__enter__()

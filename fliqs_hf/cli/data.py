@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fliqs_hf.errors import DataError
+from fliqs_hf.runs.files import RUN
 from fliqs_hf.training.splits import ROW, Part, common, load_all, load_split, load_splits, numbered, parts_of, sample
 
 #: Which split is meant, where there are several and none is named.
@@ -20,7 +21,7 @@ def to_validate(run: str, name: str, split: str | None) -> tuple[Any, list[str]]
     else it is said that they are there.
 
     Args:
-        run: the quantized model: a run folder, the checkpoint in it, or any other name.
+        run: the quantized model: a run folder, or any other name.
         name: Hub id, folder (parquet files, or images in one sub-folder per class), or "digits".
         split: or a part of it, such as "test[:500]"; default: "validation" or "test" where there is one, else the only
             one.
@@ -70,10 +71,10 @@ def _some(record: dict[str, Any], used: list[Part]) -> str:
 
 
 def _record(run: Path) -> dict[str, Any]:
-    """What a run was told, empty where `run` is none."""
-    for folder in (run, run.parent):
+    """What a run was told, empty where `run` is none. Earlier versions had it beside the model's folder."""
+    for file in (run / RUN / "settings.json", run.parent / "config.json"):
         try:
-            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            found = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(found, dict) and (

@@ -11,13 +11,12 @@ from fliqs_hf.cost import bops, unlisted_bytes, weight_bytes
 from fliqs_hf.formats import parse
 from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.nn import quantizable_layers
-from fliqs_hf.pipeline.checkpoints import checkpoint_of, empty_model, read_config, traced
+from fliqs_hf.pipeline.checkpoints import empty_model, read_config, traced
 from fliqs_hf.training.scratch import check_patches
 
 
 def estimate(args: argparse.Namespace) -> int:
-    name = checkpoint_of(args.model)
-    config, quantization = read_config(name, args.revision)
+    config, quantization = read_config(args.model, args.revision)
     if args.image_size is not None:
         check_patches(config, args.image_size)
         sized = config.vision_config if hasattr(config, "vision_config") else config

@@ -14,7 +14,7 @@ from torch import Tensor
 from fliqs_hf.cli.data import to_validate
 from fliqs_hf.cli.output import answer, table
 from fliqs_hf.hf.export.forms import OnnxSettings
-from fliqs_hf.pipeline.checkpoints import checkpoint_of, load_processor, read_config
+from fliqs_hf.pipeline.checkpoints import load_processor, read_config
 from fliqs_hf.pipeline.export import ExportResult
 from fliqs_hf.pipeline.export import export as export_model
 from fliqs_hf.training.data import Images
@@ -51,8 +51,7 @@ class _Pixels:
 
     def __iter__(self) -> Iterator[Tensor]:
         args = self._args
-        name = checkpoint_of(args.run)
-        processor, mode = load_processor(name), mode_of(read_config(name)[0])
+        processor, mode = load_processor(args.run), mode_of(read_config(args.run)[0])
         split, _ = to_validate(args.run, args.dataset_name, args.split)
         images = Images(sample(split, args.max_samples), args.image_column)
         for first in range(0, len(images), args.batch_size):

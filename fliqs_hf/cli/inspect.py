@@ -13,15 +13,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from fliqs_hf.cli.output import answer, table
 from fliqs_hf.errors import HubError
 from fliqs_hf.hf.integrity import integrity_wanted
-from fliqs_hf.hf.run_folder import RunFolder
 from fliqs_hf.nn import packed_layers
 from fliqs_hf.pipeline.checkpoints import load_model
+from fliqs_hf.runs.finished import FinishedRun
 
 
 def inspect(args: argparse.Namespace) -> int:
     """Reads every weight: what it says about integrity is what loading found."""
-    run = RunFolder.read(_folder(args.checkpoint, args.revision))
-    model = load_model(str(run.checkpoint))
+    run = FinishedRun.read(_folder(args.checkpoint, args.revision))
+    model = load_model(str(run.path))
     packed = packed_layers(model)
     layers: list[dict[str, Any]] = []
     for name, formats in run.allocation.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fliqs_hf.cli.output import answer
-from fliqs_hf.lock import locked_run
+from fliqs_hf.runs.files import locked_run
 
 
 def report(args: argparse.Namespace) -> int:

@@ -13,11 +13,12 @@ from fliqs_hf.cli.output import answer
 from fliqs_hf.cost import LayerInfo, Target, unlisted_bytes
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf import FLIQSConfig
+from fliqs_hf.hf.card import write_card
 from fliqs_hf.lock import locked
 from fliqs_hf.pipeline.checkpoints import device_of, is_classifier, load_model, load_processor, read_config, traced
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.post_training import Found, allocate
-from fliqs_hf.search.run import RunFolder, cost_summary, layer_table
+from fliqs_hf.runs.folder import RunFolder, cost_summary, layer_table
 
 TARGETS = ("target_bits", "target_bops", "target_size_mb", "target_ratio")
 
@@ -73,9 +74,10 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
         },
         "cost": cost,
         "fp32_bytes": fp32_bytes,
-        "checkpoint_bytes": sum(file.stat().st_size for file in run.checkpoint.glob("*.safetensors")),
+        "checkpoint_bytes": run.model_bytes(),
     }
     run.write("results.json", result)
+    write_card(run.path)
     result["seconds"] = time.perf_counter() - start
     ratio = f" ({cost['target_ratio']:.1%} of the target)" if "target_ratio" in cost else ""
     text = (
@@ -86,7 +88,7 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     )
     text += (
         f"checkpoint      {result['fp32_bytes'] / 1e6:9.3f} MB fp32 -> {result['checkpoint_bytes'] / 1e6:9.3f} MB\n"
-        f"saved in        {args.output}/checkpoint\n"
+        f"saved in        {args.output}\n"
         f"next            fliqs-hf validate {args.model} {args.output} --dataset_name … --max_drop 0.5"
     )
     answer(args.json, {**result, "allocation": allocation.to_dict(), "output": args.output}, text)
@@ -150,7 +152,7 @@ def _save(
         run.begin(layers, found.space, found.sensitivity)
     elif layers:
         run.begin(layers)
-    with run.replacing(run.checkpoint.name) as draft:
+    with run.files.model() as draft:
         model.save_pretrained(draft)
         processor.save_pretrained(draft)
     run.write("allocation.json", allocation.to_dict())

@@ -10,13 +10,13 @@ from fliqs_hf.cli.data import to_validate
 from fliqs_hf.cli.output import answer
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.files import write_text
-from fliqs_hf.lock import locked_run
-from fliqs_hf.pipeline.checkpoints import checkpoint_of, device_of, load_model, load_processor, read_config
+from fliqs_hf.hf.card import write_card
+from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, check_writable, data_source
 from fliqs_hf.report.run_report import PAGE, write_report
 from fliqs_hf.report.validate import ValidationResult
 from fliqs_hf.report.validate import validate as compare
-from fliqs_hf.search.run_files import RunFiles
+from fliqs_hf.runs.files import CARD, RUN, RunFiles, is_run, locked_run
 from fliqs_hf.training.splits import sample
 
 FORMS = {
@@ -33,7 +33,7 @@ OURS = {
     ".json": re.compile(r'\A\{\s*"images": \d+,\s*"confidence": '),
 }
 #: What is kept in a run folder.
-IN_A_RUN = ("validation.json", "validation.html")
+IN_A_RUN = (f"{RUN}/validation.json", f"{RUN}/validation.html")
 
 
 def validate(args: argparse.Namespace) -> int:
@@ -42,25 +42,24 @@ def validate(args: argparse.Namespace) -> int:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    quantized = checkpoint_of(args.quantized)
     run = RunFiles(Path(args.quantized))
-    kept = [run.path / name for name in IN_A_RUN] if quantized != args.quantized else []
-    outputs = [path for path in map(Path, args.output) if path not in kept]
+    kept = IN_A_RUN if is_run(run.path) else ()
+    outputs = [path for path in map(Path, args.output) if path not in [run.path / name for name in kept]]
     _check_outputs(args, outputs)
     if kept:
-        run.check(*IN_A_RUN)
+        run.check(CARD, *kept)
         check_writable(run.path)
     device = device_of(args.device)
-    for name in (checkpoint_of(args.original), quantized):
+    for name in (args.original, args.quantized):
         read_config(name)  # what is wrong with a model shows before the data are fetched
     split, warnings = to_validate(args.quantized, args.dataset_name, args.split)
     if args.max_samples is not None:
         split = sample(split, args.max_samples)
     result = compare(
-        load_model(checkpoint_of(args.original)),
-        load_model(quantized),
+        load_model(args.original),
+        load_model(args.quantized),
         split,
-        image_processor=load_processor(quantized),
+        image_processor=load_processor(args.quantized),
         batch_size=args.batch_size,
         image_column=args.image_column,
         label_column=args.label_column,
@@ -73,18 +72,20 @@ def _validate(args: argparse.Namespace) -> int:
     )
     for path in outputs:
         write_text(path, FORMS[path.suffix](result))
-    for path in kept:
-        run.write(path.name, FORMS[path.suffix](result))
-    written = [*outputs, *kept]
+    for name in kept:
+        run.write(name, FORMS[Path(name).suffix](result))
+    written = [*outputs, *(run.path / name for name in kept)]
     if kept and PAGE in run.listed():
-        written.append(write_report(run.path))  # the verdict stands at its top
+        written.append(write_report(run.path))  # the verdict stands at its top, and in the card
+    elif kept:
+        written.append(write_card(run.path))
     answer(args.json, result.to_dict(), result.to_markdown() + "".join(f"\nwritten: {path}" for path in written))
     return result.exit_code
 
 
 def _check_outputs(args: argparse.Namespace, outputs: list[Path]) -> None:
     """Raises: ConfigError: a name that cannot be used. DiskError: a file that cannot be written."""
-    models = {"ORIGINAL": checkpoint_of(args.original), "QUANTIZED": checkpoint_of(args.quantized)}
+    models = {"ORIGINAL": args.original, "QUANTIZED": None if is_run(args.quantized) else args.quantized}
     for path in outputs:
         if path.suffix not in FORMS:
             raise ConfigError(f"--output {path}: the ending says the form, one of {', '.join(FORMS)}")

@@ -17,8 +17,9 @@ from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.hf.making import Making
 from fliqs_hf.hf.private import command_line, is_hub_id, last_part, without_private
 from fliqs_hf.hf.results import SEARCHED, Result, measured_models, validation_of
-from fliqs_hf.hf.run_folder import RunFolder
 from fliqs_hf.hf.templating import markdown
+from fliqs_hf.runs.files import CARD, RunFiles
+from fliqs_hf.runs.finished import FinishedRun
 
 TASK = "image-classification"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,60}")
@@ -30,10 +31,10 @@ _MOST_CHARACTERS = 100_000
 def model_card(
     folder: str | Path, repo_id: str | None = None, *, base_model: str | None = None, license: str | None = None
 ) -> ModelCard:
-    """The card of a run folder, or of a checkpoint folder, from which a shorter card follows.
+    """The card of a run folder, or of a model alone, from which a shorter card follows.
 
     Args:
-        folder: see `RunFolder`.
+        folder: see `FinishedRun`.
         repo_id: where the model is going to be published; names the model and completes the usage snippet, which
             otherwise loads from the folder that the card is in.
         base_model: id on the Hub of what was quantized. Default: the run's model_name_or_path where that is an id.
@@ -43,12 +44,12 @@ def model_card(
         ConfigError: a repository, base model or licence that cannot be one.
     """
     check_names(repo_id, base_model, license)
-    run = RunFolder.read(folder)
+    run = FinishedRun.read(folder)
     validation = validation_of(run)
     results = measured_models(run, validation)
     measured = run.results.get("accuracy") or {}
     dataset = _dataset(run) if SEARCHED in measured or validation is None else validation.dataset
-    name = repo_id.rpartition("/")[2] if repo_id else (run.run or run.checkpoint).resolve().name
+    name = repo_id.rpartition("/")[2] if repo_id else run.path.resolve().name
     data = _metadata(run, results, name, dataset, base_model, license)
     settings = {key: value for key, value in run.settings.items() if key not in ("versions", "command")}
     command = run.settings.get("command")
@@ -77,9 +78,19 @@ def model_card(
     try:
         body = markdown("fliqs_hf.hf", "card.md.j2", values)
     except (jinja2.UndefinedError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{run.run}: a record lacks a value that the model card needs: {error}") from error
+        raise CheckpointError(f"{run.path}: a record lacks a value that the model card needs: {error}") from error
     text = re.sub(r"\n{3,}", "\n\n", body)
     return ModelCard(f"---\n{data.to_yaml().strip()}\n---\n\n{text}")
+
+
+def write_card(folder: str | Path) -> Path:
+    """Write the card of a run folder into it, as `README.md`.
+
+    Raises: as `model_card`. ConfigError: there is one that is not ours. DiskError: the folder cannot be written.
+    """
+    files = RunFiles(Path(folder))
+    files.write(CARD, str(model_card(folder)))
+    return files.path / CARD
 
 
 def check_names(repo_id: str | None, base_model: str | None, license: str | None) -> None:
@@ -99,7 +110,7 @@ def check_names(repo_id: str | None, base_model: str | None, license: str | None
 
 
 def _metadata(
-    run: RunFolder,
+    run: FinishedRun,
     results: list[Result],
     name: str,
     dataset: str | None,
@@ -147,7 +158,7 @@ def _metadata(
     )
 
 
-def _source(run: RunFolder) -> str | None:
+def _source(run: FinishedRun) -> str | None:
     """What was quantized: an id on the Hub, or a folder."""
     source = run.settings.get("model_name_or_path")
     return source if isinstance(source, str) and source else None
@@ -168,13 +179,13 @@ def _license_of(source: str | None) -> str | None:
     return stated if isinstance(stated, str) and _LICENSE.fullmatch(stated) else None
 
 
-def _dataset(run: RunFolder) -> str | None:
+def _dataset(run: FinishedRun) -> str | None:
     """Where the images came from: an id on the Hub, a folder, or the name of a set that a library ships."""
     dataset = run.settings.get("dataset_name") or run.settings.get("train_dir")
     return dataset if isinstance(dataset, str) else None
 
 
-def _layer_rows(run: RunFolder) -> list[dict[str, Any]]:
+def _layer_rows(run: FinishedRun) -> list[dict[str, Any]]:
     """Layer, MACs (None if not recorded) and formats, in the order of the model; layers left in fp32 included."""
     shapes = {layer.name: layer for layer in run.layers}
     names = [*shapes, *(name for name in run.allocation if name not in shapes)]

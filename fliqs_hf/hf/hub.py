@@ -16,7 +16,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from fliqs_hf.errors import ConfigError, HubError
 from fliqs_hf.hf.card import check_names, model_card
 from fliqs_hf.hf.publication import OWN_FILES, publication
-from fliqs_hf.hf.run_folder import RunFolder
+from fliqs_hf.runs.finished import FinishedRun
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def push(
     license: str | None = None,
     card: ModelCard | None = None,
 ) -> str:
-    """Publish a run folder, or a checkpoint folder: packed weights, config, image processor, allocation, search
+    """Publish a run folder, or a model alone, as it is: packed weights, config, image processor, allocation, search
     history, figures, report and model card.
 
     The repository is made if it does not exist. Large files go up first, unseen; one commit then shows all files at
@@ -58,7 +58,7 @@ def push(
     A dropped connection is tried again, and what has arrived is not sent twice. Without changes there is no commit.
 
     Args:
-        folder: see `RunFolder`.
+        folder: see `FinishedRun`.
         repo_id: "namespace/name", or "name" in your own namespace.
         private: of a new repository. Default: as your account says. True refuses an existing public one.
         token: default: HF_TOKEN, or that of `hf auth login`.
@@ -75,7 +75,7 @@ def push(
     if card is not None and (base_model or license):
         raise ConfigError("base_model and license are for the card that is made here; write them into yours")
     check_names(None, base_model, license)
-    run = RunFolder.read(folder)
+    run = FinishedRun.read(folder)
     api = HfApi(token=token)
     repo_id = _full_name(api, repo_id, token)
     files = publication(run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fliqs_hf.hf.run_folder import RunFolder
+from fliqs_hf.runs.finished import FinishedRun
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,8 @@ class Making:
     uniform: bool
 
     @classmethod
-    def of(cls, run: RunFolder) -> Making:
-        has = {
-            name: run.run is not None and (run.run / name).is_file() for name in ("search_space.json", "metrics.jsonl")
-        }
+    def of(cls, run: FinishedRun) -> Making:
+        has = {name: run.has(name) for name in ("search_space.json", "metrics.jsonl")}
         trained = has["metrics.jsonl"] or "search" in run.settings
         return cls(
             known=bool(run.settings) or any(has.values()),

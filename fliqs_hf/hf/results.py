@@ -12,8 +12,8 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import bops, weight_bytes
 from fliqs_hf.errors import CheckpointError, FormatError
 from fliqs_hf.formats import Format, parse
-from fliqs_hf.hf.run_folder import RunFolder
 from fliqs_hf.hf.validation_record import ValidatedModel, Validation
+from fliqs_hf.runs.finished import FinishedRun
 
 CONFIDENCE = 0.95
 FP32 = "fp32"
@@ -80,12 +80,12 @@ class Result:
         return {FP32: "original (fp32)", SEARCHED: "this model"}.get(self.name, self.name.replace("_", " "))
 
 
-def validation_of(run: RunFolder) -> Validation | None:
+def validation_of(run: FinishedRun) -> Validation | None:
     """Raises: CheckpointError: see `Validation.of`."""
     return Validation.of(run.validation, run.allocation.summary())
 
 
-def measured_models(run: RunFolder, validation: Validation | None) -> list[Result]:
+def measured_models(run: FinishedRun, validation: Validation | None) -> list[Result]:
     """The original first, this model last, with or without measurements; between them what results.json has besides.
 
     Accuracies are those of results.json or, where it has none of this model, those of the validation.
@@ -105,7 +105,7 @@ def measured_models(run: RunFolder, validation: Validation | None) -> list[Resul
     return rows
 
 
-def _accuracies(run: RunFolder, validation: Validation | None) -> dict[str, Accuracy]:
+def _accuracies(run: FinishedRun, validation: Validation | None) -> dict[str, Accuracy]:
     recorded = run.results.get("accuracy") or {}
     if SEARCHED not in recorded and validation is not None:
         pair: dict[str, ValidatedModel] = {FP32: validation.original, SEARCHED: validation.quantized}
@@ -115,7 +115,7 @@ def _accuracies(run: RunFolder, validation: Validation | None) -> dict[str, Accu
     return {name: Accuracy.of(name, entry) for name, entry in recorded.items()}
 
 
-def _allocation_of(name: str, run: RunFolder) -> Allocation | None:
+def _allocation_of(name: str, run: FinishedRun) -> Allocation | None:
     """Of a row of the results: empty for the original, and None where its name does not say it."""
     if name == FP32:
         return Allocation({})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +18,6 @@ from fliqs_hf.training.loading import load
 
 #: Of a text that goes with an image; CLIP reads so many.
 TEXT_TOKENS = 77
-
-
-def checkpoint_of(name: str) -> str:
-    """The checkpoint of a run folder; any other name as it is."""
-    folder = Path(name) / "checkpoint"
-    return str(folder) if folder.is_dir() else name
 
 
 def _folder_of(name: str) -> str:

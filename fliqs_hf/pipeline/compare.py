@@ -1,6 +1,6 @@
 """Ways of choosing formats compared at equal cost, equal steps and equal starting weights.
 
-    {command} runs/digits/fp32 --dataset_name digits --target_bits 3 4 --seeds 0 1 2 --output compare.csv
+    {command} runs/digits/fliqs/fp32 --dataset_name digits --target_bits 3 4 --seeds 0 1 2 --output compare.csv
 
 Writes one row per method, target and seed to the CSV, and beside it a table (.md) and a figure (.png). Every cost is
 recomputed by one cost model. Rows that the CSV has already are not run again, so an interrupted comparison goes on.

@@ -7,22 +7,23 @@ from typing import Any
 
 from fliqs_hf.cost import LayerInfo
 from fliqs_hf.errors import CheckpointError, DependencyError
-from fliqs_hf.hf.run_folder import RunFolder as FinishedRun
+from fliqs_hf.hf.card import write_card
+from fliqs_hf.runs.finished import FinishedRun
+from fliqs_hf.runs.folder import RunFolder, layer_table
 from fliqs_hf.search import SearchSpace
-from fliqs_hf.search.run import RunFolder, layer_table
 
 
 def complete(run: RunFolder, layers: Sequence[LayerInfo], space: SearchSpace, result: dict[str, Any]) -> str:
-    """Write what a finished run has beside its result and its checkpoint.
+    """Write what a finished run has beside its result and its model.
 
-    Returns: what to tell the user. Raises: CheckpointError: the checkpoint is lost or damaged. DiskError.
+    Returns: what to tell the user. Raises: CheckpointError: the model is lost or damaged. DiskError.
     """
     run.begin(layers, space)
     try:
         allocation = FinishedRun.read(run.path).allocation
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; {run.path / 'results.json'} is of a finished run: restore what it lacks, or remove "
+            f"{error}; {run.records / 'results.json'} is of a finished run: restore what it lacks, or remove "
             "results.json, and --resume searches again"
         ) from error
     run.write("allocation.json", allocation.to_dict())
@@ -58,7 +59,8 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def report(run: RunFolder) -> str:
-    """Write the report. Returns: the line that says where it is, or what is missing to make it."""
+    """Write the card and the report. Returns: the line that says where it is, or what is missing to make it."""
+    write_card(run.path)  # which needs no library that could be missing
     try:
         from fliqs_hf.report.run_report import write_report
     except DependencyError as error:

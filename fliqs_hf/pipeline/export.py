@@ -23,7 +23,7 @@ from fliqs_hf.hf.export.torch_file import TORCH_FILE, TorchProgram, write_torch
 from fliqs_hf.json_file import read_object
 from fliqs_hf.nn import packed_layers
 from fliqs_hf.nn.kernels import set_kernels
-from fliqs_hf.pipeline.checkpoints import checkpoint_of, is_classifier, load_model, load_processor, read_config
+from fliqs_hf.pipeline.checkpoints import is_classifier, load_model, load_processor, read_config
 from fliqs_hf.pipeline.outputs import check_apart, check_writable
 from fliqs_hf.version import __version__
 
@@ -152,11 +152,10 @@ class _Source:
 
     @classmethod
     def load(cls, run: str) -> _Source:
-        checkpoint = checkpoint_of(run)
-        config, quantization = read_config(checkpoint)
+        config, quantization = read_config(run)
         if quantization is None:
             raise ConfigError(f"{run!r} is not quantized by fliqs_hf: run `fliqs-hf quantize` on it first")
-        processor, model = load_processor(checkpoint), load_model(checkpoint)
+        processor, model = load_processor(run), load_model(run)
         if not is_classifier(model):
             raise ConfigError(f"{type(model).__name__} is no image classifier: only those can be exported yet")
         config.architectures = [type(model).__name__]

@@ -34,7 +34,7 @@ class Job:
     accelerator: Accelerator
     search: SearchConfig
     quantizers: QuantizerSettings
-    settings: dict[str, Any]  # every argument, for config.json
+    settings: dict[str, Any]  # every argument, for settings.json
     model: Any
     processor: Any
     train_data: ImageData | StreamData

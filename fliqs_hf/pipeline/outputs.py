@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.files import disk_errors
-from fliqs_hf.search.run import RunFolder
-from fliqs_hf.search.run_files import RECORD, RunFiles, kind_of
+from fliqs_hf.runs.files import RunFiles
+from fliqs_hf.runs.folder import RunFolder
 from fliqs_hf.training.splits import is_digits
 
 #: So much of a file says whose it is.
@@ -88,7 +88,7 @@ def check_result_file(path: Path, is_ours: Callable[[str], object], argument: st
             raise ConfigError(
                 f"{argument} {path} exists, and is no such result that fliqs_hf wrote: choose another name, or move it"
             )
-    if (path.name == RECORD or kind_of(path.name)) and RunFiles(path.parent).listed():
+    if any(RunFiles(run).uses(path) for run in (path.parent, path.parent.parent)):
         raise ConfigError(f"{argument} {path}: the run in that folder uses the name for its own; choose another")
     with disk_errors(path):
         _try(path.parent)

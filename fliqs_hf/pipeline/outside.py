@@ -11,7 +11,7 @@ from fliqs_hf.errors import HubError
 from fliqs_hf.hf.hub import make_repository
 from fliqs_hf.hf.hub import push as push_run
 from fliqs_hf.pipeline.job import Job
-from fliqs_hf.search.run import RunFolder
+from fliqs_hf.runs.folder import RunFolder
 
 
 class Tracking:

@@ -31,9 +31,9 @@ from fliqs_hf.pipeline.job import Job, load
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
+from fliqs_hf.runs.folder import RunFolder, cost_summary, write_front
 from fliqs_hf.search import OneShotSearch, SearchSpace
 from fliqs_hf.search.hook import FixedFormats, SearchHook
-from fliqs_hf.search.run import RunFolder, cost_summary, write_front
 from fliqs_hf.training import Accuracy, train
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, parse
 from fliqs_hf.training.loading import hub_token
@@ -191,21 +191,21 @@ def check_output(runs: Sequence[RunFolder], args: TrainingArguments) -> None:
 
 def finetuned(folder: RunFolder) -> Path:
     """Where the fine-tuned fp32 checkpoint goes."""
-    return folder.path / "fp32"
+    return folder.records / "fp32"
 
 
 def finetune(job: Job, folder: RunFolder) -> None:
     """Train in fp32, if the arguments say so, and keep the result in `fp32/`, which `--resume` starts from."""
     if not job.args.finetune_steps:
         return
-    kept, state = finetuned(folder), folder.path / "fp32-state"
+    kept, state = finetuned(folder), folder.records / "fp32-state"
     if job.args.resume and kept.exists():
         job.model.load_state_dict(_intact(kept).state_dict())
         if job.accelerator.is_main_process:
-            folder.files.discard(state.name)
+            folder.discard(state.name)
         return
     if job.accelerator.is_main_process:
-        folder.files.claim(kept.name, f"{state.name}/")
+        folder.claim(kept.name, f"{state.name}/")
     job.accelerator.wait_for_everyone()
     config = job.train_config(job.args.finetune_steps, job.args.finetune_learning_rate or job.args.learning_rate)
     job.model = train(
@@ -217,7 +217,7 @@ def finetune(job: Job, folder: RunFolder) -> None:
             job.model.save_pretrained(draft)
             job.processor.save_pretrained(draft)
             checksums.seal_folder(draft)
-        folder.files.discard(state.name)
+        folder.discard(state.name)
     job.accelerator.wait_for_everyone()
 
 
@@ -243,7 +243,7 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start, track: Tr
     else:
         job.accelerator.print(f"{run.path} is finished")
     if job.accelerator.is_main_process:
-        run.files.discard(run.state.name)
+        run.discard(run.state.name)
         for name in start.uniform:  # of a result that is on record: it was made from them
             start.folder.write_result(f"uniform_{name}.json", result["accuracy"][f"uniform_{name}"])
         print(complete(run, start.layers, start.space, result))
@@ -265,7 +265,7 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
     if accelerator.is_main_process:
         run.configure(job.settings, job.search)
         run.begin(start.layers, start.space, sensitivity)
-        run.files.claim(f"{run.state.name}/", run.checkpoint.name, run.policy.name)
+        run.claim(f"{run.state.name}/", run.policy.name)
         run.forget_after(steps_done(run.state))
 
     def on_log(entry: dict[str, Any]) -> None:
@@ -277,7 +277,7 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
         f"search for {target.kind} {figure(target.value)}", on_log,
     )  # fmt: skip
     final = search.finalize()
-    accuracy = deliver(job, run, final.allocation, run.checkpoint.name, "searched evaluation")
+    accuracy = deliver(job, run, final.allocation, None, "searched evaluation")
     accelerator.wait_for_everyone()
     track.log({"step": job.steps, "eval/top1": accuracy.top1, "eval/loss": accuracy.loss})
     others = {f"uniform_{name}": train_uniform(job, start, name) for name in start.uniform}
@@ -288,7 +288,7 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
             **cost_summary(start.layers, final.allocation, start.other_bytes), "target_ratio": final.cost_ratio,
         },
         "accuracy": {"fp32": start.fp32.to_dict(), **others, "searched": accuracy.to_dict()},
-        "checkpoint_bytes": sum(file.stat().st_size for file in run.checkpoint.glob("*.safetensors")),
+        "checkpoint_bytes": run.model_bytes(),
         "fp32_bytes": start.fp32_bytes,
         "seconds": seconds,
         "seconds_per_step": seconds / job.steps,
@@ -327,21 +327,23 @@ def train_formats(
     )  # fmt: skip
 
 
-def deliver(job: Job, run: RunFolder, allocation: Allocation, folder: str, name: str) -> Accuracy:
-    """Pack `job.model` into a sub-folder of the run, load it as a user would, and evaluate what was loaded.
+def deliver(job: Job, run: RunFolder, allocation: Allocation, folder: str | None, name: str) -> Accuracy:
+    """Pack `job.model`, load it as a user would, and evaluate what was loaded. The model is plain afterwards.
 
-    The model is plain afterwards.
+    Args:
+        folder: of the records, where it goes; None where it is the run's own model.
     """
     if job.accelerator.is_main_process:
         config = FLIQSConfig(allocation=allocation, activation_granularity=job.quantizers.activation_granularity)
-        with run.replacing(folder) as draft:
+        with run.files.model() if folder is None else run.replacing(folder) as draft:
             quantize(copy.deepcopy(job.model), config).save_pretrained(draft)
             job.processor.save_pretrained(draft)
-        if folder == run.checkpoint.name:
+        if folder is None:
             run.write("allocation.json", allocation.to_dict())
     restore(job.model)
     job.accelerator.wait_for_everyone()
-    packed = AutoModelForImageClassification.from_pretrained(run.path / folder).to(job.accelerator.device)
+    place = run.path if folder is None else run.records / folder
+    packed = AutoModelForImageClassification.from_pretrained(place).to(job.accelerator.device)
     return job.evaluate(packed, name)
 
 
@@ -355,15 +357,15 @@ def train_uniform(job: Job, start: Start, fmt: str) -> dict[str, Any]:
     """
     run, folder = start.folder, f"uniform_{fmt}"
     record = f"{folder}.json"
-    state = run.path / f"{folder}-state"
+    state = run.records / f"{folder}-state"
     accuracy = run.read_result(record)
     if accuracy is not None:
         if job.accelerator.is_main_process:
-            run.files.discard(state.name)
+            run.discard(state.name)
         return accuracy
     allocation = Allocation.uniform([layer.name for layer in start.space.layers], fmt)
     if job.accelerator.is_main_process:
-        run.files.claim(folder, f"{state.name}/")
+        run.claim(folder, f"{state.name}/")
     train_formats(
         job, start, lambda switch: FixedFormats(switch, allocation), [parse_format(fmt)], state, f"uniform {fmt}"
     )
@@ -371,5 +373,5 @@ def train_uniform(job: Job, start: Start, fmt: str) -> dict[str, Any]:
     job.accelerator.wait_for_everyone()
     if job.accelerator.is_main_process:
         run.write_result(record, accuracy)
-        run.files.discard(state.name)
+        run.discard(state.name)
     return accuracy

@@ -15,19 +15,20 @@ from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.cost import LayerInfo, bops
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.formats import Format
+from fliqs_hf.hf.card import write_card
 from fliqs_hf.hf.making import Making
 from fliqs_hf.hf.private import command_line, without_private
 from fliqs_hf.hf.results import Result, measured_models, validation_of
-from fliqs_hf.hf.run_folder import RunFolder
 from fliqs_hf.hf.templating import environment
 from fliqs_hf.hf.validation_record import Validation
 from fliqs_hf.json_file import read_object
 from fliqs_hf.report import run_figures as figures
 from fliqs_hf.report import run_summary as summary
 from fliqs_hf.report.explain import Explanation, explain, read_lines
-from fliqs_hf.search.run_files import RunFiles
+from fliqs_hf.runs.files import CARD, RUN, RunFiles
+from fliqs_hf.runs.finished import FinishedRun
 
-PAGE = "report.html"
+PAGE = f"{RUN}/report.html"
 #: Those that are also files, for the card: not that of the policy, which has a panel per decision.
 FIGURES = ("allocation", "accuracy_against_cost", "search")
 
@@ -52,7 +53,7 @@ class RunReport:
         signal: what the sensitivity of a layer is measured in; "" where nothing was recorded.
     """
 
-    run: RunFolder
+    run: FinishedRun
     name: str
     making: Making
     validation: Validation | None
@@ -74,14 +75,14 @@ class RunReport:
     @classmethod
     def read(cls, folder: str | Path) -> RunReport:
         """Raises: CheckpointError: no finished run, or records that do not belong together."""
-        run = RunFolder.read(folder)
-        if run.run is None or not run.layers:
+        run = FinishedRun.read(folder)
+        if run.records is None or not run.layers:
             raise CheckpointError(
                 f"{str(folder)!r} has no layers.json: a report needs the run folder that `fliqs-hf quantize` or "
                 "`fliqs-hf search` wrote"
             )
-        metrics, policy = (read_lines(run.run / name) for name in ("metrics.jsonl", "policy.jsonl"))
-        space, sensitivity = (_read(run.run / name) for name in ("search_space.json", "sensitivity.json"))
+        metrics, policy = (read_lines(run.records / name) for name in ("metrics.jsonl", "policy.jsonl"))
+        space, sensitivity = (_read(run.records / name) for name in ("search_space.json", "sensitivity.json"))
         decisions = []
         if space:
             last = policy[-1]["probabilities"] if policy else {}
@@ -90,7 +91,7 @@ class RunReport:
         found = {fmt for pair in run.allocation.values() for fmt in (pair.weight, pair.activation) if fmt}
         return cls(
             run=run,
-            name=run.run.resolve().name,
+            name=run.path.resolve().name,
             making=Making.of(run),
             validation=validation,
             results=measured_models(run, validation),
@@ -105,17 +106,16 @@ class RunReport:
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html` and `figures/*.png` into a run folder.
+    """Write `fliqs/report.html` and `fliqs/figures/*.png` into a run folder, and the card anew, which shows them.
 
     Returns: the path of the page.
-    Raises: CheckpointError: see `RunReport.read`. ConfigError: it holds a page or figures that are not ours, which
-        stay. DiskError: the folder cannot be written.
+    Raises: CheckpointError: see `RunReport.read`. ConfigError: it holds a page, figures or a card that are not ours,
+        which stay. DiskError: the folder cannot be written.
     """
     report = RunReport.read(folder)
-    assert report.run.run is not None
-    files = RunFiles(report.run.run)
+    files = RunFiles(report.run.path)
     files.claim(PAGE)
-    files.check(*(f"figures/{name}.png" for name in FIGURES))
+    files.check(CARD, *(f"{RUN}/figures/{name}.png" for name in FIGURES))
     drawn = {
         "allocation": figures.allocation_figure(report),
         "accuracy_against_cost": figures.cost_figure(report),
@@ -124,9 +124,10 @@ def write_report(folder: str | Path) -> Path:
     }
     page = _page(report, drawn)
     for name in FIGURES:
-        _write_figure(files, f"figures/{name}.png", drawn[name])
+        _write_figure(files, f"{RUN}/figures/{name}.png", drawn[name])
     files.write(PAGE, page)
-    return report.run.run / PAGE
+    write_card(report.run.path)
+    return files.path / PAGE
 
 
 def _write_figure(files: RunFiles, name: str, figure: Figure | None) -> None:
@@ -159,14 +160,14 @@ def _page(report: RunReport, drawn: Mapping[str, Figure | None]) -> str:
             )
         )
     except (TypeError, AttributeError, UndefinedError) as error:
-        raise CheckpointError(f"a record in {report.run.run} holds a value of another type: {error}") from error
+        raise CheckpointError(f"a record in {report.run.path} holds a value of another type: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
 
 
-def _row(layer: LayerInfo, run: RunFolder, decisions: Sequence[Explanation]) -> Row:
+def _row(layer: LayerInfo, run: FinishedRun, decisions: Sequence[Explanation]) -> Row:
     own = tuple(decision for decision in decisions if layer.name in decision.layers)
     return Row(layer.name, layer.macs, run.allocation.get(layer.name), own)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 from fliqs_hf.allocation import Allocation
+from fliqs_hf.files import append_text
 from fliqs_hf.nn import FormatSwitch
 from fliqs_hf.search.oneshot import OneShotSearch
-from fliqs_hf.search.run import append_line
 
 
 class SearchHook:
@@ -51,7 +52,7 @@ class SearchHook:
             "step": step,
             "probabilities": {d.name: [round(v, 5) for v in p] for d, p in zip(decisions, probabilities, strict=True)},
         }
-        append_line(self.history, entry)
+        append_text(self.history, json.dumps(entry) + "\n")
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.search.state_dict()

@@ -246,7 +246,7 @@ def _yaml(text: str) -> Any:
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any] | None:
-    """Settings of `config_overrides` or `search_overrides`: what JSON can hold, as config.json is to record them."""
+    """Settings of `config_overrides` or `search_overrides`: what JSON can hold, as settings.json is to record them."""
     if isinstance(value, str):
         try:
             value = _yaml(value)

@@ -11,7 +11,8 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from fliqs_hf.errors import ConfigError, FliqsError
+from fliqs_hf.errors import CheckpointError, ConfigError, FliqsError
+from fliqs_hf.json_file import read_object
 
 
 def check_source(name: str) -> None:
@@ -34,6 +35,11 @@ def check_source(name: str) -> None:
 
 
 def _check_folder(name: str, path: Path) -> None:
+    if (path / "checkpoint" / "config.json").exists() and _is_earlier_run(path):
+        raise ConfigError(
+            f"{name!r} is a run folder of an earlier version, which kept the model in a folder of its own: give "
+            f"{str(path / 'checkpoint')!r}"
+        )
     if (path / "config.json").exists():
         return
     if (path / "model_index.json").exists():
@@ -46,6 +52,15 @@ def _check_folder(name: str, path: Path) -> None:
     inside = sorted(str(file.parent) for file in path.glob("*/config.json"))
     hint = f"; did you mean {inside[0]!r}?" if inside else ""
     raise ConfigError(f"the folder {name!r} holds no model: it has no config.json{hint}")
+
+
+def _is_earlier_run(path: Path) -> bool:
+    """Whether its config.json is not a model's, but one of settings."""
+    try:
+        config = read_object(path / "config.json")
+    except CheckpointError:
+        return False
+    return "command" in config and "model_type" not in config
 
 
 def load(cls: Any, name: str, what: str = "model", **options: Any) -> Any:

@@ -175,8 +175,8 @@ def compare(arguments: argparse.Namespace) -> None:
     from fliqs_hf.nn import make_searchable
     from fliqs_hf.pipeline.outputs import check_result_file
     from fliqs_hf.ptq import calibrate
+    from fliqs_hf.runs.folder import versions
     from fliqs_hf.search import SearchSpace, best_choice, fisher_scores
-    from fliqs_hf.search.run import versions
 
     check_result_file(arguments.output, lambda head: "recipes/bench/compare_modelopt.py" in head)
     calibration, test = (load_file(arguments.folder / f"{name}.safetensors") for name in ("calibration", "test"))

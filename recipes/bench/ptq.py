@@ -29,7 +29,7 @@ from fliqs_hf.files import write_text
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.pipeline.outputs import check_result_file
 from fliqs_hf.ptq import calibrate
-from fliqs_hf.search.run import versions
+from fliqs_hf.runs.folder import versions
 
 NEAREST: dict[str, Any] = {"rounding": "nearest"}
 GPTQ: dict[str, Any] = {"bias_correction": False}

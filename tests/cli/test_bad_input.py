@@ -45,8 +45,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).mkdir()
         for file, text in files.items():
             (root / name / file).write_text(text)
-    (root / "run").mkdir()
-    (root / "run" / "fp32").mkdir()
+    (root / "run" / "fp32").mkdir(parents=True)
     (root / "run" / "fp32" / "config.json").write_text("{}")
     return root
 

@@ -20,7 +20,7 @@ from fliqs_hf.cost import bops, trace_layers, weight_bytes
 from fliqs_hf.hf.card import model_card
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.ptq import calibrate
-from fliqs_hf.search.run import RunFolder
+from fliqs_hf.runs.folder import RunFolder
 from fliqs_hf.training.images import pixels
 from fliqs_hf.training.splits import load_split
 from fliqs_hf_cli import main
@@ -117,7 +117,7 @@ def test_estimate_of_an_allocation_and_of_a_checkpoint(
 def test_quantize_uniform_inspect_and_card(fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     result = answer(capsys, "quantize", str(fp32), str(out), "--weight_format", "int4", "--activation_format", "none")
-    packed = AutoModelForImageClassification.from_pretrained(out / "checkpoint")
+    packed = AutoModelForImageClassification.from_pretrained(out)
     expected = AutoModelForImageClassification.from_pretrained(
         fp32, quantization_config=fliqs_hf.FLIQSConfig(weight_format="int4", activation_format=None)
     )
@@ -142,14 +142,14 @@ def test_quantize_to_a_target_reports_why(
     layers = trace_layers(tiny("vit", 0))
     target = bops(layers, Allocation.uniform([layer.name for layer in layers], "int4"))
     assert 0.97 * target <= result["cost"]["bops"] <= target
-    assert json.loads((out / "sensitivity.json").read_text())["images"] == 24
+    assert json.loads((out / "fliqs/sensitivity.json").read_text())["images"] == 24
     assert len({formats["weight"] for formats in result["allocation"].values()}) > 1
-    assert answer(capsys, "report", str(out))["report"] == str(out / "report.html")
-    assert "one step down" in (out / "report.html").read_text()
+    assert answer(capsys, "report", str(out))["report"] == str(out / "fliqs/report.html")
+    assert "one step down" in (out / "fliqs/report.html").read_text()
 
     # Without a column of labels the model's own answers serve.
     assert main([*arguments[:-1], str(photos), "--label_column", "nothing", "--overwrite"]) == 0
-    again = json.loads((out / "sensitivity.json").read_text())["scores"]
+    again = json.loads((out / "fliqs/sensitivity.json").read_text())["scores"]
     assert again != {}
 
 
@@ -172,7 +172,7 @@ def test_quantize_calibrates(fp32: Path, photos: Path, tmp_path: Path, capsys: p
         out = tmp_path / str(number)
         formats = ["--weight_format", "int3", "--activation_format", "int3"]
         answer(capsys, "quantize", str(fp32), str(out), *formats, "--calibration", str(photos), *given)
-        found = AutoModelForImageClassification.from_pretrained(out / "checkpoint")
+        found = AutoModelForImageClassification.from_pretrained(out)
         wanted = calibrate(tiny("vit", 0), allocation, [batch], **expected)
         with torch.no_grad():
             assert torch.equal(found(x).logits, wanted(x).logits), given
@@ -208,7 +208,7 @@ def test_validate_is_a_gate(fp32: Path, photos: Path, tmp_path: Path, capsys: py
     passed = answer(capsys, *arguments, "99", "--output", str(tmp_path / "page.html"))
     assert passed["images"] == 24
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
-    assert json.loads((out / "validation.json").read_text())["images"] == 24
+    assert json.loads((out / "fliqs/validation.json").read_text())["images"] == 24
     assert "on the same 24 images" in str(model_card(out))
     answer(capsys, *arguments, "0.1", status=1)
     assert "the ending says the form" in failure(capsys, *arguments, "1", "--output", "page.pdf")
@@ -219,7 +219,7 @@ def test_inspect_finds_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     write_run(tmp_path)
     assert main(["inspect", str(tmp_path)]) == 0
     assert "intact" in capsys.readouterr().out
-    weights = tmp_path / "checkpoint" / "model.safetensors"
+    weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert answer(capsys, "inspect", str(tmp_path), status=1)["error"].startswith("CheckpointError")
 
@@ -286,5 +286,5 @@ def test_search_and_compare_answer_in_json(tmp_path: Path, capsys: pytest.Captur
         "0",
     ]
     arguments += ["--max_steps", "1", "--max_eval_samples", "16", "--output", str(tmp_path / "out.csv")]
-    (row,) = answer(capsys, "compare", str(tmp_path / "run" / "fp32"), *arguments)
+    (row,) = answer(capsys, "compare", str(tmp_path / "run" / "fliqs/fp32"), *arguments)
     assert (row["method"], row["bits"], row["cost"], row["seeds"]) == ("uniform-int", 4.0, 1.0, 1)

@@ -174,7 +174,7 @@ def test_images_of_the_calibration_are_left_out_or_warned_of(
     quantize = ["quantize", fp32, out, "--calibration", data]
     validate = ["validate", fp32, out, "--dataset_name", data]
     answer(capsys, *quantize, "--calibration_images", "8", "--calibration_split", "train[:12]")
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["calibration_split"] == "train[0:12]"
+    assert json.loads((tmp_path / "run" / "fliqs/settings.json").read_text())["calibration_split"] == "train[0:12]"
     found = answer(capsys, *validate)
     assert found["images"] == 16
     assert found["conditions"]["warnings"] == ["8 of 24 images, which the model was calibrated on, are left out"]
@@ -199,13 +199,15 @@ def test_images_of_the_calibration_are_left_out_or_warned_of(
 def test_what_a_search_was_trained_with_is_left_out(tmp_path: Path) -> None:
     data = photos(tmp_path / "photos", dict.fromkeys(NUMBERS, 2))
     record = {"dataset_name": data, "train_val_split": 0.25, "seed": 3, "validation_split": None}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    (tmp_path / "run" / "fliqs").mkdir(parents=True)
+    (tmp_path / "run" / "fliqs/settings.json").write_text(json.dumps(record))
     held_out, warnings = to_validate(str(tmp_path / "run"), data, None)
     assert len(held_out) == 6 and "18 of 24 images, which the model was trained and searched with" in warnings[0]
     whole, warnings = to_validate(str(tmp_path / "run"), data, "train")
     assert len(whole) == 24 and "most of which the model was trained" in warnings[0]
-    (tmp_path / "run" / "config.json").write_text(json.dumps({**record, "dataset_name": None, "train_dir": data}))
+    (tmp_path / "run" / "fliqs/settings.json").write_text(
+        json.dumps({**record, "dataset_name": None, "train_dir": data})
+    )
     assert "trained" in to_validate(str(tmp_path / "run"), data, None)[1][0]
     assert to_validate(str(tmp_path / "run"), "digits", None)[1] == []
 
@@ -231,4 +233,4 @@ def test_faults_of_data_show_before_the_training(
     for file in Path(data).rglob("*.png"):
         file.write_bytes(b"no image")
     assert "cannot be read" in failure(capsys, *search, "--model_name_or_path", fp32)
-    assert not (tmp_path / "run" / "fp32").exists()
+    assert not (tmp_path / "run" / "fliqs/fp32").exists()

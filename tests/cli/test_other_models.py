@@ -63,11 +63,11 @@ def test_uniform_formats_need_no_costs(tmp_path: Path, capsys: pytest.CaptureFix
     answer = capsys.readouterr()
     assert json.loads(answer.out)["cost"] == {}
     assert "costs are not known" in answer.err
-    assert not (out / "layers.json").exists()
+    assert not (out / "fliqs/layers.json").exists()
     assert main(["quantize", source, str(tmp_path / "text")]) == 0
     assert "bit operations  unknown" in capsys.readouterr().out
     frames = torch.zeros(1, 4, 3, 32, 32)
-    packed = load_model(str(out / "checkpoint"))
+    packed = load_model(str(out))
     assert packed(frames).logits.shape == load_model(source)(frames).logits.shape
     assert main(["inspect", str(out)]) == 0
     assert "int4" in str(model_card(out))

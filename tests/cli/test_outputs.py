@@ -26,14 +26,16 @@ from tests.models import tiny
 from tests.recipes.test_vit import write as write_settings
 
 FILES = [
-    "config.json", "results.json", "allocation.json", "metrics.jsonl", "policy.jsonl", "sensitivity.json",
+    "config.json", "README.md", "model.safetensors", "preprocessor_config.json", "model-00001-of-00002.safetensors",
+    ".lock", ".tmp.config.json", "bits-4/config.json", "bits-4/fliqs/results.json", *(f"fliqs/{name}" for name in (
+    "settings.json", "results.json", "allocation.json", "metrics.jsonl", "policy.jsonl", "sensitivity.json",
     "search_space.json", "layers.json", "validation.json", "validation.html", "report.html", "front.csv", "front.png",
-    "uniform_int4.json", "written.json", "checkpoint/config.json", "checkpoint/model.safetensors", "fp32/config.json",
+    "uniform_int4.json", "written.json", "fp32/config.json",
     "fp32/model.safetensors", "figures/allocation.png", "figures/mine.png", "uniform_int4/model.safetensors",
     "uniform_e2m1/notes.txt", "state/step-00000005/meta.json", "state/best/model.safetensors", "state/notes.txt",
-    "fp32-state/step-00000005/model.safetensors", "uniform_int4-state/notes.txt", "bits-4/results.json",
-    ".lock", ".tmp.config.json", ".tmp.written.json", ".tmp.checkpoint/config.json",
-    ".old.checkpoint/model.safetensors",
+    "fp32-state/step-00000005/model.safetensors", "uniform_int4-state/notes.txt", ".tmp.settings.json",
+    ".tmp.written.json", ".tmp.model/config.json", ".old.fp32/model.safetensors",
+    )),
 ]  # fmt: skip
 
 
@@ -107,10 +109,18 @@ def every_command(fp32: Path, photos: Path, folder: Path, settings: Path) -> lis
         [*search, "--resume"],
         [*search, "--overwrite_output_dir", "--target_bits", "4", "5"],
         ["validate", str(fp32), out, *images],
-        ["validate", str(fp32), str(fp32), *images, "--output", f"{out}/validation.json", f"{out}/validation.html"],
+        [
+            "validate",
+            str(fp32),
+            str(fp32),
+            *images,
+            "--output",
+            f"{out}/fliqs/validation.json",
+            f"{out}/fliqs/validation.html",
+        ],
         ["report", out],
         ["push", out, "user/name"],
-        ["compare", str(fp32), *images, "--output", f"{out}/front.csv"],
+        ["compare", str(fp32), *images, "--output", f"{out}/fliqs/front.csv"],
         ["compare", str(fp32), *images, "--output", f"{out}/new.csv"],
     ]
 
@@ -134,7 +144,9 @@ def test_one_foreign_file_is_in_the_way_of_every_run(
 ) -> None:
     """In a folder of its own, and in that of a run which has no such file."""
     for out in (tmp_path / "new", shutil.copytree(packed, tmp_path / "run")):
-        if out.name == "run" and ((out / name).exists() or name.startswith((".tmp.", ".old."))):  # of the run itself
+        if out.name == "run" and (
+            (out / name).exists() or ("/." in f"/{name}" and name != ".lock")
+        ):  # of the run itself
             continue
         before = fill(out, name)
         search = ["search", str(write_settings(tmp_path)), "--output_dir", str(out), "--overwrite_output_dir"]
@@ -148,35 +160,41 @@ def test_one_foreign_file_is_in_the_way_of_every_run(
 
 
 def test_only_what_is_ours_is_replaced(fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, foreign = tmp_path / "run", ("notes.txt", "data/config.json", "uniform_cost.txt", "bits-and-pieces/x")
+    out, foreign = tmp_path / "run", ("notes.txt", "data/config.json", "fliqs/uniform_cost.txt", "bits-and-pieces/x")
     fill(out, *foreign)
     assert main(["quantize", str(fp32), str(out)]) == 0
     first = contents(out)
-    assert {*json.loads(first["written.json"])["written"], "written.json", *foreign} == first.keys()
+    assert {*json.loads(first["fliqs/written.json"])["written"], "fliqs/written.json", *foreign} == first.keys()
     assert "holds a run already: pass --overwrite" in refused(capsys, "quantize", str(fp32), str(out))
     assert contents(out) == first
-    fill(out, "figures/mine.png", "checkpoint/notes.txt")
-    assert "notes.txt is in the way" in refused(capsys, "quantize", str(fp32), str(out), "--overwrite")
-    for name in ("figures/mine.png", "checkpoint/notes.txt"):
+    fill(out, "fliqs/figures/mine.png", "fliqs/fp32/notes.txt")
+    assert "mine.png is in the way" in refused(capsys, "quantize", str(fp32), str(out), "--overwrite")
+    for name in ("fliqs/figures/mine.png", "fliqs/fp32/notes.txt"):
         (out / name).unlink()
     assert main(["quantize", str(fp32), str(out), "--overwrite", "--weight_format", "int4"]) == 0
     second = contents(out)
     assert second.keys() == first.keys()
-    assert second["checkpoint/model.safetensors"] != first["checkpoint/model.safetensors"]
+    assert second["model.safetensors"] != first["model.safetensors"]
     assert all(second[name] == first[name] for name in foreign)
 
 
-def test_a_run_of_an_earlier_version_is_known(fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_an_earlier_version_stays(fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It had its model in `checkpoint/` and its settings at the top. The model alone goes on being one."""
     out = tmp_path / "run"
-    write_run(out)
-    (out / "state" / "optimizer.bin").unlink()
-    before = fill(out, "notes.txt")
-    assert "holds a run already" in refused(capsys, "quantize", str(fp32), str(out))
+    write_run(out / "checkpoint")
+    for name in ("written.json", "settings.json"):
+        (out / "checkpoint" / "fliqs" / name).unlink()
+    (out / "checkpoint" / "fliqs").rename(tmp_path / "rest")
+    (out / "config.json").write_text('{"command": "fliqs-hf quantize", "versions": {"fliqs-hf": "0.1.0"}}')
+    before = contents(out)
+    for overwrite in ([], ["--overwrite"]):
+        assert "a run of an earlier version" in refused(capsys, "quantize", str(fp32), str(out), *overwrite)
+    for command in (["report", str(out)], ["push", str(out), "user/name"], ["inspect", str(out)]):
+        assert main(command) == 1
+        assert f"give {out / 'checkpoint'} instead" in capsys.readouterr().err
+    assert f"give '{out / 'checkpoint'}'" in refused(capsys, "estimate", str(out))
     assert contents(out) == before
-    assert main(["quantize", str(fp32), str(out), "--overwrite"]) == 0
-    after = contents(out)
-    assert "report.html" not in after and "search_space.json" not in after and not (out / "figures").exists()
-    assert after["notes.txt"] == before["notes.txt"]
+    assert main(["inspect", str(out / "checkpoint")]) == 0
 
 
 def test_an_unfinished_search_is_not_replaced_by_a_model(
@@ -187,11 +205,12 @@ def test_an_unfinished_search_is_not_replaced_by_a_model(
         patch.setattr(searching, "deliver", None)
         assert main(["search", str(settings)]) == 2
     before = contents(out)
-    assert "state/step-00000010/meta.json" in before and "results.json" not in before
+    assert "fliqs/state/step-00000010/meta.json" in before and "fliqs/results.json" not in before
+    assert not {"config.json", "model.safetensors"} & before.keys()
     assert "holds a run already" in refused(capsys, "quantize", str(fp32), str(out))
     assert contents(out) == before
     assert main(["quantize", str(fp32), str(out), "--overwrite"]) == 0
-    assert not (out / "state").exists() and not (out / "search_space.json").exists()
+    assert not (out / "fliqs/state").exists() and not (out / "fliqs/search_space.json").exists()
 
 
 def link(path: Path, target: Path) -> Path:
@@ -269,7 +288,8 @@ def test_nothing_is_made_for_a_command_that_fails(
 
 @pytest.mark.parametrize("name", [
     "foreign.html", "foreign.md", "foreign.json", "new/deep.html", "folder.html", "{photos}/new.json",
-    "{fp32}/new.json", "{run}/checkpoint/new.json", "{run}/results.json", "{run}/report.html", "{run}/written.json",
+    "{fp32}/new.json", "{run}/config.json", "{run}/README.md", "{run}/fliqs/results.json", "{run}/fliqs/report.html",
+    "{run}/fliqs/written.json", "{run}/fliqs/validation.md/x.md", "{run}/model.safetensors",
     "/proc/new.html", "{tmp}/" + 300 * "x" + ".md",
 ])  # fmt: skip
 def test_validate_checks_its_outputs_first(
@@ -292,7 +312,7 @@ def test_a_foreign_validation_stays(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(validating, "to_validate", None)
     run = shutil.copytree(packed, tmp_path / "run")
-    before = fill(run, name)
+    before = fill(run, f"fliqs/{name}")
     assert f"{name} is in the way" in refused(capsys, "validate", str(fp32), str(run), "--dataset_name", str(photos))
     assert contents(run) == before
 
@@ -304,10 +324,10 @@ def test_an_earlier_validation_is_replaced(fp32: Path, photos: Path, packed: Pat
     for limit in ("90", "99"):
         arguments = ["--dataset_name", str(photos), "--max_drop", limit, "--output", *outputs]
         assert main(["validate", str(fp32), str(run), *arguments]) == 0
-        for path in (tmp_path / "page.json", run / "validation.json"):
+        for path in (tmp_path / "page.json", run / "fliqs/validation.json"):
             assert json.loads(path.read_text())["gate"]["max_drop"] == float(limit) / 100
     assert main(["quantize", str(fp32), str(run), "--overwrite"]) == 0
-    assert not (run / "validation.json").exists()
+    assert not (run / "fliqs/validation.json").exists()
 
 
 def test_an_interrupted_write_leaves_the_earlier_result(
@@ -318,7 +338,7 @@ def test_an_interrupted_write_leaves_the_earlier_result(
     arguments = ["validate", str(fp32), str(run), "--dataset_name", str(photos), "--output", str(output)]
     assert main(arguments) == 0
     before = contents(tmp_path)
-    for file in (output, run / "validation.json"):
+    for file in (output, run / "fliqs/validation.json"):
         original = Path.write_text
 
         def broken(self: Path, text: str, *more: Any, file: Path = file, original: Any = original, **kw: Any) -> int:
@@ -358,24 +378,28 @@ def test_compare_checks_its_output_first(
     assert not (Path(path).is_file() or list(tmp_path.iterdir()))
 
 
-@pytest.mark.parametrize("name", ["report.html", "figures/allocation.png", "figures/search.png"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "fliqs/report.html", "fliqs/figures/allocation.png", "fliqs/figures/search.png"]
+)
 def test_a_foreign_report_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     write_run(tmp_path)
-    shutil.rmtree(tmp_path / "figures")
-    for each in ("config.json", "report.html"):
-        (tmp_path / each).unlink()
+    shutil.rmtree(tmp_path / "fliqs/figures")
+    for each in ("written.json", "report.html"):
+        (tmp_path / "fliqs" / each).unlink()
     before = fill(tmp_path, name)
     assert f"{name} is in the way" in refused(capsys, "report", str(tmp_path))
     left = contents(tmp_path)
-    left.pop("written.json", None)
+    left.pop("fliqs/written.json", None)
     assert left == before
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "figures", "fp32", "state", "config.json", "results.json", "bits-4"])
+@pytest.mark.parametrize("name", [
+    "fliqs", "fliqs/figures", "fliqs/fp32", "fliqs/state", "config.json", "fliqs/results.json", "bits-4",
+])  # fmt: skip
 def test_links_are_not_followed(
     fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], packed: Path, name: str
 ) -> None:
-    """Such as a checkpoint that was moved to another disk."""
+    """Such as weights that were moved to another disk."""
     run, settings = shutil.copytree(packed, tmp_path / "run"), str(write_settings(tmp_path))
     elsewhere = tmp_path / "elsewhere"
     if (run / name).exists():

@@ -35,15 +35,15 @@ def test_every_step_of_the_pilot_shows_its_progress_and_refreshes_the_report(
     for bar in ("sensitivity: 100%", "calibration: 100%", "GPTQ: 100%"):
         assert bar in quantized
     assert main(["report", str(out)]) == 0
-    assert "Not validated yet" in (out / "report.html").read_text()
+    assert "Not validated yet" in (out / "fliqs/report.html").read_text()
     validated = answer_and_bars(
         capsys, "validate", str(fp32), str(out), "--dataset_name", str(photos), "--max_drop", "90"
     )
     assert "validate: 100%" in validated
-    page = (out / "report.html").read_text()
+    page = (out / "fliqs/report.html").read_text()
     assert "Not validated yet" not in page
     assert "right on 24 images of photos" in page
-    assert "written: " + str(out / "report.html") in last_text(capsys, fp32, out, photos)
+    assert "written: " + str(out / "fliqs/report.html") in last_text(capsys, fp32, out, photos)
 
 
 def test_validate_makes_no_report_where_there_was_none(
@@ -54,7 +54,7 @@ def test_validate_makes_no_report_where_there_was_none(
 ) -> None:
     assert main(["quantize", str(fp32), str(tmp_path / "run")]) == 0
     last_text(capsys, fp32, tmp_path / "run", photos)
-    assert not (tmp_path / "run" / "report.html").exists()
+    assert not (tmp_path / "run" / "fliqs/report.html").exists()
 
 
 def test_a_local_original_is_published_under_its_name_and_licence(

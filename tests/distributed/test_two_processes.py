@@ -55,7 +55,7 @@ def test_ranks_agree_explore_apart_and_survive_a_crash(tmp_path: Path, how: list
     assert torch.equal(first["samples"][12:], second["samples"][12:])
 
     assert launch(tmp_path / "crash", "10", *how) != 0
-    assert [path.name for path in (tmp_path / "crash" / "state").glob("step-*")] == ["step-00000008"]
+    assert [path.name for path in (tmp_path / "crash" / "fliqs/state").glob("step-*")] == ["step-00000008"]
     launch(tmp_path / "crash", "-1", "--resume", *how)
     resumed = ranks(tmp_path / "crash")
     for before, after in zip((first, second), resumed, strict=True):
@@ -78,20 +78,20 @@ def test_the_recipe_stops_and_goes_on_in_two_processes(tmp_path: Path) -> None:
     """Ctrl-C reaches the launcher and both processes, as in a terminal; both must stop after the same step."""
     file = write(tmp_path, max_steps=120, finetune_steps=0)
     process = recipe(file)
-    state = tmp_path / "run" / "state"
+    state = tmp_path / "run" / "fliqs/state"
     deadline = time.monotonic() + 120
     while not list(state.glob("step-*/meta.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and not (tmp_path / "run" / "results.json").exists(), output[-3000:]
+    assert process.returncode != 0 and not (tmp_path / "run" / "fliqs/results.json").exists(), output[-3000:]
     assert "stopped after step" in output, output[-3000:]
     for arguments in (["--resume"], ["--output_dir", str(tmp_path / "whole")]):
         process = recipe(file, *arguments)
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output[-3000:]
     assert result_bytes(tmp_path / "run") == result_bytes(tmp_path / "whole")
-    scores = json.loads((tmp_path / "whole" / "sensitivity.json").read_text())
+    scores = json.loads((tmp_path / "whole" / "fliqs/sensitivity.json").read_text())
     assert scores["images"] == 64  # shared out: each process has measured half of them
 
 
@@ -104,7 +104,7 @@ def test_parameters_without_a_gradient_do_not_stop_ddp(tmp_path: Path, checkpoin
     process = recipe(file)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output[-3000:]
-    assert (tmp_path / "run" / "results.json").exists()
+    assert (tmp_path / "run" / "fliqs/results.json").exists()
 
 
 def test_batch_statistics_end_alike_and_scores_are_of_all_images(tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def test_what_contradicts_itself_is_refused(folder: Path) -> None:
 
 def test_the_recipe_fine_tunes_and_searches(folder: Path) -> None:
     run = folder / "run"
-    assert json.loads((run / "results.json").read_text())["accuracy"]["searched"]["n"] == 16
-    fine_tuned = AutoModelForImageClassification.from_pretrained(run / "fp32")
+    assert json.loads((run / "fliqs/results.json").read_text())["accuracy"]["searched"]["n"] == 16
+    fine_tuned = AutoModelForImageClassification.from_pretrained(run / "fliqs/fp32")
     assert all(parameter.isfinite().all() and parameter.numel() for parameter in fine_tuned.parameters())
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (run / "fliqs/metrics.jsonl").read_text().splitlines()]
     assert steps == [3]

@@ -15,6 +15,7 @@ from transformers import ViTImageProcessor
 from fliqs_hf import Allocation, LayerFormats, quantize
 from fliqs_hf.cost import trace_layers
 from fliqs_hf.nn import quantizable_layers
+from fliqs_hf.runs.files import record_text
 from tests.models import tiny
 
 FORMATS = ("int4", "e2m1", "int3", "e4m3", "bf16")
@@ -29,16 +30,17 @@ def write_run(folder: Path, *, seed: int = 0, shard_size: str = "50GB", formats:
     layers = trace_layers(model)
     allocation = mixed(model, formats)
     packed = quantize(model, allocation)
-    packed.save_pretrained(folder / "checkpoint", max_shard_size=shard_size)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "checkpoint")
+    packed.save_pretrained(folder, max_shard_size=shard_size)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
 
-    allocation.save(folder / "allocation.json")
-    write(folder / "layers.json", [dataclasses.asdict(layer) for layer in layers])
-    write(folder / "search_space.json", {"formats": list(formats), "decisions": []})
+    (folder / "fliqs").mkdir()
+    allocation.save(folder / "fliqs/allocation.json")
+    write(folder / "fliqs/layers.json", [dataclasses.asdict(layer) for layer in layers])
+    write(folder / "fliqs/search_space.json", {"formats": list(formats), "decisions": []})
     settings = {"model_name_or_path": "google/vit-tiny", "dataset_name": "uoft-cs/cifar10", "preset": "default"}
     command = ["recipes/vit.py", "--model_name_or_path", "google/vit-tiny", "--dataset_name", "uoft-cs/cifar10"]
     versions = {"torch": "2.13.0", "fliqs_hf": "0.1.0"}
-    write(folder / "config.json", {**settings, "seed": seed, "command": command, "versions": versions})
+    write(folder / "fliqs/settings.json", {**settings, "seed": seed, "command": command, "versions": versions})
     results = {
         "target": {"bits": 4},
         "cost": {"target_ratio": 0.9931},
@@ -50,14 +52,17 @@ def write_run(folder: Path, *, seed: int = 0, shard_size: str = "50GB", formats:
         "seconds": 321.5,
         "repaired": True,
     }
-    write(folder / "results.json", results)
-    (folder / "metrics.jsonl").write_text('{"step": 0, "loss": 2.3}\n')
-    (folder / "policy.jsonl").write_text('{"step": 0, "probabilities": {}}\n')
-    (folder / "report.html").write_text("<!doctype html><title>report</title>")
-    (folder / "figures").mkdir()
-    Image.fromarray(np.full((4, 4, 3), seed, np.uint8)).save(folder / "figures" / "allocation.png")
-    (folder / "state").mkdir()
-    (folder / "state" / "optimizer.bin").write_bytes(b"not to be published")
+    write(folder / "fliqs/results.json", results)
+    (folder / "fliqs/metrics.jsonl").write_text('{"step": 0, "loss": 2.3}\n')
+    (folder / "fliqs/policy.jsonl").write_text('{"step": 0, "probabilities": {}}\n')
+    (folder / "fliqs/report.html").write_text("<!doctype html><title>report</title>")
+    (folder / "fliqs/figures").mkdir()
+    Image.fromarray(np.full((4, 4, 3), seed, np.uint8)).save(folder / "fliqs/figures" / "allocation.png")
+    (folder / "fliqs/state").mkdir()
+    (folder / "fliqs/state" / "optimizer.bin").write_bytes(b"not to be published")
+    written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    entries = {"fliqs/state/" if "/state/" in name else name for name in written}
+    (folder / "fliqs/written.json").write_text(record_text(entries))
     return packed
 
 

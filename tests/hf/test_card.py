@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +22,8 @@ from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.formats import parse
 from fliqs_hf.hf.card import model_card
 from fliqs_hf.hf.hub import push
-from fliqs_hf.hf.run_folder import RunFolder
 from fliqs_hf.report.validate import validate
+from fliqs_hf.runs.finished import FinishedRun
 from fliqs_hf.wording import milliseconds
 from tests.hf.runs import change, write, write_run
 from tests.hf.test_hub import hub  # noqa: F401 - a fixture
@@ -82,7 +83,7 @@ def test_local_names_are_no_metadata(run: Path, tmp_path: Path, monkeypatch: pyt
     """`models/deit` looks like an id on the Hub, but is a folder; `digits` has no namespace."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "deit").mkdir(parents=True)
-    change(run / "config.json", model_name_or_path="models/deit", dataset_name="digits", command=None)
+    change(run / "fliqs/settings.json", model_name_or_path="models/deit", dataset_name="digits", command=None)
     card = model_card(run)
     data = metadata(card)
     assert not {"base_model", "base_model_relation", "datasets"} & set(data)
@@ -97,8 +98,8 @@ def test_one_format_is_not_mixed_precision(tmp_path: Path) -> None:
 
 
 def test_results_have_their_intervals_and_costs(run: Path) -> None:
-    layers = json.loads((run / "layers.json").read_text())
-    allocation = json.loads((run / "allocation.json").read_text())
+    layers = json.loads((run / "fliqs/layers.json").read_text())
+    allocation = json.loads((run / "fliqs/allocation.json").read_text())
     bops = sum(
         layer["macs"] * parse(formats["weight"]).bits * parse(formats["activation"]).bits
         for layer in layers
@@ -121,8 +122,8 @@ def test_results_have_their_intervals_and_costs(run: Path) -> None:
 
 
 def test_every_layer_is_listed_in_the_order_of_the_model(run: Path) -> None:
-    layers = json.loads((run / "layers.json").read_text())
-    allocation = json.loads((run / "allocation.json").read_text())
+    layers = json.loads((run / "fliqs/layers.json").read_text())
+    allocation = json.loads((run / "fliqs/allocation.json").read_text())
     table = rows(model_card(run), "Formats, layer by layer")
     assert [cells[0].strip("`") for cells in table] == [layer["name"] for layer in layers]
     assert [cells[2:] for cells in table] == [list(allocation[layer["name"]].values()) for layer in layers]
@@ -130,43 +131,46 @@ def test_every_layer_is_listed_in_the_order_of_the_model(run: Path) -> None:
 
 def test_a_layer_left_in_floating_point_is_listed_as_such(run: Path) -> None:
     layer = {"name": "extra", "kind": "linear", "macs": 9, "weight_numel": 9, "out_channels": 3, "input_group": 99}
-    write(run / "layers.json", [*json.loads((run / "layers.json").read_text()), layer])
+    write(run / "fliqs/layers.json", [*json.loads((run / "fliqs/layers.json").read_text()), layer])
     assert rows(model_card(run), "Formats, layer by layer")[-1] == ["`extra`", "9", "fp32", "fp32"]
 
 
 #: What was recorded -> what the card says because of it.
 _RECORDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "accuracy": (
-        lambda run: change(run / "results.json", accuracy=None),
+        lambda run: change(run / "fliqs/results.json", accuracy=None),
         ("model-index", "metrics:", "top-1", "1,000 images", "91.70 %", "uniform int4"),
     ),
     "top5": (
         lambda run: change(
-            run / "results.json",
+            run / "fliqs/results.json",
             accuracy={"searched": {"top1": 0.917, "correct": 917, "n": 1000}},
         ),
         ("Top-5", "top-5", "98.50 %", "93.00 %"),
     ),
-    "layers": (lambda run: (run / "layers.json").unlink(), ("BOPs", "| weights |\n", "MACs")),
-    "figures": (lambda run: (run / "figures" / "allocation.png").unlink(), ("![allocation]",)),
+    "layers": (lambda run: (run / "fliqs/layers.json").unlink(), ("BOPs", "| weights |\n", "MACs")),
+    "figures": (lambda run: (run / "fliqs/figures" / "allocation.png").unlink(), ("![allocation]",)),
     "base model": (
-        lambda run: change(run / "config.json", model_name_or_path=None, command=None),
+        lambda run: change(run / "fliqs/settings.json", model_name_or_path=None, command=None),
         ("base_model", "google/vit-tiny"),
     ),
     "dataset": (
-        lambda run: change(run / "config.json", dataset_name=None, command=None),
+        lambda run: change(run / "fliqs/settings.json", dataset_name=None, command=None),
         ("datasets:", "cifar10", "model-index"),
     ),
-    "seed": (lambda run: change(run / "config.json", seed=None), ("Seed",)),
-    "preset": (lambda run: change(run / "config.json", preset=None), ("Preset",)),
-    "versions": (lambda run: change(run / "config.json", versions=None), ("Versions", "2.13.0")),
-    "command": (lambda run: change(run / "config.json", command=None), ("--model_name_or_path google/vit-tiny",)),
-    "settings": (lambda run: (run / "config.json").unlink(), ("How it was made", "All settings")),
-    "target": (lambda run: change(run / "results.json", target=None), ("Target", "99.31 %")),
-    "cost": (lambda run: change(run / "results.json", cost=None), ("99.31 %",)),
-    "seconds": (lambda run: change(run / "results.json", seconds=None), ("Time:", "5 min 22 s")),
-    "repaired": (lambda run: change(run / "results.json", repaired=False), ("missed the target",)),
-    "results": (lambda run: (run / "results.json").unlink(), ("top-1", "Target", "Time:", "model-index")),
+    "seed": (lambda run: change(run / "fliqs/settings.json", seed=None), ("Seed",)),
+    "preset": (lambda run: change(run / "fliqs/settings.json", preset=None), ("Preset",)),
+    "versions": (lambda run: change(run / "fliqs/settings.json", versions=None), ("Versions", "2.13.0")),
+    "command": (
+        lambda run: change(run / "fliqs/settings.json", command=None),
+        ("--model_name_or_path google/vit-tiny",),
+    ),
+    "settings": (lambda run: (run / "fliqs/settings.json").unlink(), ("How it was made", "All settings")),
+    "target": (lambda run: change(run / "fliqs/results.json", target=None), ("Target", "99.31 %")),
+    "cost": (lambda run: change(run / "fliqs/results.json", cost=None), ("99.31 %",)),
+    "seconds": (lambda run: change(run / "fliqs/results.json", seconds=None), ("Time:", "5 min 22 s")),
+    "repaired": (lambda run: change(run / "fliqs/results.json", repaired=False), ("missed the target",)),
+    "results": (lambda run: (run / "fliqs/results.json").unlink(), ("top-1", "Target", "Time:", "model-index")),
 }
 
 
@@ -183,7 +187,8 @@ def test_what_was_not_recorded_is_not_in_the_card(run: Path, record: str) -> Non
 
 
 def test_a_bare_checkpoint_gets_a_card_without_any_measurement(run: Path) -> None:
-    card = model_card(run / "checkpoint", "user/small")
+    shutil.rmtree(run / "fliqs")
+    card = model_card(run, "user/small")
     assert "The accuracy of this model was not measured" in card.text
     assert "## Results" not in card.text
     assert set(metadata(card)) == {"library_name", "pipeline_tag", "tags"}
@@ -191,7 +196,7 @@ def test_a_bare_checkpoint_gets_a_card_without_any_measurement(run: Path) -> Non
 
 
 def test_an_unmeasured_model_is_never_given_the_accuracy_of_another(run: Path) -> None:
-    change(run / "results.json", accuracy={"fp32": {"top1": 0.93, "correct": 930, "n": 1000}})
+    change(run / "fliqs/results.json", accuracy={"fp32": {"top1": 0.93, "correct": 930, "n": 1000}})
     card = model_card(run)
     assert "model-index" not in metadata(card)
     assert rows(card, "Results")[1][:2] == ["**this model**", "not measured"]
@@ -208,21 +213,21 @@ def test_an_unmeasured_model_is_never_given_the_accuracy_of_another(run: Path) -
     ],
 )
 def test_contradictory_results_are_refused(run: Path, entry: dict[str, Any], message: str) -> None:
-    change(run / "results.json", accuracy={"searched": entry})
+    change(run / "fliqs/results.json", accuracy={"searched": entry})
     with pytest.raises(CheckpointError, match=message):
         model_card(run)
 
 
 def test_a_validation_is_reported(run: Path) -> None:
     """With the very file that a validation writes."""
-    quantized = AutoModelForImageClassification.from_pretrained(run / "checkpoint")
+    quantized = AutoModelForImageClassification.from_pretrained(run)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (48, 32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
     data = [{"image": Image.fromarray(image), "label": i % 5} for i, image in enumerate(pixels)]
-    processor = ViTImageProcessorPil.from_pretrained(run / "checkpoint")
+    processor = ViTImageProcessorPil.from_pretrained(run)
     result = validate(tiny("vit"), quantized, data, image_processor=processor, batch_size=2, match_labels="index")
     assert "its latency was not measured" in model_card(run).text.lower()
-    (run / "validation.json").write_text(result.to_json())
+    (run / "fliqs/validation.json").write_text(result.to_json())
     text = model_card(run).text
     drop, latency = result.top1_drop, result.quantized.latency
     interval = f"95 % interval {drop.low * 100:.2f} to {drop.high * 100:.2f}".replace("-", "−")
@@ -249,22 +254,22 @@ def test_the_snippet_runs_as_it_stands(hub: HubServer, run: Path, tmp_path: Path
     run_all = "import runpy, sys; [runpy.run_path(file) for file in sys.argv[1:]]"
     result = subprocess.run(
         [sys.executable, "-c", run_all, *map(str, files)],
-        cwd=run / "checkpoint",
+        cwd=run,
         env=hub.environment(tmp_path / "home"),
         check=True,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    model = AutoModelForImageClassification.from_pretrained(run / "checkpoint")
-    processor = ViTImageProcessorPil.from_pretrained(run / "checkpoint")
+    model = AutoModelForImageClassification.from_pretrained(run)
+    processor = ViTImageProcessorPil.from_pretrained(run)
     with torch.no_grad():
         label = model(**processor(Image.new("RGB", (32, 32)), return_tensors="pt")).logits.argmax().item()
     assert result.stdout.split() == [model.config.id2label[label]] * 2
 
 
 def test_base_model_and_licence_can_be_given(run: Path) -> None:
-    change(run / "config.json", model_name_or_path="/models/vit", command=None)
+    change(run / "fliqs/settings.json", model_name_or_path="/models/vit", command=None)
     assert not {"base_model", "license"} & set(metadata(model_card(run)))
     data = metadata(model_card(run, base_model="org/vit", license="cc-by-4.0"))
     assert (data["base_model"], data["base_model_relation"], data["license"]) == ("org/vit", "quantized", "cc-by-4.0")
@@ -306,7 +311,7 @@ def test_the_licence_of_a_local_original_is_taken_from_its_readme(
     original = tmp_path / "original"
     original.mkdir()
     (original / "README.md").write_bytes(readme.encode())
-    change(run / "config.json", model_name_or_path=str(original), command=None)
+    change(run / "fliqs/settings.json", model_name_or_path=str(original), command=None)
     assert metadata(model_card(run)).get("license") == licence
     assert metadata(model_card(run, license="cc0-1.0"))["license"] == "cc0-1.0"
 
@@ -330,21 +335,21 @@ def test_names_from_records_are_shown_and_make_no_markup(run: Path) -> None:
 def shape_of(run: Path, name: str) -> tuple[str, list[str], list[str]]:
     """Text, tags and links of the card of a run in which everything that has a name has this one."""
     settings = {"model_name_or_path": name, "dataset_name": name, "preset": name, "seed": name, "note": name}
-    change(run / "config.json", **settings, versions={name: name}, command=["fliqs-hf", name])
-    layers = json.loads((run / "layers.json").read_text())
-    write(run / "layers.json", [*layers[:14], {**layers[-1], "name": name}])
+    change(run / "fliqs/settings.json", **settings, versions={name: name}, command=["fliqs-hf", name])
+    layers = json.loads((run / "fliqs/layers.json").read_text())
+    write(run / "fliqs/layers.json", [*layers[:14], {**layers[-1], "name": name}])
     target = {name: 3}
-    accuracy = json.loads((run / "results.json").read_text())["accuracy"]
+    accuracy = json.loads((run / "fliqs/results.json").read_text())["accuracy"]
     others = {key: value for key, value in accuracy.items() if key in ("fp32", "searched")}
-    change(run / "results.json", target=target, accuracy={**others, name: accuracy["fp32"]})
-    model = json.loads((run / "checkpoint" / "config.json").read_text())
-    write(run / "checkpoint" / "config.json", {**model, "model_type": name})
-    for figure in (run / "figures").iterdir():
+    change(run / "fliqs/results.json", target=target, accuracy={**others, name: accuracy["fp32"]})
+    model = json.loads((run / "config.json").read_text())
+    write(run / "config.json", {**model, "model_type": name})
+    for figure in (run / "fliqs/figures").iterdir():
         figure.rename(figure.with_name(f"{name.replace('/', '-')}.png"))
-    validation = record(RunFolder.read(run).allocation.summary())
+    validation = record(FinishedRun.read(run).allocation.summary())
     validation["conditions"] |= {"dataset": name, "device": name}
-    write(run / "validation.json", validation)
+    write(run / "fliqs/validation.json", validation)
     rendered = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(model_card(run).text)
     found = Text(rendered)
-    links = re.findall(r'(?:href|src)="(?!figures/)([^"]*)"', rendered)
+    links = re.findall(r'(?:href|src)="(?!fliqs/figures/)([^"]*)"', rendered)
     return found.text, [tag for tag in found.tags if tag != "code"], links

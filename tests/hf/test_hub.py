@@ -16,7 +16,7 @@ import torch
 
 from fliqs_hf.errors import CheckpointError, HubError
 from fliqs_hf.hf.hub import push
-from fliqs_hf.hf.run_folder import RunFolder
+from fliqs_hf.runs.finished import FinishedRun
 from tests.hf.runs import change, write_run
 from tests.hub_server import TOKEN, HubServer
 from tests.models import images, tiny
@@ -87,8 +87,8 @@ def load_elsewhere(
 
 def assert_complete(files: dict[str, bytes], folder: Path) -> None:
     """A repository is loadable: its config is of `folder`, and so are all the weights that it would load."""
-    for name in ("config.json", *(file.name for file in RunFolder.read(folder).weight_files)):
-        assert files[name] == (folder / "checkpoint" / name).read_bytes()
+    for name in ("config.json", *(file.name for file in FinishedRun.read(folder).weight_files)):
+        assert files[name] == (folder / name).read_bytes()
 
 
 def test_other_processes_get_the_same_logits(hub: HubServer, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_other_processes_get_the_same_logits(hub: HubServer, tmp_path: Path) -> 
     push(tmp_path / "plain", "user/model")
     push(tmp_path / "other", "user/model", revision="v2")
     push(tmp_path / "sharded", "user/sharded", private=True)
-    push(tmp_path / "other" / "checkpoint", "user/only-checkpoint")
+    push(tmp_path / "other", "user/only-checkpoint")
     models["plain"].push_to_hub("user/by-transformers")
     hub.lfs_suffixes = ()
     before = sum(request.startswith("PUT") for request in hub.requests)
@@ -149,20 +149,29 @@ def test_a_push_is_one_commit_of_everything(hub: HubServer, run_folder: Path) ->
     assert set(files) == {
         ".gitattributes",
         "README.md",
-        "allocation.json",
         "config.json",
-        "figures/allocation.png",
+        "fliqs/figures/allocation.png",
+        "fliqs/report.html",
         "model.safetensors",
         "preprocessor_config.json",
-        "report.html",
-        *(f"search/{name}.json" for name in ("config", "layers", "results", "search_space")),
-        *(f"search/{name}.jsonl" for name in ("metrics", "policy")),
+        *(
+            f"fliqs/{name}.json"
+            for name in (
+                "allocation",
+                "layers",
+                "results",
+                "search_space",
+                "settings",
+                "written",
+            )
+        ),
+        *(f"fliqs/{name}.jsonl" for name in ("metrics", "policy")),
     }
     assert_complete(files, run_folder)
-    recorded = json.loads((run_folder / "config.json").read_text())
+    recorded = json.loads((run_folder / "fliqs/settings.json").read_text())
     command = ["vit.py", *recorded["command"][1:]]  # of recipes/vit.py, a path where the tests run
-    assert json.loads(files["search/config.json"]) == {**recorded, "command": command}
-    assert files["search/results.json"] == (run_folder / "results.json").read_bytes()
+    assert json.loads(files["fliqs/settings.json"]) == {**recorded, "command": command}
+    assert files["fliqs/results.json"] == (run_folder / "fliqs/results.json").read_bytes()
     assert b'from_pretrained("user/model")' in files["README.md"]
 
 
@@ -174,16 +183,16 @@ def test_a_second_push_replaces_what_is_ours_and_nothing_else(
     assert push(run_folder, "user/model") == f"{hub.url}/user/model/commit/{repo.branches['main']}"
     assert len(repo.messages) == 2, "nothing has changed, so there is nothing to commit"
 
-    theirs = {"LICENSE": (b"text", False), "figures/photo.jpg": (b"jpeg", False)}
+    theirs = {"LICENSE": (b"text", False), "fliqs/figures/photo.jpg": (b"jpeg", False)}
     repo.commit("main", {**repo.commits[repo.branches["main"]], **theirs}, "theirs")
     # Were model.safetensors to stay, it would be loaded instead of the shards, with the new config.
     write_run(tmp_path / "sharded", seed=1, shard_size="10KB", formats=("int8",))
     for name in ("report.html", "figures/allocation.png", "policy.jsonl"):
-        (tmp_path / "sharded" / name).unlink()
+        (tmp_path / "sharded" / "fliqs" / name).unlink()
     push(tmp_path / "sharded", "user/model")
     files = repo.files()
     assert_complete(files, tmp_path / "sharded")
-    gone = {"model.safetensors", "report.html", "figures/allocation.png", "search/policy.jsonl"}
+    gone = {"model.safetensors", "fliqs/report.html", "fliqs/figures/allocation.png", "fliqs/policy.jsonl"}
     assert not gone & set(files)
     assert set(theirs) <= set(files)
 
@@ -300,62 +309,62 @@ def test_offline_mode(hub: HubServer, run_folder: Path, monkeypatch: pytest.Monk
 
 
 def test_an_access_token_is_not_published(hub: HubServer, run_folder: Path) -> None:
-    change(run_folder / "config.json", command=["recipes/vit.py", "--hub_token", TOKEN])
-    with pytest.raises(HubError, match=r"(README\.md|search/config\.json) holds what looks like an access token"):
+    change(run_folder / "fliqs/settings.json", command=["recipes/vit.py", "--hub_token", TOKEN])
+    with pytest.raises(HubError, match=r"(README\.md|fliqs/settings\.json) holds what looks like an access token"):
         push(run_folder, "user/model")
     assert not hub.repos
 
 
 def _without_shard(run: Path) -> None:
-    sorted((run / "checkpoint").glob("model-*"))[1].unlink()
+    sorted(run.glob("model-*"))[1].unlink()
 
 
 def _truncated(run: Path) -> None:
-    shard = sorted((run / "checkpoint").glob("model-*"))[1]
+    shard = sorted(run.glob("model-*"))[1]
     shard.write_bytes(shard.read_bytes()[:-1])
 
 
 def _without_weights(run: Path) -> None:
-    for file in (run / "checkpoint").glob("model*"):
+    for file in run.glob("model*"):
         file.unlink()
 
 
 def _wrong_index(run: Path) -> None:
-    index = run / "checkpoint" / "model.safetensors.index.json"
+    index = run / "model.safetensors.index.json"
     weights = json.loads(index.read_text())["weight_map"]
     first, last = sorted(set(weights.values()))[:2]
     change(index, weight_map={name: last if file == first else file for name, file in weights.items()})
 
 
 def _stale_fp32_weights(run: Path) -> None:
-    tiny("vit").save_pretrained(run / "fp32")
-    shutil.copy(run / "fp32" / "model.safetensors", run / "checkpoint")
+    tiny("vit").save_pretrained(run / "fliqs/fp32")
+    shutil.copy(run / "fliqs/fp32" / "model.safetensors", run)
 
 
 def _other_allocation(run: Path) -> None:
-    allocation = json.loads((run / "allocation.json").read_text())
+    allocation = json.loads((run / "fliqs/allocation.json").read_text())
     allocation["classifier"]["weight"] = "int2"
-    (run / "allocation.json").write_text(json.dumps(allocation))
+    (run / "fliqs/allocation.json").write_text(json.dumps(allocation))
 
 
 def _not_quantized(run: Path) -> None:
-    change(run / "checkpoint" / "config.json", quantization_config=None)
+    change(run / "config.json", quantization_config=None)
 
 
 def _still_searching(run: Path) -> None:
-    change(run / "checkpoint" / "config.json", quantization_config={"quant_method": "fliqs", "search_space": ["int4"]})
+    change(run / "config.json", quantization_config={"quant_method": "fliqs", "search_space": ["int4"]})
 
 
 def _without_processor(run: Path) -> None:
-    (run / "checkpoint" / "preprocessor_config.json").unlink()
+    (run / "preprocessor_config.json").unlink()
 
 
 def _without_config(run: Path) -> None:
-    (run / "checkpoint" / "config.json").unlink()
+    (run / "config.json").unlink()
 
 
 def _broken_json(run: Path) -> None:
-    (run / "results.json").write_text("{")
+    (run / "fliqs/results.json").write_text("{")
 
 
 @pytest.mark.parametrize(
@@ -366,11 +375,11 @@ def _broken_json(run: Path) -> None:
         (_without_weights, r"has no model\.safetensors and no"),
         (_wrong_index, r"says that '.*' is in model-00002-.*, but it is not"),
         (_stale_fp32_weights, r"is packed in e4m3, but the weight files hold F32"),
-        (_other_allocation, r"allocation\.json is not the allocation that the checkpoint is packed by"),
+        (_other_allocation, r"allocation\.json is not the allocation that the model is packed by"),
         (_not_quantized, "not quantized by fliqs_hf"),
         (_still_searching, "still being searched"),
         (_without_processor, r"has no preprocessor_config\.json"),
-        (_without_config, "neither a run folder .* nor a checkpoint"),
+        (_without_config, r"has lost the config\.json of its model"),
         (_broken_json, r"cannot read .*results\.json"),
     ],
 )

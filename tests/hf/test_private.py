@@ -98,7 +98,7 @@ def private_run(tmp_path: Path) -> Path:
     write_run(run)
     home, temp = str(Path.home()), tempfile.gettempdir()
     change(
-        run / "config.json",
+        run / "fliqs/settings.json",
         model_name_or_path=f"{home}/acme-secret/deit",
         dataset_name="../acme-secret/photos",
         train_dir="C:\\acme-secret\\photos",
@@ -107,14 +107,14 @@ def private_run(tmp_path: Path) -> Path:
         note=f"tried {temp}/acme-secret/x.png first",
         command=f"/opt/acme-secret/fliqs-hf quantize {home}/acme-secret/deit '{run}' --calibration=../acme-secret/p",
     )
-    results = json.loads((run / "results.json").read_text())
+    results = json.loads((run / "fliqs/results.json").read_text())
     results["accuracy"]["fp32"]["metrics"] = {f"{home}/acme-secret/metric.py": 0.5}
-    write(run / "results.json", results)
-    (run / "metrics.jsonl").write_text(
+    write(run / "fliqs/results.json", results)
+    (run / "fliqs/metrics.jsonl").write_text(
         '{"step": 0, "loss": 2.3}\n' + json.dumps({"step": 1, "error": f"no file {temp}/acme-secret/a.png"}) + "\n"
     )
-    change(run / "checkpoint" / "config.json", _name_or_path=f"{temp}/acme-secret/deit")
-    change(run / "checkpoint" / "preprocessor_config.json", name_or_path=f"{home}/acme-secret/deit")
+    change(run / "config.json", _name_or_path=f"{temp}/acme-secret/deit")
+    change(run / "preprocessor_config.json", name_or_path=f"{home}/acme-secret/deit")
     return run
 
 
@@ -124,13 +124,13 @@ def test_nothing_that_is_published_names_a_place_of_this_machine(
     private_run: Path,
     fresh: bool,
 ) -> None:
-    settings = json.loads((private_run / "config.json").read_text())
+    settings = json.loads((private_run / "fliqs/settings.json").read_text())
     if fresh:
         write_report(private_run)
-        assert "acme-secret" not in (private_run / "report.html").read_text()
+        assert "acme-secret" not in (private_run / "fliqs/report.html").read_text()
     else:
         shown = escape(f"{settings['command']}\n{json.dumps(settings, indent=2)}")
-        (private_run / "report.html").write_text(f"<p>{private_run}/x</p><pre>{shown}</pre>")
+        (private_run / "fliqs/report.html").write_text(f"<p>{private_run}/x</p><pre>{shown}</pre>")
     push(private_run, "user/small")
     files = hub.repos["user/small"].files()
     assert len(files) > 12
@@ -140,14 +140,14 @@ def test_nothing_that_is_published_names_a_place_of_this_machine(
     card = files["README.md"].decode()
     assert "fliqs-hf quantize deit pilot --calibration=p" in card
     assert "`deit` (a local checkpoint)" in card
-    assert json.loads(files["search/results.json"])["accuracy"]["fp32"]["metrics"] == {"metric.py": 0.5}
-    assert json.loads(files["search/config.json"])["seed"] == 0
+    assert json.loads(files["fliqs/results.json"])["accuracy"]["fp32"]["metrics"] == {"metric.py": 0.5}
+    assert json.loads(files["fliqs/settings.json"])["seed"] == 0
 
 
 def test_a_setting_of_the_model_that_is_a_path_is_refused(hub: HubServer, tmp_path: Path) -> None:  # noqa: F811
     """It is bound to the weights, so it cannot be changed on the way."""
     write_run(tmp_path)
-    change(tmp_path / "checkpoint" / "config.json", train_dir="/srv/bob/photos")
+    change(tmp_path / "config.json", train_dir="/srv/bob/photos")
     with pytest.raises(CheckpointError, match="'train_dir' of the model holds a path"):
         push(tmp_path, "user/small")
     assert "user/small" not in hub.repos

@@ -15,9 +15,9 @@ from transformers import AutoModelForImageClassification
 from fliqs_hf import Allocation, FLIQSConfig, quantize
 from fliqs_hf.errors import AllocationError, CheckpointError, ConfigError, FliqsError
 from fliqs_hf.hf.quantizer import _align
-from fliqs_hf.hf.run_folder import RunFolder
 from fliqs_hf.json_file import MAX_DEPTH, read_json, read_objects, read_text
 from fliqs_hf.report.run_report import RunReport
+from fliqs_hf.runs.finished import FinishedRun
 from tests.hf.runs import write_run
 from tests.models import tiny
 
@@ -78,13 +78,13 @@ def test_a_stored_configuration_is_bounded(values: dict[str, Any], named: str) -
 
 @pytest.mark.parametrize("place", ["../other/model.safetensors", "{root}/other/model.safetensors", "/dev/zero", 5, ""])
 def test_the_index_does_not_lead_out_of_the_folder(place: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "checkpoint"
+    folder = tmp_path / "run"
     write_run(tmp_path / "run", shard_size="5KB")
     write_run(tmp_path / "other")
     place = str(place).format(root=tmp_path) if isinstance(place, str) else place
     edit(folder / "model.safetensors.index.json", lambda index: index["weight_map"].update({"classifier.bias": place}))
     with pytest.raises(CheckpointError, match="beside it"):
-        RunFolder.read(tmp_path / "run")
+        FinishedRun.read(tmp_path / "run")
     with pytest.raises((FliqsError, OSError, TypeError)):
         AutoModelForImageClassification.from_pretrained(folder)
 
@@ -104,18 +104,20 @@ def test_all_of_an_index_outside(tmp_path: Path) -> None:
 
 def test_a_pipe_in_place_of_weights(tmp_path: Path) -> None:
     write_run(tmp_path)
-    (tmp_path / "checkpoint/model.safetensors").unlink()
-    os.mkfifo(tmp_path / "checkpoint/model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
-        RunFolder.read(tmp_path)
+        FinishedRun.read(tmp_path)
 
 
 @pytest.mark.parametrize("content", [NESTED, '{"a":' * 5000 + "1" + "}" * 5000, "\xff", "{", '"text"', ""])
 @pytest.mark.parametrize(
     "record",
     [
-        "checkpoint/config.json", "allocation.json", "results.json", "validation.json", "config.json", "layers.json",
-        "search_space.json", "sensitivity.json", "policy.jsonl", "metrics.jsonl",
+        "config.json", *(f"fliqs/{name}" for name in (
+            "allocation.json", "results.json", "validation.json", "settings.json", "layers.json", "search_space.json",
+            "sensitivity.json", "policy.jsonl", "metrics.jsonl",
+        )),
     ],
 )  # fmt: skip
 def test_records_of_any_content(record: str, content: str, run: Path) -> None:

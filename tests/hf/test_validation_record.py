@@ -11,9 +11,9 @@ import pytest
 
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.hf.card import model_card
-from fliqs_hf.hf.run_folder import RunFolder
 from fliqs_hf.hf.validation_record import Validation
 from fliqs_hf.report.run_report import write_report
+from fliqs_hf.runs.finished import FinishedRun
 from tests.hf.runs import change, write, write_run
 
 
@@ -54,16 +54,18 @@ def run(tmp_path: Path) -> Path:
 def pilot(folder: Path) -> Path:
     write_run(folder)
     for name in ("metrics.jsonl", "policy.jsonl", "search_space.json", "report.html"):
-        (folder / name).unlink()
-    shutil.rmtree(folder / "figures")
-    change(folder / "results.json", accuracy=None, repaired=None, seconds=None)
-    change(folder / "config.json", model_name_or_path="/models/vit", dataset_name=None, preset=None, command=None)
-    write(folder / "validation.json", record(RunFolder.read(folder).allocation.summary()))
+        (folder / "fliqs" / name).unlink()
+    shutil.rmtree(folder / "fliqs/figures")
+    change(folder / "fliqs/results.json", accuracy=None, repaired=None, seconds=None)
+    change(
+        folder / "fliqs/settings.json", model_name_or_path="/models/vit", dataset_name=None, preset=None, command=None
+    )
+    write(folder / "fliqs/validation.json", record(FinishedRun.read(folder).allocation.summary()))
     return folder
 
 
 def test_a_true_record_is_read(run: Path) -> None:
-    found = Validation.of(RunFolder.read(run).validation, RunFolder.read(run).allocation.summary())
+    found = Validation.of(FinishedRun.read(run).validation, FinishedRun.read(run).allocation.summary())
     assert found is not None
     assert (found.images, found.quantized.correct, found.dataset) == (1000, 926, "photos")
     assert Validation.of({}, "anything") is None
@@ -85,27 +87,27 @@ def bad(path: str, value: Any) -> Any:
     bad("quantized.checkpoint_bytes", 0), bad("quantized.formats", 7),
 ])  # fmt: skip
 def test_a_damaged_record_is_refused_by_name(run: Path, path: str, value: Any) -> None:
-    data = json.loads((run / "validation.json").read_text())
+    data = json.loads((run / "fliqs/validation.json").read_text())
     *way, last = path.split(".")
     place = data
     for name in way:
         place = place[name]
     place[last] = value
-    write(run / "validation.json", data)
+    write(run / "fliqs/validation.json", data)
     for show in (model_card, write_report):
         with pytest.raises(CheckpointError, match=r"validation\.json.*validate the model again"):
             show(run)
 
 
 def test_numbers_that_are_none_in_json_are_refused(run: Path) -> None:
-    text = (run / "validation.json").read_text()
-    (run / "validation.json").write_text(text.replace('"p_value": 1e-05', '"p_value": NaN'))
+    text = (run / "fliqs/validation.json").read_text()
+    (run / "fliqs/validation.json").write_text(text.replace('"p_value": 1e-05', '"p_value": NaN'))
     with pytest.raises(CheckpointError, match=r"p_value is nan|cannot read"):
         model_card(run)
 
 
 def test_a_record_of_another_model_is_refused(run: Path) -> None:
-    write(run / "validation.json", record("14 × W int8 / A int8"))
+    write(run / "fliqs/validation.json", record("14 × W int8 / A int8"))
     with pytest.raises(CheckpointError, match="of a model in other formats"):
         model_card(run)
 
@@ -130,7 +132,7 @@ def test_the_pilots_card_has_what_was_measured_and_contradicts_nothing(run: Path
 
 def test_results_of_the_run_and_of_the_validation_stand_side_by_side(run: Path) -> None:
     entry = {"top1": 0.917, "correct": 917, "n": 1000}
-    change(run / "results.json", accuracy={"searched": entry})
+    change(run / "fliqs/results.json", accuracy={"searched": entry})
     text = model_card(run).text
     assert "917 / 1000" in text.split("### Original against")[0]
     assert "Top-1 accuracy on `photos`: 92.60 %" in text

@@ -90,12 +90,13 @@ TIMES = ("seconds", "seconds_per_step", "sensitivity_seconds", "checksum", "comm
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All files but for times and paths; of the report, which is full of them, that it is there and is not older."""
+    """All files but for times and paths; of report and card, full of them, that it is there and is not older."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if path.name == "report.html":
-            found[name] = path.stat().st_mtime_ns >= (path.parent / "results.json").stat().st_mtime_ns
+        if path.name in ("report.html", "README.md"):
+            run = path.parent if path.name == "README.md" else path.parent.parent
+            found[name] = path.stat().st_mtime_ns >= (run / "fliqs/results.json").stat().st_mtime_ns
         elif path.suffix == ".jsonl":
             found[name] = [
                 {key: value for key, value in json.loads(line).items() if key not in TIMES}
@@ -108,10 +109,11 @@ def contents(folder: Path) -> dict[str, Any]:
     return found
 
 
-#: Nine of 99 moments, of which the last of every kind has passed: those after which something else is to be done.
+#: Some of the moments: the last of every kind after which something else is to be done.
 MOMENTS = (
-    "after step-00000002", "after fp32", "after sensitivity.json", "after a line of policy.jsonl", "before checkpoint",
-    "after checkpoint", "after uniform_int4.json", "after results.json", "after report.html",
+    "after step-00000002", "after fp32", "after sensitivity.json", "after a line of policy.jsonl",
+    "before model.safetensors", "before config.json", "after config.json", "after uniform_int4.json",
+    "after results.json", "after report.html",
 )  # fmt: skip
 
 
@@ -127,7 +129,14 @@ def test_killed_after_any_write_nothing_is_missing(tmp_path: Path, monkeypatch: 
         snapshots = Snapshots(tmp_path / "run", tmp_path / "kept", patch)
         run(file)
     whole = contents(tmp_path / "run")
-    for name in ("front.csv", "front.png", "bits-5/report.html", "bits-5/figures/allocation.png", "uniform_int4.json"):
+    for name in (
+        "fliqs/front.csv",
+        "fliqs/front.png",
+        "bits-5/fliqs/report.html",
+        "bits-5/fliqs/figures/allocation.png",
+        "bits-5/README.md",
+        "fliqs/uniform_int4.json",
+    ):
         assert name in whole
     assert not [name for name in whole if "state" in name or "/." in name or name.startswith(".")]
     for number in chosen(snapshots.names):
@@ -155,8 +164,10 @@ def again(finished: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize(
     "name",
-    ["report.html", "figures", "figures/search.png", "allocation.json", "layers.json", "search_space.json",
-     "uniform_int4.json"],
+    ["README.md", *(f"fliqs/{record}" for record in (
+        "report.html", "figures", "figures/search.png", "allocation.json", "layers.json", "search_space.json",
+        "uniform_int4.json",
+    ))],
 )  # fmt: skip
 def test_what_a_finished_run_lacks_is_made(finished: Path, tmp_path: Path, name: str) -> None:
     file, folder = again(finished, tmp_path)
@@ -166,20 +177,34 @@ def test_what_a_finished_run_lacks_is_made(finished: Path, tmp_path: Path, name:
     assert contents(folder) == whole
 
 
+WEIGHTS, CONFIG = "fliqs/fp32/model.safetensors", "fliqs/fp32/config.json"
+SETTINGS = "fliqs/settings.json"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "result: another digit": (lambda r: alter(r / "results.json", '"correct": ', '"correct": 1'), "results.json"),
-    "result: cut off": (lambda r: os.truncate(r / "results.json", 40), "results.json"),
-    "result without a checkpoint": (lambda r: shutil.rmtree(r / "checkpoint"), "results.json is of a finished run"),
-    "result without weights": (lambda r: (r / "checkpoint/model.safetensors").unlink(), "model.safetensors"),
-    "result without settings": (lambda r: (r / "config.json").unlink(), "config.json.*--overwrite_output_dir"),
-    "settings cut off": (lambda r: os.truncate(r / "config.json", 40), "config.json.*--overwrite_output_dir"),
-    "settings are a list": (lambda r: (r / "config.json").write_text("[]"), "config.json.*--overwrite_output_dir"),
-    "fp32: a bit": (lambda r: bit(r / "fp32/model.safetensors"), "fp32/model.safetensors is damaged.*remove"),
-    "fp32: no weights": (lambda r: (r / "fp32/model.safetensors").unlink(), "fp32/model.safetensors is missing"),
-    "fp32: no config": (lambda r: (r / "fp32/config.json").unlink(), "fp32/config.json is missing"),
-    "fp32: other config": (lambda r: alter(r / "fp32/config.json", "gelu", "relu"), "fp32/config.json is damaged"),
-    "fp32: no checksums": (lambda r: (r / "fp32/checksums.json").unlink(), "fp32/checksums.json is missing"),
-    "fp32: empty": (lambda r: (shutil.rmtree(r / "fp32"), (r / "fp32").mkdir()), "fp32"),
+    "result: another digit": (
+        lambda r: alter(r / "fliqs/results.json", '"correct": ', '"correct": 1'),
+        "results.json",
+    ),
+    "result: cut off": (lambda r: os.truncate(r / "fliqs/results.json", 40), "results.json"),
+    "result without a checkpoint": (lambda r: (r / "config.json").unlink(), "results.json is of a finished run"),
+    "result without weights": (lambda r: (r / "model.safetensors").unlink(), "model.safetensors"),
+    "result without settings": (
+        lambda r: (r / "fliqs/settings.json").unlink(),
+        "settings.json.*--overwrite_output_dir",
+    ),
+    "settings cut off": (lambda r: os.truncate(r / SETTINGS, 40), "settings.json.*--overwrite_output_dir"),
+    "settings are a list": (
+        lambda r: (r / SETTINGS).write_text("[]"),
+        "settings.json.*--overwrite_output_dir",
+    ),
+    "fp32: a bit": (lambda r: bit(r / WEIGHTS), "fp32/model.safetensors is damaged.*remove"),
+    "fp32: no weights": (lambda r: (r / WEIGHTS).unlink(), "fp32/model.safetensors is missing"),
+    "fp32: no config": (lambda r: (r / "fliqs/fp32/config.json").unlink(), "fp32/config.json is missing"),
+    "fp32: other config": (
+        lambda r: alter(r / CONFIG, "gelu", "relu"),
+        "fp32/config.json is damaged",
+    ),
+    "fp32: no checksums": (lambda r: (r / "fliqs/fp32/checksums.json").unlink(), "fp32/checksums.json is missing"),
+    "fp32: empty": (lambda r: (shutil.rmtree(r / "fliqs/fp32"), (r / "fliqs/fp32").mkdir()), "fp32"),
 }
 
 
@@ -210,14 +235,14 @@ def test_records_of_an_unfinished_run_are_not_believed_if_damaged(finished: Path
     """Scores are measured again; an accuracy is not worth a training that nobody asked for."""
     file, folder = again(finished, tmp_path)
     whole = contents(folder)
-    (folder / "results.json").unlink()
-    text = (folder / name).read_text()
+    (folder / "fliqs/results.json").unlink()
+    text = (folder / "fliqs" / name).read_text()
     number = max((word for word in text.split('"loss": ' if "uniform" in name else "\n")), key=len)[:12]
-    alter(folder / name, number, number.translate(str.maketrans("123456789", "234567891")))
+    alter(folder / "fliqs" / name, number, number.translate(str.maketrans("123456789", "234567891")))
     if name == "uniform_int4.json":
         with pytest.raises(CheckpointError, match=r"uniform_int4.json is damaged.*remove it"):
             run(file, "--resume")
-        (folder / name).unlink()
+        (folder / "fliqs" / name).unlink()
     run(file, "--resume")
     assert contents(folder) == whole
 

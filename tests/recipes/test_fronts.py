@@ -33,11 +33,13 @@ def test_a_finished_front_is_not_replaced_unasked(front: Path, tmp_path: Path) -
         assert contents(run) == before
     main([str(write(tmp_path, **SHORT)), *FRONT, "--resume"])
     after = contents(run)
-    assert {name for name in before if after[name] != before[name]} <= {"config.json", "front.png", *reports(before)}
+    assert {name for name in before if after[name] != before[name]} <= {
+        "fliqs/settings.json", "fliqs/front.png", *reports(before),
+    }  # fmt: skip
 
 
 def reports(names: dict[str, bytes]) -> set[str]:
-    return {name for name in names if name.endswith(("report.html", ".png"))}
+    return {name for name in names if name.endswith(("report.html", "README.md", ".png"))}
 
 
 def test_a_front_that_is_replaced_goes_whole(front: Path, tmp_path: Path) -> None:
@@ -47,10 +49,10 @@ def test_a_front_that_is_replaced_goes_whole(front: Path, tmp_path: Path) -> Non
     before = fill(run, *foreign)
     main([str(write(tmp_path, **SHORT | {"finetune_steps": 0})), "--target_bits", "4", "--overwrite_output_dir"])
     after = contents(run)
-    assert not {"front.csv", "front.png", "fp32/model.safetensors"} & after.keys()
+    assert not {"fliqs/front.csv", "fliqs/front.png", "fliqs/fp32/model.safetensors"} & after.keys()
     assert [name for name in after if name.startswith("bits-")] == sorted(foreign[1:])
     assert all(after[name] == before[name] for name in foreign)
-    assert "results.json" in after and not (run / "bits-5").exists()
+    assert "fliqs/results.json" in after and "config.json" in after and not (run / "bits-5").exists()
 
 
 def test_a_single_run_gives_way_to_a_front_only_when_asked(tmp_path: Path) -> None:
@@ -62,9 +64,8 @@ def test_a_single_run_gives_way_to_a_front_only_when_asked(tmp_path: Path) -> No
     assert contents(run) == before
     main([file, *FRONT, "--overwrite_output_dir"])
     after = contents(run)
-    assert {name for name in after if "/" not in name} == {
-        "config.json", "front.csv", "front.png", "notes.txt", "written.json",
-    }  # fmt: skip
+    assert {name for name in after if "/" not in name} == {"notes.txt"}
+    assert {"fliqs/front.csv", "bits-3/config.json"} <= after.keys() and "fliqs/results.json" not in after
 
 
 def test_an_unfinished_front_is_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,25 +82,10 @@ def test_an_unfinished_front_is_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         main([file, *FRONT])
     before = contents(tmp_path / "run")
-    assert "bits-3/results.json" in before and "front.csv" not in before
+    assert "bits-3/fliqs/results.json" in before and "fliqs/front.csv" not in before
     with pytest.raises(ConfigError, match="holds a run already"):
         main([file])
     assert contents(tmp_path / "run") == before
-
-
-def test_a_front_of_an_earlier_version_is_known(front: Path, tmp_path: Path) -> None:
-    """It has no records."""
-    run = shutil.copytree(front, tmp_path / "run")
-    for record in run.rglob("written.json"):
-        record.unlink()
-    before = fill(run, "notes.txt")
-    with pytest.raises(ConfigError, match="holds a run already"):
-        main([str(write(tmp_path, **SHORT))])
-    assert contents(run) == before
-    main([str(write(tmp_path, **SHORT)), "--overwrite_output_dir"])
-    after = contents(run)
-    assert "front.csv" not in after and not (run / "bits-3").exists() and "notes.txt" in after
-    assert after["fp32/model.safetensors"] == before["fp32/model.safetensors"]  # trained again, to the same weights
 
 
 def test_targets_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_front_is_published_and_one_refusal_does_not_stop_it(
     assert made == [("run-bops-1.5e06", True), ("run-bops-2e06", True)]  # names that the Hub takes: without a +
     assert pushed == [("bops-1.5e06", "user/run-bops-1.5e06"), ("bops-2e06", "user/run-bops-2e06")]
     assert "published at https://hub/commit" in capsys.readouterr().out
-    assert (tmp_path / "run" / "front.csv").exists()
+    assert (tmp_path / "run" / "fliqs/front.csv").exists()
 
 
 def test_the_recipe_publishes_its_run(tmp_path: Path) -> None:
@@ -66,12 +66,10 @@ def test_the_recipe_publishes_its_run(tmp_path: Path) -> None:
         assert run.returncode == 0, run.stderr[-2000:]
         assert "published at" in run.stdout
         published = hub.repos["user/digits"].files()
-        assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "allocation.json"} <= set(
-            published
-        )
-        assert {"report.html", "figures/allocation.png"} <= set(published)
+        assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= set(published)
+        assert {"fliqs/allocation.json", "fliqs/report.html", "fliqs/figures/allocation.png"} <= set(published)
         loading = [sys.executable, "-c", LOAD, "user/digits", str(torch.get_num_threads())]
         subprocess.run(loading, cwd=tmp_path, env=environment, check=True)
-    local = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "checkpoint")
+    local = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), local(x).logits)

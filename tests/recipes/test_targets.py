@@ -21,7 +21,7 @@ from tests.recipes.test_vit import SETTINGS, write
 
 def test_several_targets_give_a_front(tmp_path: Path) -> None:
     main([str(write(tmp_path)), "--target_bits", "3", "5", "--max_steps", "10"])
-    costs = [json.loads((tmp_path / "run" / f"bits-{b}" / "results.json").read_text())["cost"] for b in (3, 5)]
+    costs = [json.loads((tmp_path / "run" / f"bits-{b}" / "fliqs/results.json").read_text())["cost"] for b in (3, 5)]
     assert costs[0]["bops"] < costs[1]["bops"]
     assert all(0.97 <= cost["target_ratio"] <= 1 for cost in costs)
 
@@ -34,10 +34,10 @@ def test_targets_share_the_uniform_models(tmp_path: Path, monkeypatch: pytest.Mo
     results = main([str(file)])
     assert trained == ["search for bits 3", "uniform int4", "search for bits 5"]
     assert results[0]["accuracy"]["uniform_int4"] == results[1]["accuracy"]["uniform_int4"]
-    assert (tmp_path / "run" / "uniform_int4" / "model.safetensors").exists()
-    front = (tmp_path / "run" / "front.csv").read_text().splitlines()
+    assert (tmp_path / "run" / "fliqs/uniform_int4" / "model.safetensors").exists()
+    front = (tmp_path / "run" / "fliqs/front.csv").read_text().splitlines()
     assert front[0] == "target,gbops,megabytes,top1" and len(front) == 3
-    assert (tmp_path / "run" / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / "fliqs/front.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_trackers_get_every_training_of_a_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_trackers_get_every_training_of_a_front(tmp_path: Path, monkeypatch: pyt
     steps = [step for step, _ in logged]
     assert steps == [5, 10, 15, 20, 20, 25, 30, 30]
     assert [next(iter(values)).split("/")[0] for _, values in logged] == ["fp32"] * 2 + ["bits-3"] * 3 + ["bits-5"] * 3
-    results = json.loads((tmp_path / "run" / "bits-5" / "results.json").read_text())
+    results = json.loads((tmp_path / "run" / "bits-5" / "fliqs/results.json").read_text())
     assert logged[-1][1]["bits-5/eval/top1"] == results["accuracy"]["searched"]["top1"]
 
 
@@ -65,11 +65,11 @@ def test_layers_that_stay_in_fp32_count(tmp_path: Path, kind: str) -> None:
     value = {"target_bops": limit, "target_ratio": limit / whole, "target_bits": 4.0}[kind]
     changes = {"target_bits": None, kind: [value], "cap": True, "modules_to_not_convert": ["*patch_embeddings*"]}
     (result,) = main([str(write(tmp_path, finetune_steps=0, max_steps=4, **changes))])
-    allocation = fliqs_hf.Allocation.load(tmp_path / "run" / "allocation.json")
+    allocation = fliqs_hf.Allocation.load(tmp_path / "run" / "fliqs/allocation.json")
     assert kept[0].name not in allocation
     assert 0.97 * limit <= bops(layers, allocation) == result["cost"]["bops"] <= limit
     assert result["cost"]["fp32_bops"] == whole
-    assert "patch_embeddings" in (tmp_path / "run" / "report.html").read_text()
+    assert "patch_embeddings" in (tmp_path / "run" / "fliqs/report.html").read_text()
 
 
 @pytest.mark.parametrize("granularity", ["per_token", "per_token_clipped"])

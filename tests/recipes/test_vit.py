@@ -62,7 +62,7 @@ def write(folder: Path, **changes: Any) -> Path:
 
 
 def result_bytes(run: Path) -> list[bytes]:
-    return [(run / name).read_bytes() for name in ("checkpoint/model.safetensors", "allocation.json", "policy.jsonl")]
+    return [(run / name).read_bytes() for name in ("model.safetensors", "fliqs/allocation.json", "fliqs/policy.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -73,34 +73,34 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_run_folder_tells_everything(finished: Path) -> None:
-    results = json.loads((finished / "results.json").read_text())
-    layers = [LayerInfo(**layer) for layer in json.loads((finished / "layers.json").read_text())]
-    allocation = fliqs_hf.Allocation.load(finished / "allocation.json")
+    results = json.loads((finished / "fliqs/results.json").read_text())
+    layers = [LayerInfo(**layer) for layer in json.loads((finished / "fliqs/layers.json").read_text())]
+    allocation = fliqs_hf.Allocation.load(finished / "fliqs/allocation.json")
     assert results["cost"]["bops"] == bops(layers, allocation)
     ratio = bops(layers, allocation) / (sum(layer.macs for layer in layers) * 16)
     assert 0.97 <= ratio <= 1 and results["cost"]["target_ratio"] == pytest.approx(ratio)
     assert results["accuracy"]["fp32"]["n"] == results["accuracy"]["searched"]["n"] == 64
-    assert results["checkpoint_bytes"] == (finished / "checkpoint" / "model.safetensors").stat().st_size
-    config = json.loads((finished / "config.json").read_text())
+    assert results["checkpoint_bytes"] == (finished / "model.safetensors").stat().st_size
+    config = json.loads((finished / "fliqs/settings.json").read_text())
     assert config["seed"] == 0 and "torch" in config["versions"] and config["search"]["prior_images"] == 64
-    steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (finished / "fliqs/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in steps] == [5, 10, 15, 20, 25, 30]
     assert [entry["phase"] for entry in steps] == ["search"] + ["final"] * 5  # frozen after 30 %: 9 steps
-    space = json.loads((finished / "search_space.json").read_text())
-    for line in (finished / "policy.jsonl").read_text().splitlines():
+    space = json.loads((finished / "fliqs/search_space.json").read_text())
+    for line in (finished / "fliqs/policy.jsonl").read_text().splitlines():
         probabilities = json.loads(line)["probabilities"]
         assert list(probabilities) == [decision["name"] for decision in space["decisions"]]
         assert all(abs(sum(p) - 1) < 1e-3 for p in probabilities.values())  # written with five digits
-    scores = json.loads((finished / "sensitivity.json").read_text())
+    scores = json.loads((finished / "fliqs/sensitivity.json").read_text())
     assert (scores["images"], scores["passes"]) == (64, 2) and list(scores["scores"]) == [
         decision["name"] for decision in space["decisions"]
     ]
-    assert not (finished / "state").exists()
+    assert not (finished / "fliqs/state").exists()
 
 
 def test_the_checkpoint_is_the_result(finished: Path) -> None:
-    model = AutoModelForImageClassification.from_pretrained(finished / "checkpoint")
-    allocation = fliqs_hf.Allocation.load(finished / "allocation.json")
+    model = AutoModelForImageClassification.from_pretrained(finished)
+    allocation = fliqs_hf.Allocation.load(finished / "fliqs/allocation.json")
     assert model.config.quantization_config.allocation == allocation
     assert model.config.id2label == {i: str(i) for i in range(10)}
     with torch.no_grad():
@@ -128,14 +128,14 @@ def test_an_interrupted_search_resumes_to_the_same_bits(
     """Long enough that the signal always arrives in mid-run: after the first state, before the last step."""
     file = write(tmp_path, **LONG)
     process = subprocess.Popen(command(file), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    state = tmp_path / "run" / "state"
+    state = tmp_path / "run" / "fliqs/state"
     deadline = time.monotonic() + 120
     while not list(state.glob("step-*/meta.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(stop)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == (-stop if stop == signal.SIGKILL else 128 + stop), output
-    assert list(state.glob("step-*/meta.json")) and not (tmp_path / "run" / "results.json").exists()
+    assert list(state.glob("step-*/meta.json")) and not (tmp_path / "run" / "fliqs/results.json").exists()
     main([str(file), "--resume"])
     assert result_bytes(tmp_path / "run") == uninterrupted
 
@@ -147,9 +147,9 @@ def test_other_settings_are_not_resumed(finished: Path, tmp_path: Path) -> None:
         main([str(write(tmp_path, target_bits=[5.0])), "--resume"])
     with pytest.raises(CheckpointError, match="seed=0, not 1"):
         main([str(write(tmp_path, seed=1)), "--resume"])
-    config = json.loads((run / "config.json").read_text())
+    config = json.loads((run / "fliqs/settings.json").read_text())
     config["search"]["explore_fraction"] = 0.1  # as if the run was of a version with another default
-    (run / "config.json").write_text(json.dumps(config))
+    (run / "fliqs/settings.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"explore_fraction=0\.1, not 0\.3"):
         main([str(write(tmp_path)), "--resume"])
     assert result_bytes(run) == before
@@ -157,10 +157,11 @@ def test_other_settings_are_not_resumed(finished: Path, tmp_path: Path) -> None:
 
 def test_a_finished_run_is_not_repeated(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
-    times = {path: path.stat().st_mtime_ns for path in (run / "checkpoint").iterdir()}
+    model = [path for path in run.iterdir() if path.is_file() and path.name != "README.md"]
+    times = {path: path.stat().st_mtime_ns for path in model}
     main([str(write(tmp_path)), "--resume"])
     assert "is finished" in capsys.readouterr().out
-    assert times == {path: path.stat().st_mtime_ns for path in (run / "checkpoint").iterdir()}
+    assert times == {path: path.stat().st_mtime_ns for path in model}
 
 
 def test_an_earlier_run_in_the_folder_is_not_taken_for_this_one(
@@ -181,20 +182,20 @@ def test_an_earlier_run_in_the_folder_is_not_taken_for_this_one(
         patch.setattr(recipe, "train", crash)
         with pytest.raises(KeyboardInterrupt):
             main([str(file)])
-    assert sorted(path.name for path in run.iterdir()) == ["config.json", "written.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["fliqs"]
     main([str(file), "--resume"])
-    assert json.loads((run / "results.json").read_text())["target"]["bits"] == 5.0
+    assert json.loads((run / "fliqs/results.json").read_text())["target"]["bits"] == 5.0
 
 
 def test_a_run_does_not_replace_what_it_starts_from(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     before = result_bytes(run)
-    start = {"model_type": None, "config_overrides": None, "model_name_or_path": str(run / "fp32")}
+    start = {"model_type": None, "config_overrides": None, "model_name_or_path": str(run / "fliqs/fp32")}
     for steps in (0, 20):
         with pytest.raises(ConfigError, match=r"contains model_name_or_path=.*choose another output"):
             main([str(write(tmp_path, **start, finetune_steps=steps, overwrite_output_dir=True))])
     assert result_bytes(run) == before
-    assert (run / "fp32" / "model.safetensors").exists()
+    assert (run / "fliqs/fp32" / "model.safetensors").exists()
 
 
 def test_an_interrupted_front_keeps_the_targets_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,22 +211,22 @@ def test_an_interrupted_front_keeps_the_targets_that_are_done(tmp_path: Path, mo
         return original(*values)
 
     monkeypatch.setattr(recipe, "quantize", quantize)
-    with pytest.raises(TrainingError, match=r"bits-5/checkpoint: .*No space left"):
+    with pytest.raises(TrainingError, match=r"bits-5: .*No space left"):
         main(arguments)
     first, second = (tmp_path / "run" / f"bits-{bits}" for bits in (3, 5))
-    assert not (second / "checkpoint").exists() and not (second / "results.json").exists()
-    done = (first / "checkpoint" / "model.safetensors").stat().st_mtime_ns
+    assert not (second / "config.json").exists() and not (second / "fliqs/results.json").exists()
+    done = (first / "model.safetensors").stat().st_mtime_ns
     monkeypatch.undo()
     AcceleratorState._reset_state(reset_partial_state=True)
     with monkeypatch.context() as patch:  # the second target has recorded its scores: they are not measured again
         patch.setattr(recipe_prior, "fisher_scores", None)
         patch.setattr(recipe_prior, "second_look", None)
         main([*arguments, "--resume"])
-    assert (first / "checkpoint" / "model.safetensors").stat().st_mtime_ns == done
+    assert (first / "model.safetensors").stat().st_mtime_ns == done
     AcceleratorState._reset_state(reset_partial_state=True)
     main([*arguments, "--output_dir", str(tmp_path / "whole")])
     assert result_bytes(second) == result_bytes(tmp_path / "whole" / "bits-5")
-    packed = packed_layers(AutoModelForImageClassification.from_pretrained(second / "checkpoint"))
+    packed = packed_layers(AutoModelForImageClassification.from_pretrained(second))
     factors = torch.cat([layer.input_scale for layer in packed.values() if layer.input_scale is not None])
     assert len(factors) > 5 and (factors != 1).all() and (factors > 0.5).all()
 
@@ -266,7 +267,7 @@ def test_epochs_are_steps(epochs: float, processes: int, steps: int) -> None:
 )
 def test_variants_meet_their_target(tmp_path: Path, changes: dict[str, Any]) -> None:
     main([str(write(tmp_path, **({"finetune_steps": 0, "max_steps": 8} | changes)))])
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = json.loads((tmp_path / "run" / "fliqs/results.json").read_text())
     ratio = results["cost"]["target_ratio"]
     if "target_size_mb" in changes:
         assert results["cost"]["bytes"] <= 26_000 and ratio <= 1
@@ -314,7 +315,7 @@ def test_bad_settings_fail_before_any_training(
     monkeypatch.setattr(recipe, "train", None)
     with pytest.raises(error, match=named):
         main([str(write(tmp_path, **changes))])
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "fliqs/metrics.jsonl").exists()
 
 
 def test_help_teaches() -> None:
@@ -346,14 +347,14 @@ def test_uniform_models_for_comparison(tmp_path: Path, monkeypatch: pytest.Monke
     assert trained == ["search for bits 4"]
 
     run = tmp_path / "run"
-    accuracy = json.loads((run / "results.json").read_text())["accuracy"]
+    accuracy = json.loads((run / "fliqs/results.json").read_text())["accuracy"]
     assert list(accuracy) == ["fp32", "uniform_int4", "uniform_e4m3", "searched"]
-    assert AutoModelForImageClassification.from_pretrained(run / "uniform_int4").hf_quantizer is not None
-    assert "uniform e4m3" in (run / "report.html").read_text()
-    assert not list(run.glob("*-state"))
+    assert AutoModelForImageClassification.from_pretrained(run / "fliqs/uniform_int4").hf_quantizer is not None
+    assert "uniform e4m3" in (run / "fliqs/report.html").read_text()
+    assert not list((run / "fliqs").glob("*-state"))
 
     main([str(write(tmp_path, finetune_steps=0, max_steps=4, overwrite_output_dir=True))])
-    assert not list(run.glob("uniform_*"))  # another run in the same folder
+    assert not list((run / "fliqs").glob("uniform_*"))  # another run in the same folder
 
 
 def test_an_unknown_uniform_format_is_refused_at_once(tmp_path: Path) -> None:

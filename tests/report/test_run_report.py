@@ -93,35 +93,39 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with everything on record; weight and input of each layer are decided apart."""
     folder = tmp_path_factory.mktemp("run")
     write_run(folder)
-    layers = [LayerInfo(**entry) for entry in json.loads((folder / "layers.json").read_text())]
+    layers = [LayerInfo(**entry) for entry in json.loads((folder / "fliqs/layers.json").read_text())]
     names = [layer.name for layer in layers]
     decisions = [
         {"name": f"{name}:{kind}", "kind": kind, "layers": [name], "choices": list(FORMATS)}
         for name in names
         for kind in ("weight", "activation")
     ]
-    write(folder / "search_space.json", {"formats": list(FORMATS), "activation": "separate", "decisions": decisions})
+    write(
+        folder / "fliqs/search_space.json",
+        {"formats": list(FORMATS), "activation": "separate", "decisions": decisions},
+    )
     scores = {d["name"]: [0.004, 0.003, 0.01, 0.0002, 1e-6] for d in decisions}
     write(
-        folder / "sensitivity.json", {"method": "fisher", "images": 64, "passes": 2, "seconds": 1.5, "scores": scores}
+        folder / "fliqs/sensitivity.json",
+        {"method": "fisher", "images": 64, "passes": 2, "seconds": 1.5, "scores": scores},
     )
     lines = []
     for step in (10, 20, 30):
         change = step / 500
         rows = {d["name"]: [0.2, 0.2 + change, 0.2 - change, 0.2, 0.2] for d in decisions}
         lines.append({"step": step, "probabilities": rows})
-    (folder / "policy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "fliqs/policy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     searching = {"phase": "search", "cost_ratio": 1.1, "entropy": 1.2}
     metrics = [{"step": step, "loss": 2 / step, "reward": -2 / step, **searching} for step in (10, 20)]
     metrics += [{"step": 30, "loss": 0.01, "phase": "final"}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    shutil.rmtree(folder / "figures")
+    (folder / "fliqs/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    shutil.rmtree(folder / "fliqs/figures")
     write_report(folder)
     return folder
 
 
 def test_the_page_holds_the_measured_figures(run: Path) -> None:
-    text = (run / "report.html").read_text()
+    text = (run / "fliqs/report.html").read_text()
     report = RunReport.read(run)
     assert "91.70 %" in text  # top-1 of results.json
     assert "−1.30 points against the original in fp32 (93.00\u00a0%)" in text
@@ -132,28 +136,29 @@ def test_the_page_holds_the_measured_figures(run: Path) -> None:
     settings = re.search(r'<pre id="settings">(.*?)</pre>', text, re.S)
     assert settings
     assert "google/vit-tiny" in settings[1]
-    assert sorted(path.name for path in (run / "figures").iterdir()) == [
+    assert sorted(path.name for path in (run / "fliqs/figures").iterdir()) == [
         "accuracy_against_cost.png", "allocation.png", "search.png",
     ]  # fmt: skip
 
 
 def test_what_was_not_recorded_is_left_out(tmp_path: Path) -> None:
     write_run(tmp_path)
-    pages = ("report.html", "figures/allocation.png")  # without the config, they are not known to be ours
-    for name in ("results.json", "metrics.jsonl", "policy.jsonl", "search_space.json", "config.json", *pages):
-        (tmp_path / name).unlink()
+    for name in ("results.json", "metrics.jsonl", "policy.jsonl", "search_space.json", "settings.json"):
+        (tmp_path / "fliqs" / name).unlink()
     text = write_report(tmp_path).read_text()
     for word in ("How the search went", "The policy over time", "How to repeat it", "one step down", "fp32 ("):
         assert word not in text
     assert "The allocation along the network" in text
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["allocation.png"]
+    assert [path.name for path in (tmp_path / "fliqs/figures").iterdir()] == ["allocation.png"]
 
 
 def test_a_checkpoint_alone_has_no_report(tmp_path: Path) -> None:
     write_run(tmp_path)
+    (tmp_path / "fliqs/layers.json").rename(tmp_path / "layers.json")
     with pytest.raises(CheckpointError, match="needs the run folder"):
-        write_report(tmp_path / "checkpoint")
-    (tmp_path / "metrics.jsonl").write_text("{half a li")
+        write_report(tmp_path)
+    (tmp_path / "layers.json").rename(tmp_path / "fliqs/layers.json")
+    (tmp_path / "fliqs/metrics.jsonl").write_text("{half a li")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
         write_report(tmp_path)
 
@@ -162,8 +167,8 @@ def test_names_and_settings_are_escaped(tmp_path: Path) -> None:
     folder = tmp_path / "<b>run"
     folder.mkdir()
     write_run(folder)
-    settings = json.loads((folder / "config.json").read_text())
-    write(folder / "config.json", {**settings, "command": "</pre><script>alert(1)</script>"})
+    settings = json.loads((folder / "fliqs/settings.json").read_text())
+    write(folder / "fliqs/settings.json", {**settings, "command": "</pre><script>alert(1)</script>"})
     text = write_report(folder).read_text()
     assert "<script>alert" not in text
     assert "<b>run" not in text
@@ -180,7 +185,7 @@ def browser(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.get((run / "report.html").as_uri())
+    driver.get((run / "fliqs/report.html").as_uri())
     yield driver
     driver.quit()
 

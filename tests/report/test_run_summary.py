@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pytest
 
 from fliqs_hf.hf.gate import Gate
 from fliqs_hf.hf.making import Making
-from fliqs_hf.hf.run_folder import RunFolder
 from fliqs_hf.report.run_report import RunReport, write_report
 from fliqs_hf.report.statistics import gate
+from fliqs_hf.runs.finished import FinishedRun
 from tests.hf.runs import change, write, write_run
 from tests.hf.test_validation_record import pilot
 
@@ -56,12 +57,12 @@ def test_the_pilots_report_has_the_verdict_and_what_it_rests_on(tmp_path: Path) 
 
 def test_without_a_limit_and_without_a_validation(tmp_path: Path) -> None:
     run = pilot(tmp_path / "pilot")
-    change(run / "validation.json", gate=None, speedup=None)
+    change(run / "fliqs/validation.json", gate=None, speedup=None)
     banner, tiles, _ = top_of(write_report(run).read_text())
     assert banner[:2] == ("none", "Compared, but not decided")
     assert "the loss of top-1 accuracy is 0.40 points (95 % interval −0.10 to 0.90)" in banner[2]
     assert tiles[2] == ("Speed", "unknown", "too few images to time batches of 32")
-    (run / "validation.json").unlink()
+    (run / "fliqs/validation.json").unlink()
     banner, tiles, _ = top_of(write_report(run).read_text())
     assert banner[1] == "Not validated yet"
     assert "<code>fliqs-hf validate " in banner[2]
@@ -93,11 +94,11 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
 def test_words_fit_what_was_done(tmp_path: Path, kind: str) -> None:
     settings, records, said = KINDS[kind]
     write_run(tmp_path)
-    change(tmp_path / "config.json", **settings)
+    change(tmp_path / "fliqs/settings.json", **settings)
     for name in ("metrics.jsonl", "search_space.json"):
         if name not in records:
-            (tmp_path / name).unlink()
-    making = Making.of(RunFolder.read(tmp_path))
+            (tmp_path / "fliqs" / name).unlink()
+    making = Making.of(FinishedRun.read(tmp_path))
     assert said in making.sentence.lower()
     assert making.sentence in html.unescape(write_report(tmp_path).read_text())
 
@@ -105,16 +106,17 @@ def test_words_fit_what_was_done(tmp_path: Path, kind: str) -> None:
 def test_uniform_formats_are_called_so_and_nothing_is_said_without_a_record(tmp_path: Path) -> None:
     write_run(tmp_path, formats=("int4",))
     for name in ("metrics.jsonl", "search_space.json"):
-        (tmp_path / name).unlink()
-    assert Making.of(RunFolder.read(tmp_path)).sentence.startswith("All layers were given the same number formats")
-    assert Making.of(RunFolder.read(tmp_path / "checkpoint")).sentence == ""
+        (tmp_path / "fliqs" / name).unlink()
+    assert Making.of(FinishedRun.read(tmp_path)).sentence.startswith("All layers were given the same number formats")
+    shutil.rmtree(tmp_path / "fliqs")
+    assert Making.of(FinishedRun.read(tmp_path)).sentence == ""
 
 
 def test_a_record_of_another_type_is_named(tmp_path: Path) -> None:
     from fliqs_hf.errors import CheckpointError
 
     write_run(tmp_path)
-    change(tmp_path / "results.json", fp32_bytes="many")
+    change(tmp_path / "fliqs/results.json", fp32_bytes="many")
     with pytest.raises(CheckpointError, match="a value of another type"):
         write_report(tmp_path)
 
@@ -151,9 +153,9 @@ def test_a_bound_on_a_hundredth_asks_for_the_next_one() -> None:
 
 def test_names_in_the_banner_are_escaped(tmp_path: Path) -> None:
     run = pilot(tmp_path / "pilot")
-    data = json.loads((run / "validation.json").read_text())
+    data = json.loads((run / "fliqs/validation.json").read_text())
     data["conditions"] |= {"dataset": "<script>alert(1)</script>", "device": "<img src=x>"}
-    write(run / "validation.json", data)
+    write(run / "fliqs/validation.json", data)
     page = write_report(run).read_text()
     assert "<script>alert" not in page
     assert "<img" not in page

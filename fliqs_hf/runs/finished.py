@@ -12,6 +12,7 @@ from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.hf.checkpoint import plain_name, read_header
 from fliqs_hf.hf.config import METHOD, FLIQSConfig
 from fliqs_hf.json_file import read_json, read_object
+from fliqs_hf.runs.files import RUN, is_earlier_run, is_run
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -19,22 +20,22 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """A run folder, or only a checkpoint folder. What was not recorded is None or empty, never assumed.
+class FinishedRun:
+    """A run folder, or only a packed model. What was not recorded is None or empty, never assumed.
 
     Attributes:
-        checkpoint: folder with config.json, packed weights and image processor.
-        run: the folder around it; None where only a checkpoint was given.
-        model: the checkpoint's config.json.
-        quantization: its quantization_config, validated; the allocation in it is the model's.
-        weight_files: in `checkpoint`, all of them complete.
-        settings: the run's config.json. results: its results.json. validation: its validation.json.
-        layers: its layers.json.
+        path: folder with config.json, packed weights and image processor.
+        records: its folder `fliqs`; None where there is only a model.
+        model: its config.json.
+        quantization: the quantization_config in there, validated; the allocation in it is the model's.
+        weight_files: all of them complete.
+        settings, results, validation: records of that name.
+        layers: those of layers.json.
         figures: PNG files, by name.
     """
 
-    checkpoint: Path
-    run: Path | None
+    path: Path
+    records: Path | None
     model: dict[str, Any]
     quantization: FLIQSConfig
     weight_files: tuple[Path, ...]
@@ -49,47 +50,62 @@ class RunFolder:
         allocation: Allocation = self.quantization.allocation
         return allocation
 
+    def has(self, record: str) -> bool:
+        """Whether there is a record of that name, such as "metrics.jsonl"."""
+        return self.records is not None and (self.records / record).is_file()
+
     @classmethod
-    def read(cls, folder: str | Path) -> RunFolder:
-        """Read `folder`, and check that its checkpoint is packed, complete and of the allocation beside it.
+    def read(cls, folder: str | Path) -> FinishedRun:
+        """Read `folder`, and check that its model is packed, complete and of the allocation that is on record.
 
         Raises: CheckpointError: it is not; the message names the file and the remedy.
         """
         folder = Path(folder)
-        run = folder if (folder / "checkpoint").is_dir() else None
-        checkpoint = folder / "checkpoint" if run else folder
-        if not (checkpoint / "config.json").is_file():
+        records = folder / RUN if (folder / RUN).is_dir() else None
+        if not (folder / "config.json").is_file() or is_earlier_run(folder):
+            raise CheckpointError(_no_model(folder))
+        model = read_object(folder / "config.json")
+        quantization = _quantization(folder / "config.json", model)
+        if not any((folder / name).is_file() for name in PROCESSORS):
             raise CheckpointError(
-                f"{str(folder)!r} is neither a run folder (with checkpoint/ in it) nor a checkpoint (with config.json)"
-            )
-        model = read_object(checkpoint / "config.json")
-        quantization = _quantization(checkpoint / "config.json", model)
-        if not any((checkpoint / name).is_file() for name in PROCESSORS):
-            raise CheckpointError(
-                f"{checkpoint} has no {PROCESSORS[0]}: nobody could prepare images for this model; "
+                f"{folder} has no {PROCESSORS[0]}: nobody could prepare images for this model; "
                 "save the image processor there with `image_processor.save_pretrained`"
             )
         optional = {
-            name: read_object(run / f"{name}.json") if run and (run / f"{name}.json").is_file() else {}
-            for name in ("config", "results", "validation")
+            name: read_object(records / f"{name}.json") if records and (records / f"{name}.json").is_file() else {}
+            for name in ("settings", "results", "validation")
         }
-        beside = run / "allocation.json" if run else None
+        beside = records / "allocation.json" if records else None
         if beside and beside.is_file() and Allocation.load(beside) != quantization.allocation:
             raise CheckpointError(
-                f"{beside} is not the allocation that the checkpoint is packed by; remove the one that is out of date"
+                f"{beside} is not the allocation that the model is packed by; remove the one that is out of date"
             )
         return cls(
-            checkpoint=checkpoint,
-            run=run,
+            path=folder,
+            records=records,
             model=model,
             quantization=quantization,
-            weight_files=_weight_files(checkpoint, quantization.allocation),
-            settings=optional["config"],
-            results=optional["results"],
-            validation=optional["validation"],
-            layers=_layers(run / "layers.json") if run and (run / "layers.json").is_file() else (),
-            figures=tuple(sorted((run / "figures").glob("*.png"))) if run else (),
+            weight_files=_weight_files(folder, quantization.allocation),
+            layers=_layers(records / "layers.json") if records and (records / "layers.json").is_file() else (),
+            figures=tuple(sorted((records / "figures").glob("*.png"))) if records else (),
+            **optional,
         )
+
+
+def _no_model(folder: Path) -> str:
+    """Why there is no model at the top of a folder, and what to do."""
+    if is_earlier_run(folder):
+        return (
+            f"{folder} is a run folder of an earlier version of fliqs_hf, which kept the model in checkpoint/: give "
+            f"{folder / 'checkpoint'} instead, which is a model like any other; its records are not read any more"
+        )
+    if targets := sorted(str(config.parent) for config in folder.glob("*-*/config.json")):
+        return f"{folder} holds a run for each of several targets: give one of them, such as {targets[0]}"
+    if (folder / RUN / "results.json").is_file():
+        return f"{folder} has lost the config.json of its model: restore it, or make the model again"
+    if is_run(folder):
+        return f"the run in {folder} is not finished, there is no model yet: go on with it by `search --resume`"
+    return f"{str(folder)!r} is neither a run folder nor that of a model: it has no config.json"
 
 
 def _quantization(path: Path, model: dict[str, Any]) -> FLIQSConfig:

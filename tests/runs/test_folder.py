@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fliqs_hf.runs.folder import RunFolder
 
 from fliqs_hf.cost import trace_layers
 from fliqs_hf.errors import CheckpointError, DiskError
 from fliqs_hf.search import SearchSpace, Sensitivity
-from fliqs_hf.search.run import RunFolder
 from tests.models import tiny
 
 
@@ -26,7 +26,7 @@ def test_scores_are_recorded_bit_for_bit(tmp_path: Path) -> None:
     assert recorded is not None and torch.equal(recorded.decision_scores, scores)
     assert replace(recorded, decision_scores=scores) == measured
     assert run.sensitivity(SearchSpace(space.layers, ["int4", "int8"])) is None
-    (tmp_path / "sensitivity.json").write_text("{")
+    (run.records / "sensitivity.json").write_text("{")
     assert run.sensitivity(space) is None
 
 
@@ -48,6 +48,7 @@ def test_a_full_disk_spoils_no_record(tmp_path: Path) -> None:
 def test_only_the_last_line_may_have_broken_off(tmp_path: Path) -> None:
     """A whole line that cannot be read is damage, not what a stop leaves."""
     run = RunFolder(tmp_path)
+    run.records.mkdir()
     for line in ('{"step": 1', "[]", "{}", '{"step": null}', "\x00\x00"):
         run.metrics.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
         with pytest.raises(CheckpointError, match=r"metrics.jsonl is damaged.*remove the line"):
@@ -59,8 +60,8 @@ def test_a_damaged_result_is_not_believed(tmp_path: Path) -> None:
     assert run.read_result("results.json") is None
     run.write_result("results.json", {"accuracy": {"top1": 0.91}, "n": (1, 2)})
     assert run.read_result("results.json") == {"accuracy": {"top1": 0.91}, "n": [1, 2]}
-    whole = (tmp_path / "results.json").read_text()
+    whole = (tmp_path / "fliqs/results.json").read_text()
     for text in (whole.replace("0.91", "0.81"), whole[:-4], "[]", "{}", "", "[" * 100_000, whole.replace("n", "m")):
-        (tmp_path / "results.json").write_text(text)
+        (tmp_path / "fliqs/results.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"results.json is damaged.*remove it"):
             run.read_result("results.json")

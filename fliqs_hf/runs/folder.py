@@ -1,4 +1,4 @@
-"""The run folder: everything about one search in one place, in files that people and later commands read."""
+"""The run folder: the model at its top, and everything about its search in `fliqs/`, for people and later commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.files import append_text, replacing
 from fliqs_hf.json_file import read_json
 from fliqs_hf.search.config import SearchConfig
-from fliqs_hf.search.run_files import RunFiles
+from fliqs_hf.runs.files import RUN, RunFiles
 from fliqs_hf.search.sensitivity import Sensitivity
 from fliqs_hf.search.space import SearchSpace
 from fliqs_hf.training import Accuracy
@@ -57,18 +57,26 @@ class RunFolder:
             raise ConfigError(f"the output folder {str(path)!r} has no usable name: give one, such as runs/pilot")
         self.path = Path(path)
         self.files = RunFiles(self.path)
-        self.checkpoint = self.path / "checkpoint"
-        self.state = self.path / "state"
-        self.policy = self.path / "policy.jsonl"
-        self.metrics = self.path / "metrics.jsonl"
+        self.records = self.path / RUN
+        self.state = self.records / "state"
+        self.policy = self.records / "policy.jsonl"
+        self.metrics = self.records / "metrics.jsonl"
+
+    def claim(self, *names: str) -> None:
+        """List records that are about to be written: files, and folders of states ("state/"). See `RunFiles.claim`."""
+        self.files.claim(*(f"{RUN}/{name}" for name in names))
+
+    def discard(self, name: str) -> None:
+        """Remove a record. See `RunFiles.discard`."""
+        self.files.discard(f"{RUN}/{name}")
 
     def write(self, name: str, data: Any) -> None:
         """A record as JSON: complete, or as it was. Raises: DiskError. ConfigError: what is there is not ours."""
-        self.files.write(name, json.dumps(data, indent=2, default=str) + "\n")
+        self.files.write(f"{RUN}/{name}", json.dumps(data, indent=2, default=str) + "\n")
 
     def read(self, name: str) -> Any:
         """Raises: CheckpointError: no readable record."""
-        return read_json(self.path / name)
+        return read_json(self.records / name)
 
     def write_result(self, name: str, result: dict[str, Any]) -> None:
         """A record that a resumed run believes: with a checksum. Raises: DiskError."""
@@ -76,33 +84,39 @@ class RunFolder:
 
     def read_result(self, name: str) -> dict[str, Any] | None:
         """What `write_result` has written; None where there is nothing. Raises: CheckpointError: it is damaged."""
-        if not (self.path / name).exists():
+        if not (self.records / name).exists():
             return None
         try:
-            return checksums.read_sealed(self.path / name)
+            return checksums.read_sealed(self.records / name)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; remove it, and --resume makes what it was the result of again") from error
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
-        """A folder to fill, which becomes the sub-folder `name` when it is complete. See `files.replacing`.
+        """A folder to fill, which becomes the folder `name` of the records when it is complete. See `files.replacing`.
 
         Raises: DiskError. ConfigError: something in the folder that is there is not ours.
         """
-        self.files.check(name)
-        with replacing(self.path / name) as draft:
+        entry = f"{RUN}/{name}"
+        self.files.check(entry)
+        with replacing(self.path / entry) as draft:
             yield draft
-            self.files.check(name)
-            inside = (f"{name}/{file.relative_to(draft).as_posix()}" for file in draft.rglob("*") if file.is_file())
+            self.files.check(entry)
+            inside = (f"{entry}/{file.relative_to(draft).as_posix()}" for file in draft.rglob("*") if file.is_file())
             self.files.add(inside)
+
+    def model_bytes(self) -> int:
+        """Of the weight files of the model, headers included."""
+        weights = (name for name in self.files.listed() if name.endswith(".safetensors") and "/" not in name)
+        return sum((self.path / name).stat().st_size for name in weights)
 
     def check(self, settings: dict[str, Any], config: SearchConfig) -> None:
         """Refuse to resume a run of other settings, or of a version with other defaults.
 
         Raises: CheckpointError: it names the first setting that differs, or says that they are not on record.
         """
-        file = self.path / "config.json"
-        if not file.exists() and not any((self.path / name).exists() for name in RESUMED):
+        file = self.records / "settings.json"
+        if not file.exists() and not any((self.records / name).exists() for name in RESUMED):
             return
         try:
             stored = self.read(file.name)
@@ -126,7 +140,7 @@ class RunFolder:
         program = [Path(sys.executable).name] if sys.argv[0].endswith(".py") else []
         command = shlex.join([*program, *sys.argv])
         search = {"search": asdict(config)} if config is not None else {}
-        self.write("config.json", {**settings, **search, "command": command, "versions": versions()})
+        self.write("settings.json", {**settings, **search, "command": command, "versions": versions()})
 
     def begin(
         self,
@@ -158,7 +172,7 @@ class RunFolder:
         Returns: None where there are none of this space, or they are damaged: they can be measured again.
         """
         try:
-            stored = checksums.read_sealed(self.path / "sensitivity.json")
+            stored = checksums.read_sealed(self.records / "sensitivity.json")
             scores = torch.tensor([stored["scores"][decision.name] for decision in space.decisions])
             found = Sensitivity(scores, stored["images"], stored["seconds"], stored["passes"])
         except (CheckpointError, ValueError, KeyError, TypeError):
@@ -166,8 +180,8 @@ class RunFolder:
         return found if scores.shape == (len(space.decisions), len(space.formats)) else None
 
     def append(self, entry: dict[str, Any]) -> None:
-        self.files.claim(self.metrics.name)
-        append_line(self.metrics, entry)
+        self.claim(self.metrics.name)
+        append_text(self.metrics, json.dumps(entry) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drop recorded steps beyond `step`, which a resumed run will record again, and a last line that broke off.
@@ -187,11 +201,6 @@ class RunFolder:
             return float(json.loads(self.metrics.read_text(encoding="utf-8").splitlines()[-1])["seconds"])
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise CheckpointError(f"{self.metrics} does not say how long the training took: {error}") from error
-
-
-def append_line(file: Path, entry: dict[str, Any]) -> None:
-    """Add a line of JSON. Raises: DiskError."""
-    append_text(file, json.dumps(entry) + "\n")
 
 
 def _step(line: bytes, file: Path) -> int:
@@ -254,7 +263,7 @@ def write_front(folder: RunFolder, results: Sequence[dict[str, Any]], fp32: Accu
     writer = csv.DictWriter(text := io.StringIO(), rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    folder.files.write("front.csv", text.getvalue())
+    folder.files.write(f"{RUN}/front.csv", text.getvalue())
     try:
         import matplotlib
 
@@ -269,8 +278,8 @@ def write_front(folder: RunFolder, results: Sequence[dict[str, Any]], fp32: Accu
         axes.axhline(100 * fp32.top1, color="0.5", linestyle="--", label="fp32")
         axes.set(xlabel="bit operations per image, G", ylabel="top-1, %")
         axes.legend()
-        folder.files.claim("front.png")
-        with replacing(folder.path / "front.png") as draft:
+        folder.claim("front.png")
+        with replacing(folder.records / "front.png") as draft:
             figure.savefig(draft, dpi=150)
         pyplot.close(figure)
     lines = [f"{'target':<16}{'GBOPs':>10}{'MB':>10}{'top-1':>10}"]
