@@ -323,7 +323,7 @@ def _export(parser: Parser) -> None:
     parser.add_argument("--max_samples", type=int, default=256, help="images to compare on (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--min_agreement", type=float, metavar="PERCENT",
-                        help="of the images must get the class that the packed model gives them; default: 99 with "
+                        help="of the images must get the class that the packed model gives them; default: 95 with "
                         "--dataset_name, 0 on noise")  # fmt: skip
     parser.add_argument("--opset", type=int, help="21 to 25 (default: 21); 25 has 2-bit types")
     parser.add_argument("--weight_codes", choices=("signed", "unsigned"),

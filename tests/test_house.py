@@ -37,9 +37,9 @@ MAX_LINES = 400
 
 #: What `import fliqs_hf` must leave to those who use it. Transformers itself brings accelerate, Jinja, PIL and YAML.
 HEAVY = [
-    "datasets", "deepspeed", "evaluate", "kornia", "matplotlib", "onnx", "optimum", "optuna", "pandas", "peft",
-    "plotly", "pyarrow", "scipy", "sklearn", "statsmodels", "tensorboard", "torch._dynamo", "torchvision", "trackio",
-    "triton",
+    "datasets", "deepspeed", "evaluate", "kornia", "matplotlib", "onnx", "onnx_ir", "onnxruntime", "onnxscript",
+    "openvino", "optimum", "optuna", "pandas", "peft", "plotly", "pyarrow", "scipy", "sklearn", "statsmodels",
+    "tensorboard", "torch._dynamo", "torchvision", "trackio", "triton",
 ]  # fmt: skip
 
 

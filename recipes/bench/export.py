@@ -41,12 +41,9 @@ from recipes.bench.inference import conditions
 OURS = {
     "W8A8 auto": ("int8", "int8", {}),
     "W4A8 auto": ("int4", "int8", {}),
-    "E2M1 auto": ("e2m1", "e2m1", {}),
     "W8A8 integer": ("int8", "int8", {"form": "integer"}),
     "W8A8 qdq": ("int8", "int8", {"form": "qdq"}),
     "W8A8 per_tensor": ("int8", "int8", {"input_scales": "per_tensor"}),
-    "W4A8 per_tensor": ("int4", "int8", {"input_scales": "per_tensor"}),
-    "W8 weights only": ("int8", None, {}),
 }
 
 

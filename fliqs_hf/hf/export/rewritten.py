@@ -113,6 +113,9 @@ class _Product:
         shift = (int8_shift(self.layer.formats.weight) or 0) + codes.shift
         factors = (channels(self.layer) * np.float32(2.0**-shift) * self.affine.gain).astype(np.float32)
         if self.convolution:
+            patches = self._patches(x)
+            if self.form == "auto" and patches is not None:
+                return self._product_of_patches(codes, factors, patches)
             return self._integer_convolution(codes, factors)
         if self.form == "auto" and not self.asymmetric:
             return self._runtime_product(codes, factors)
@@ -132,6 +135,34 @@ class _Product:
         if scalar:
             return product
         return self._add(self.writer.op("Mul", product, codes.scale), self._row(bias))
+
+    def _patches(self, x: Any) -> tuple[int, int] | None:
+        """Rows and columns of patches, where the convolution cuts its images into such without a rest."""
+        assert isinstance(self.layer, PackedConv2d)
+        if self.layer.not_a_product or x.shape is None or not all(isinstance(n, int) for n in x.shape[2:]):
+            return None
+        (height, width), (kh, kw) = x.shape[2:], self.layer.geometry["kernel_size"]
+        return None if height % kh or width % kw else (height // kh, width // kw)
+
+    def _product_of_patches(self, codes: Codes, factors: NDArray[np.float32], patches: tuple[int, int]) -> Any:
+        """As a Linear of patches: ONNX Runtime's ConvInteger takes ten times as long."""
+        op, integers, (rows, columns) = self.writer.op, self.writer.integers, patches
+        assert isinstance(self.layer, PackedConv2d)
+        outputs, channels_in, kh, kw = self.layer.weight_shape
+        blocks = op("Reshape", codes.values, integers(-1, channels_in, rows, kh, columns, kw))
+        blocks = op("Transpose", blocks, perm=[0, 2, 4, 1, 3, 5])
+        values = op("Reshape", blocks, integers(-1, rows * columns, channels_in * kh * kw))
+        weight = op("Transpose", op("Reshape", self._codes(), integers(outputs, -1)), perm=[1, 0])
+        bias = self.affine.bias
+        product = op(
+            "MatMulIntegerToFloat", values, weight, codes.scale if codes.scalar else 1.0,
+            self.writer.constant(factors, f"{self.name}.scale"), codes.zero, *self.zero, domain=MICROSOFT,
+        )  # fmt: skip
+        if not codes.scalar:
+            product = op("Mul", product, op("Reshape", codes.scale, integers(-1, 1, 1)))
+        if bias is not None:
+            product = op("Add", product, self.writer.constant(bias, f"{self.name}.bias"))
+        return op("Reshape", op("Transpose", product, perm=[0, 2, 1]), integers(-1, outputs, rows, columns))
 
     def _integer_convolution(self, codes: Codes, factors: NDArray[np.float32]) -> Any:
         product = self.writer.op(

@@ -44,8 +44,8 @@ def test_q_k_and_v_read_one_quantized_input(tmp_path: Path) -> None:
     graph = onnx_ir.load(tmp_path / "model.onnx").graph
     products = [node for node in graph if node.op_type == "MatMulIntegerToFloat"]
     codes = {node.inputs[0].name for node in products}
-    assert len(products) == 2 * 6 + 1
-    assert len(codes) == 2 * 4 + 1  # q, k and v of each of the two blocks are three readers of one
+    assert len(products) == 2 * 6 + 2  # with the patches and the head
+    assert len(codes) == 2 * 4 + 2  # q, k and v of each of the two blocks are three readers of one
 
 
 def test_batch_norms_are_folded_into_integer_products(tmp_path: Path) -> None:

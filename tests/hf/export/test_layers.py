@@ -75,7 +75,8 @@ def assert_equal(layer: PackedLayer, x: Tensor, *arguments: Any, **settings: Any
         bound = nn.functional.linear(inputs, weight)
     else:
         bound = nn.Conv2d._conv_forward(layer, inputs, weight, None)  # type: ignore[arg-type]
-    bias = layer.bias.detach().abs().view(-1, *[1] * (2 * (layer.kind != "linear")))  # type: ignore[union-attr]
+    bias = torch.zeros(layer.weight_shape[0]) if layer.bias is None else layer.bias.detach().abs()
+    bias = bias.view(-1, *[1] * (2 * (layer.kind != "linear")))
     assert ((found - expected).abs() <= 2 * layer.weight_shape[1:].numel() * 2.0**-24 * (bound + bias)).all()
     return model
 
@@ -131,6 +132,17 @@ def test_inputs_are_rounded_as_the_packed_layer_rounds_them(activation: str) -> 
 @pytest.mark.parametrize("form", ["auto", "qdq"])
 def test_convolutions(geometry: dict[str, Any], form: str) -> None:
     assert_equal(convolution("int8", "int8", **geometry), IMAGES, form)
+
+
+@pytest.mark.parametrize("layer", [
+    convolution("int8", "int8", stride=3), convolution("e2m1", "int8", "static", stride=3, bias=False),
+    convolution("int8", "int8", kernel_size=(2, 4), stride=(2, 4)),
+], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("codes", ["signed", "unsigned"])
+def test_patches_are_rows_of_a_product(layer: PackedLayer, codes: str) -> None:
+    model = assert_equal(layer, IMAGES, weight_codes=codes)
+    kinds = [node.op_type for node in model.graph]
+    assert "MatMulIntegerToFloat" in kinds and "ConvInteger" not in kinds
 
 
 def test_integer_convolutions_are_that() -> None:
