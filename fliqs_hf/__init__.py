@@ -10,6 +10,7 @@ from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.formats import parse
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.nn import make_searchable
+from fliqs_hf.nn.kernels import kernels_of, set_kernels
 from fliqs_hf.version import __version__
 
 if TYPE_CHECKING:
@@ -51,11 +52,13 @@ __all__ = [
     "allocate",
     "calibrate",
     "export",
+    "kernels_of",
     "make_searchable",
     "model_card",
     "parse",
     "push",
     "quantize",
+    "set_kernels",
     "validate",
     "write_report",
 ]

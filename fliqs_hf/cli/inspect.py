@@ -14,6 +14,7 @@ from fliqs_hf.cli.output import answer, table
 from fliqs_hf.errors import HubError
 from fliqs_hf.hf.integrity import integrity_wanted
 from fliqs_hf.nn import packed_layers
+from fliqs_hf.nn.kernels import kernels_of
 from fliqs_hf.pipeline.checkpoints import load_model
 from fliqs_hf.runs.finished import FinishedRun
 
@@ -22,7 +23,7 @@ def inspect(args: argparse.Namespace) -> int:
     """Reads every weight: what it says about integrity is what loading found."""
     run = FinishedRun.read(_folder(args.checkpoint, args.revision))
     model = load_model(str(run.path))
-    packed = packed_layers(model)
+    packed, kernels = packed_layers(model), kernels_of(model)
     layers: list[dict[str, Any]] = []
     for name, formats in run.allocation.items():
         layer = packed[name]
@@ -31,12 +32,14 @@ def inspect(args: argparse.Namespace) -> int:
             {
                 "name": name, "weight": formats.weight.name, "activation": str(formats.activation or "fp32"),
                 "shape": list(layer.weight_shape), "bytes": layer.weight_codes.numel() + 4 * scales,
+                "kernel": kernels[name].kernel, "why": kernels[name].reason,
             }
         )  # fmt: skip
     packed_bytes = sum(layer["bytes"] for layer in layers)
     parameters = sum(layer.weight_shape.numel() for layer in packed.values())
     file_bytes = sum(file.stat().st_size for file in run.weight_files)
     counts = Counter((layer["weight"], layer["activation"]) for layer in layers)
+    run_by = Counter((layer["kernel"], layer["why"]) for layer in layers)
     data = {
         "checkpoint": args.checkpoint, "model": type(model).__name__, "intact": True,
         "digests": None if run.quantization.digests is None else run.quantization.checksum,
@@ -44,6 +47,7 @@ def inspect(args: argparse.Namespace) -> int:
         "quantized": {"layers": len(layers), "parameters": parameters, "bytes": packed_bytes},
         "other_bytes": file_bytes - packed_bytes,
         "formats": [{"weight": w, "activation": a, "layers": n} for (w, a), n in counts.most_common()],
+        "kernels": [{"kernel": k, "why": why, "layers": n} for (k, why), n in run_by.most_common()],
         "scales": {
             "weight_granularity": run.quantization.weight_granularity, "weight_scale": run.quantization.weight_scale,
             "activation_granularity": run.quantization.activation_granularity,
@@ -63,13 +67,15 @@ def inspect(args: argparse.Namespace) -> int:
         f"{', '.join(data['files'])}: {file_bytes:,} bytes, {file_bytes - packed_bytes:,} of them not quantized\n"
         f"intact: {intact}\n\n"
         + table(("weights", "inputs", "layers"), [(w, a, n) for (w, a), n in counts.most_common()])
+        + "\n\n"
+        + table(("kernel on this machine", "layers", "why"), [(k, n, why) for (k, why), n in run_by.most_common()])
     )
     if args.layers:
         rows = [
-            (x["name"], x["weight"], x["activation"], "×".join(map(str, x["shape"])), f"{x['bytes']:,}")
+            (x["name"], x["weight"], x["activation"], "×".join(map(str, x["shape"])), f"{x['bytes']:,}", x["kernel"])
             for x in layers
         ]
-        text += "\n\n" + table(("layer", "weights", "inputs", "shape", "bytes"), rows)
+        text += "\n\n" + table(("layer", "weights", "inputs", "shape", "bytes", "kernel"), rows)
     answer(args.json, data, text)
     return 0
 

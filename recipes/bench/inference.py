@@ -10,27 +10,33 @@ and the quartiles over rounds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import platform
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
 from transformers import ViTConfig, ViTForImageClassification
 
 import fliqs_hf
-from fliqs_hf import FLIQSConfig
-from fliqs_hf.nn.kernels import kernels_of, set_kernels
+from fliqs_hf import Allocation, FLIQSConfig, LayerFormats, kernels_of, set_kernels
+from fliqs_hf.nn import native, quantizable_layers
 from fliqs_hf.report.validate import processor_name
 
 #: hidden size, heads, features of the MLP
 SIZES = {"tiny": (192, 3, 768), "small": (384, 6, 1536), "base": (768, 12, 3072)}
-PAIRS = {"w8a8": ("int8", "int8"), "w4a8": ("int4", "int8"), "w4a4": ("int4", "int4"), "e2m1": ("e2m1", "e2m1")}
+PAIRS = {"w8a8": ("int8", "int8"), "w4a8": ("int4", "int8"), "e2m1": ("e2m1", "e2m1"), "e4m3": ("e4m3", "e4m3")}
+#: What a search may give: layers in turn.
+MIXED = ("int4", "e2m1", "int8", "e4m3")
+WITHOUT = "w8a8, no compiler"
 #: Instruction sets that decide which kernels there are.
 INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
@@ -47,28 +53,36 @@ def models(size: str) -> dict[str, Any]:
     for name, (weight, activation) in PAIRS.items():
         formats = FLIQSConfig(weight_format=weight, activation_format=activation)
         cases[name] = fliqs_hf.quantize(copy.deepcopy(plain), formats)
+    names = list(quantizable_layers(plain))
+    mixed = {name: LayerFormats.of(MIXED[i % 4], MIXED[i % 4]) for i, name in enumerate(names)}
+    cases["mixed"] = fliqs_hf.quantize(copy.deepcopy(plain), Allocation(mixed))
+    cases[WITHOUT] = copy.deepcopy(cases["w8a8"])
     cases["w8a8, reference"] = copy.deepcopy(cases["w8a8"])
     set_kernels(cases["w8a8, reference"], "reference")
     return cases
 
 
-def seconds(model: Any, images: torch.Tensor) -> float:
-    start = time.perf_counter()
-    model(images)
-    return time.perf_counter() - start
+def seconds(name: str, model: Any, images: torch.Tensor, clock: Callable[[], float]) -> float:
+    with contextlib.ExitStack() as patches:
+        if name == WITHOUT:
+            for module in (native.codes, native.int8):
+                patches.enter_context(mock.patch.object(module, "library", return_value=None))
+        start = clock()
+        model(images)
+        return clock() - start
 
 
 @torch.no_grad()
-def measure(size: str, batch_size: int, rounds: int) -> list[dict[str, Any]]:
+def measure(size: str, batch_size: int, rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
     cases = models(size)
     images = torch.randn(batch_size, 3, 224, 224)
     inputs = {name: images.to(model.dtype if name == "bf16" else torch.float32) for name, model in cases.items()}
     for name, model in cases.items():
-        seconds(model, inputs[name])  # prepares weights
+        seconds(name, model, inputs[name], clock)  # prepares weights
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, model in cases.items():
-            times[name].append(seconds(model, inputs[name]))
+            times[name].append(seconds(name, model, inputs[name], clock))
     rows = []
     for name, model in cases.items():
         ratios = [base / own for base, own in zip(times["fp32"], times[name], strict=True)]
@@ -78,7 +92,7 @@ def measure(size: str, batch_size: int, rounds: int) -> list[dict[str, Any]]:
             "size": size, "batch_size": batch_size, "case": name, "times_fp32": median, "quartiles": [low, high],
             "milliseconds": round(1e3 * statistics.median(times[name]), 2), "kernels": dict(kernels),
         })  # fmt: skip
-        print(f"{size:6} {batch_size:3}  {name:16} {median:5.2f} × fp32  ({low:.2f} to {high:.2f})", flush=True)
+        print(f"{size:6} {batch_size:3}  {name:17} {median:5.2f} × fp32  ({low:.2f} to {high:.2f})", flush=True)
     return rows
 
 
@@ -91,7 +105,8 @@ def conditions() -> dict[str, Any]:
     )
     return {
         "cpu": processor_name(), "instructions": [name for name in INSTRUCTIONS if name in flags],
-        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "compiled": native.compiled.library() is not None,
+        "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "fliqs_hf": fliqs_hf.__version__,
     }  # fmt: skip
 
@@ -102,15 +117,25 @@ def main() -> None:
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=15, help="at least 3")
     parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument(
+        "--cpu_time", action="store_true",
+        help="of one thread, not of the clock on the wall: for machines that others use at the same time",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, help="JSON file of results")
     args = parser.parse_args()
     if args.rounds < 3:
         parser.error(f"--rounds {args.rounds}: quartiles need at least 3")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows = [row for size in args.sizes for batch in args.batch_sizes for row in measure(size, batch, args.rounds)]
+    if args.cpu_time and args.threads not in (None, 1):
+        parser.error(f"--cpu_time is of one thread, not of --threads {args.threads}")
+    if threads := 1 if args.cpu_time else args.threads:
+        torch.set_num_threads(threads)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    about = conditions() | {"time": "cpu" if args.cpu_time else "wall"}
+    rows = [
+        row for size in args.sizes for batch in args.batch_sizes for row in measure(size, batch, args.rounds, clock)
+    ]
     if args.output:
-        args.output.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=1) + "\n")
+        args.output.write_text(json.dumps({"conditions": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

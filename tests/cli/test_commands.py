@@ -126,6 +126,9 @@ def test_quantize_uniform_inspect_and_card(fp32: Path, tmp_path: Path, capsys: p
         assert torch.equal(packed(x).logits, expected(x).logits)
     found = answer(capsys, "inspect", str(out), "--layers")
     assert found["formats"] == [{"weight": "int4", "activation": "fp32", "layers": len(found["layers"])}]
+    why = "the input is not quantized"
+    assert found["kernels"] == [{"kernel": "decoded", "why": why, "layers": len(found["layers"])}]
+    assert {(layer["kernel"], layer["why"]) for layer in found["layers"]} == {("decoded", why)}
     assert found["file_bytes"] == result["checkpoint_bytes"]
     assert "was not measured" in str(model_card(out))
     assert "holds a run already" in failure(capsys, "quantize", str(fp32), str(out))
