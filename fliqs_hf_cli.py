@@ -255,6 +255,8 @@ def _quantize(parser: Parser) -> None:
     parser.add_argument(
         "--weight_scale", choices=("absmax", "mse"), help="default: mse with --calibration, else absmax"
     )
+    parser.add_argument("--fold_batchnorm", choices=("true", "false"), default="true",
+                        help="batch norms into the convolutions before them (default: %(default)s)")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--modules_to_not_convert", nargs="+", metavar="PATTERN", help="layers that stay in fp32")
     parser.add_argument("--device", help="cpu, cuda, …; default: cuda if there is one")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.formats import parse
-from fliqs_hf.hf import FLIQSConfig, quantize
+from fliqs_hf.hf import FLIQSConfig, fold_batchnorm, quantize
 from fliqs_hf.nn import make_searchable
 from fliqs_hf.nn.kernels import kernels_of, set_kernels
 from fliqs_hf.version import __version__
@@ -52,6 +52,7 @@ __all__ = [
     "allocate",
     "calibrate",
     "export",
+    "fold_batchnorm",
     "kernels_of",
     "make_searchable",
     "model_card",

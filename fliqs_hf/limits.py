@@ -52,6 +52,7 @@ LIMITS: Mapping[str, Limit] = {
     "max_eval_samples": COUNT,
     "calibration_images": COUNT,
     "prior_images": COUNT,
+    "batchnorm_images": Limit(0),
     "max_samples": Limit(2),  # a validation says nothing about a single image
     "train_val_split": Limit(0, 1, above=True, below=True),
     # training

@@ -12,7 +12,7 @@ from fliqs_hf.cli.calibration import Calibration, check, pack
 from fliqs_hf.cli.output import answer
 from fliqs_hf.cost import LayerInfo, Target, unlisted_bytes
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.hf import FLIQSConfig
+from fliqs_hf.hf import FLIQSConfig, fold_batchnorm
 from fliqs_hf.hf.card import write_card
 from fliqs_hf.lock import locked
 from fliqs_hf.pipeline.checkpoints import device_of, is_classifier, load_model, load_processor, read_config, traced
@@ -65,6 +65,8 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     if found is not None:
         cost |= {"target_ratio": found.cost / found.target_cost, "expected_loss_increase": found.loss_increase}
     pack(args, model, allocation, calibration)
+    if args.fold_batchnorm == "true":
+        _fold(model)
     if calibration is not None:
         args.calibration_split = calibration.split
     run = _save(args, output, model, processor, layers, allocation, found)
@@ -121,6 +123,14 @@ def _costed(model: Any) -> tuple[LayerInfo, ...]:
     except ConfigError as error:
         print(f"costs are not known: {error}", file=sys.stderr)
         return ()
+
+
+def _fold(model: Any) -> None:
+    """Fold batch norms; all stay where the model cannot be run."""
+    try:
+        fold_batchnorm(model)
+    except ConfigError as error:
+        print(f"batch norms stay: {error}", file=sys.stderr)
 
 
 def _config(args: argparse.Namespace) -> FLIQSConfig:

@@ -66,6 +66,9 @@ class FLIQSConfig(QuantizationConfigMixin):
         weight_cache: for layers that no exact product takes: "decoded" keeps their weights as float32, "none" decodes
             them in every forward pass. This, `kernels` and `check_integrity` are not stored; no other argument has an
             effect on a checkpoint that is packed already.
+            that training simulates, bit for bit; see `nn/native`. This and `check_integrity` are not stored; no
+            other argument has an effect on a checkpoint that is packed already.
+        folded: of a packed checkpoint, convolution -> batch norm that it took in; set by `fold_batchnorm`.
         digests: of a packed checkpoint, see `hf/integrity.py`; set by the library.
         format_version: of the checkpoint layout; set by the library.
 
@@ -85,6 +88,7 @@ class FLIQSConfig(QuantizationConfigMixin):
     check_integrity: bool = field(default=True, compare=False)
     kernels: Kernels = field(default="auto", compare=False)
     weight_cache: WeightCache = field(default="decoded", compare=False)
+    folded: dict[str, str] | None = None
     digests: Digests | None = field(default=None, compare=False)
     format_version: int = FORMAT_VERSION
     quant_method: str = METHOD
@@ -108,6 +112,8 @@ class FLIQSConfig(QuantizationConfigMixin):
             isinstance(self.digests, Mapping) and self.digests.keys() == {"settings", "tensors"}
         ):
             raise ConfigError(f"digests={self.digests!r:.100} are not what saving a model writes; leave them out")
+        if self.folded is not None and (not isinstance(self.folded, Mapping) or self.allocation is None):
+            raise ConfigError(f"folded={self.folded!r:.100} is what folding a packed model writes; leave it out")
         if not isinstance(self.checksum, str) or self.checksum not in ALGORITHMS:
             raise ConfigError(f"checksum={self.checksum!r} does not exist; choose from {', '.join(ALGORITHMS)}")
         self._check_contradictions()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from fliqs_hf.hf.config import METHOD, FLIQSConfig
 from fliqs_hf.hf.integrity import Stamps, check_integrity, check_stamps, digests_of, integrity_wanted, stamps
 from fliqs_hf.hf.unregistered import let_through, stop_others
 from fliqs_hf.nn import make_searchable, pack_model, packed_layers, quantizable_layers, restore, unpack_model
+from fliqs_hf.nn.batchnorm import expect_folded, unfold
 from fliqs_hf.nn.finite import check_finite, not_finite
 from fliqs_hf.nn.kernels import set_kernels
 from fliqs_hf.nn.replace import Places, replace
@@ -47,6 +49,7 @@ class FLIQSHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FLIQSConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.allocation = Allocation({})
+        self.folded: dict[str, str] = {}  # convolution -> batch norm that the checkpoint's has taken in
         self._stamps: Stamps = {}
         self.places: Places | None = None  # of the layers that wait for their weights
         self.reshaped: set[str] = set()  # layers for which the checkpoint has a weight of another shape
@@ -77,6 +80,8 @@ class FLIQSHfQuantizer(HfQuantizer):
         layers = dict(model.named_modules())
         if self.pre_quantized:
             packed = {name: packed_like(layers[name], fmts, config.settings) for name, fmts in self.allocation.items()}
+            self.folded = folded_in(model, config.folded or {})
+            expect_folded(model, packed, self.folded)
             replace(model, packed)
             files = list(kwargs.get("checkpoint_files") or ())
             check_places(files, model.config.name_or_path)
@@ -167,7 +172,9 @@ class FLIQSHfQuantizer(HfQuantizer):
         for name, layer in packed.items():
             if self.pre_quantized:
                 layer.check_codes(name)
-        model.config.quantization_config = self.quantization_config = packed_config(config, self.allocation)
+        model.config.quantization_config = self.quantization_config = packed_config(
+            config, self.allocation, self.folded
+        )
         set_kernels(model, config.kernels, config.weight_cache)
         return model
 
@@ -183,6 +190,7 @@ class FLIQSHfQuantizer(HfQuantizer):
         # `save_pretrained` leaves a name in the config.
         real: torch.dtype | None = getattr(torch, str(dtype).removeprefix("torch.")) if dtype else None
         restore(model) if self.searchable else unpack_model(model, real)
+        unfold(model, self.quantization_config.folded or {})
         let_through(model.config)
         model.config._is_quantized = False
         return model
@@ -280,7 +288,7 @@ def searched_layers(model: Any, modules_to_not_convert: list[str] | None) -> tup
     return names, {name: traced[name].input_group for name in names if name in traced}
 
 
-def packed_config(config: FLIQSConfig, allocation: Allocation) -> FLIQSConfig:
+def packed_config(config: FLIQSConfig, allocation: Allocation, folded: Mapping[str, str] | None = None) -> FLIQSConfig:
     """The configuration of a packed model: every format spelled out."""
     return FLIQSConfig(
         allocation=allocation,
@@ -290,7 +298,24 @@ def packed_config(config: FLIQSConfig, allocation: Allocation) -> FLIQSConfig:
         checksum=config.checksum,
         kernels=config.kernels,
         weight_cache=config.weight_cache,
+        folded=dict(folded) if folded else None,
     )
+
+
+def folded_in(model: Any, folded: Mapping[str, str]) -> dict[str, str]:
+    """`folded` in the names of `model`, which may be the base model of the one that was saved, or the reverse.
+
+    Raises: CheckpointError: a module that `model` does not have.
+    """
+    prefix, modules = model.base_model_prefix + ".", dict(model.named_modules())
+
+    def own(name: str) -> str:
+        known = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules]
+        if not known:
+            raise CheckpointError(f"the checkpoint names {name!r} as folded, which {type(model).__name__} has not")
+        return known[0]
+
+    return {own(conv): own(norm) for conv, norm in folded.items()}
 
 
 def quantize(model: Any, config: FLIQSConfig | Allocation) -> Any:

@@ -35,6 +35,7 @@ def check_stored(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}={config[key]!r:.100} is no name")
     _patterns("modules_to_not_convert", config.get("modules_to_not_convert"), (list, tuple))
     _patterns("overrides", config.get("overrides"), Mapping)
+    _folded(config.get("folded"))
     _digests(config.get("digests"))
 
 
@@ -63,6 +64,17 @@ def _patterns(key: str, patterns: Any, expected: Any) -> None:
                 f"{key}: {pattern!r} comes from a checkpoint, and no regular expression that does is ever run: "
                 "name the layers instead"
             )
+
+
+def _folded(folded: Any) -> None:
+    if folded is None:
+        return
+    if not isinstance(folded, Mapping):
+        raise ConfigError(f"folded={folded!r:.100} maps convolutions to batch norms; the file is damaged")
+    for names in (folded, folded.values()):
+        _bounded("folded", names)
+    if len(set(folded.values())) < len(folded):
+        raise ConfigError("folded: one batch norm is of several convolutions; the file is damaged")
 
 
 def _digests(digests: Any) -> None:

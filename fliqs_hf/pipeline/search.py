@@ -20,10 +20,10 @@ from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers, unlisted_b
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.failures import explain, trace
 from fliqs_hf.formats import parse as parse_format
-from fliqs_hf.hf import FLIQSConfig, quantize
+from fliqs_hf.hf import FLIQSConfig, fold_batchnorm, quantize
 from fliqs_hf.interrupt import stopping
 from fliqs_hf.lock import locked
-from fliqs_hf.nn import make_searchable, quantizable_layers, restore
+from fliqs_hf.nn import format_switch, make_searchable, quantizable_layers, restore
 from fliqs_hf.pipeline.checks import check_arguments, search_space, targets_of, uniform_formats
 from fliqs_hf.pipeline.completion import complete
 from fliqs_hf.pipeline.costs import cost_table
@@ -31,6 +31,7 @@ from fliqs_hf.pipeline.job import Job, load
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
+from fliqs_hf.pipeline.statistics import settle_batchnorm
 from fliqs_hf.runs.folder import RunFolder, cost_summary, write_front
 from fliqs_hf.search import OneShotSearch, SearchSpace
 from fliqs_hf.search.hook import FixedFormats, SearchHook
@@ -212,6 +213,7 @@ def finetune(job: Job, folder: RunFolder) -> None:
         job.model, job.train_data, config, job.accelerator, augment=job.augment, score=job.score, state_folder=state,
         resume=job.args.resume, on_log=Tracking(job, "fp32/").log, name="fp32 training",
     )  # fmt: skip
+    settle_batchnorm(job, job.model, "fp32")
     if job.accelerator.is_main_process:
         with folder.replacing(kept.name) as draft:
             job.model.save_pretrained(draft)
@@ -335,8 +337,14 @@ def deliver(job: Job, run: RunFolder, allocation: Allocation, folder: str | None
     """
     if job.accelerator.is_main_process:
         config = FLIQSConfig(allocation=allocation, activation_granularity=job.quantizers.activation_granularity)
+        model = copy.deepcopy(job.model)
+        format_switch(model).set_allocation(allocation)
+        settle_batchnorm(job, model, name)
+        quantize(model, config)
+        if job.args.fold_batchnorm:
+            fold_batchnorm(model, {"pixel_values": job.eval_data[0][0][None].to(job.accelerator.device)})
         with run.files.model() if folder is None else run.replacing(folder) as draft:
-            quantize(copy.deepcopy(job.model), config).save_pretrained(draft)
+            model.save_pretrained(draft)
             job.processor.save_pretrained(draft)
         if folder is None:
             run.write("allocation.json", allocation.to_dict())

@@ -22,6 +22,7 @@ from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.hf.config import FLIQSConfig
 from fliqs_hf.hf.quantizer import declare_packed, quantize, refuse_packed, require_transformers
 from fliqs_hf.nn import format_switch, quantizable_layers, restore
+from fliqs_hf.nn.batchnorm import convolutions_before
 from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.replace import replace
@@ -91,8 +92,9 @@ def calibrate(
             are usual.
         rounding: "nearest", or "gptq" (a layer whose Hessian cannot be inverted even with damping is rounded to
             nearest, with a line in the log).
-        bias_correction: shift existing biases so that the mean of every output channel is that of the fp32 model;
-            takes a second pass. Default: where input scales are fixed, which is where it pays (docs/ptq.md).
+        bias_correction: shift existing biases, or the means of batch norms that alone read a convolution without a
+            bias, so that the mean of every output channel is that of the fp32 model; takes a second pass. Default:
+            where input scales are fixed, which is where it pays (docs/ptq.md).
         activations: "dynamic" scales each input by itself (per token, per image in convolutions); "clipped" does the
             same times one factor of at most 1 per layer, which gives the least squared error of the layer's output;
             the others fix one scale per layer: "absmax", "percentile" of |x|, or "mse" for the least squared error.
@@ -123,8 +125,10 @@ def calibrate(
     config.allocation = config.resolve(model)
     layers = {name: layer for name, layer in quantizable_layers(model).items() if name in config.allocation}
     with _plain(model):
-        packed = _packed(model, layers, config, options, batches)
+        packed, shifts = _packed(model, layers, config, options, batches)
     replace(model, packed)
+    for norm, shift in shifts.items():
+        model.get_submodule(norm).running_mean.sub_(shift)
     restore(model)
     return declare_packed(model, config)
 
@@ -135,10 +139,12 @@ def _packed(
     config: FLIQSConfig,
     options: _Options,
     batches: Iterable[Tensor],
-) -> dict[str, PackedLayer]:
-    """The packed layer for each of `layers`, not yet in the model."""
+) -> tuple[dict[str, PackedLayer], dict[str, Tensor]]:
+    """The packed layer for each of `layers`, not yet in the model, and by what means of batch norms are to fall."""
     images, means = _read(model, layers if options.bias_correction else {}, batches)
+    norms = convolutions_before(model, {"pixel_values": images[:1]}).norms if options.bias_correction else {}
     packed: dict[str, PackedLayer] = {}
+    shifts: dict[str, Tensor] = {}
 
     def hook(name: str) -> Hook:
         def finish(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -148,7 +154,15 @@ def _packed(
                     "of the allocation, or use fliqs_hf.quantize"
                 )
             packed[name] = packed_like(layer, config.allocation[name], config.settings)
-            output = _pack(packed[name], name, layer, inputs[0], means.get(name), options)
+            output = _pack(packed[name], name, layer, inputs[0], options)
+            bias = layer._parameters["bias"]
+            if name in means and (bias is not None or name in norms):
+                shift = means[name] - _channel_mean(layer, output)
+                if bias is None:
+                    shifts[norms[name]] = shift
+                else:
+                    packed[name].bias = _shifted(bias, shift)
+                output += shift.to(output.dtype).view(-1, *[1] * (output.dim() - 1 - _channel(layer, output)))
             bar.update()
             return output
 
@@ -166,7 +180,7 @@ def _packed(
                     f"the model does not call {name!r} for images, so there is nothing to make its input scale from: "
                     "leave it out of the allocation, or choose activations='dynamic'"
                 )
-    return packed
+    return packed, shifts
 
 
 @contextmanager
@@ -230,15 +244,8 @@ def _check_batch(number: int, batch: Any, others: list[Tensor]) -> None:
         raise DataError(f"batch {number} holds NaN or infinity: check the images and their processing")
 
 
-def _pack(
-    packed: PackedLayer, name: str, layer: nn.Module, x: Tensor, mean: Tensor | None, options: _Options
-) -> Tensor:
-    """Fill `packed` from the fp32 `layer` and what it reads, `x`.
-
-    Args:
-        mean: of the fp32 model's output in every channel, float64 [out]; None leaves the bias alone.
-    Returns: the output of the packed layer.
-    """
+def _pack(packed: PackedLayer, name: str, layer: nn.Module, x: Tensor, options: _Options) -> Tensor:
+    """Fill `packed` from the fp32 `layer` and what it reads, `x`. Returns: the output of the packed layer."""
     # A sum is the fastest pass over the values: one that is not finite makes it NaN or infinite.
     if not bool(x.sum(dtype=torch.float64).isfinite()):
         raise DataError(
@@ -266,11 +273,11 @@ def _pack(
     else:
         packed.pack_(weight)
     output: Tensor = packed(x)
-    if mean is not None and packed.bias is not None:
-        shift = mean - _channel_mean(layer, output)
-        packed.bias = nn.Parameter((packed.bias.double() + shift).to(packed.bias.dtype), packed.bias.requires_grad)
-        output += shift.to(output.dtype).view(-1, *[1] * (output.dim() - 1 - _channel(layer, output)))
     return output
+
+
+def _shifted(bias: nn.Parameter, shift: Tensor) -> nn.Parameter:
+    return nn.Parameter((bias.double() + shift).to(bias.dtype), bias.requires_grad)
 
 
 def _channel(layer: nn.Module, output: Tensor) -> int:

@@ -81,6 +81,12 @@ class TrainingArguments:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "bf16"] | None = field(default=None, metadata={"help": "default: accelerate's"})
+    batchnorm_images: int = field(
+        default=2048, metadata={"help": "training images for the final statistics of batch norms; 0: running averages"}
+    )
+    fold_batchnorm: bool = field(
+        default=True, metadata={"help": "deliver convolutions that have taken in the batch norms behind them"}
+    )
     ema_decay: float = field(default=0.0, metadata={"help": "deliver a moving average of the weights, e.g. 0.999"})
     label_smoothing_factor: float = 0.0
     distill: float = field(default=0.0, metadata={"help": "share of the loss that imitates the fp32 model, 0 to 1"})

@@ -146,6 +146,31 @@ def test_layers_without_bias_get_none() -> None:
     assert {name: layer.bias is None for name, layer in packed_layers(model).items()} == before
 
 
+@pytest.mark.parametrize("architecture", ["resnet", "mobilenet_v2", "efficientnet"])
+def test_means_behind_convolutions_without_bias_are_corrected_in_their_norms(architecture: str) -> None:
+    x = images(16)
+
+    def means(model: Any) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        for name, norm in norms.items():
+            norm.register_forward_hook(lambda _, __, y, name=name: found.update({name: y.mean((0, 2, 3))}))
+        logits(model, x)
+        return found
+
+    expected = means(tiny(architecture))
+    nearest, corrected = (
+        means(calibrate(tiny(architecture), uniform(tiny(architecture), "int3"), [x], bias_correction=wanted))
+        for wanted in (False, True)
+    )
+    assert expected and expected.keys() == corrected.keys()
+    for name, mean in expected.items():
+        size = 1 + mean.abs().max()
+        # Sums in float32, and a running mean that is rounded to it.
+        torch.testing.assert_close(corrected[name] / size, mean / size, rtol=0, atol=1e-5)
+    assert any(not torch.allclose(nearest[name], mean, atol=1e-2) for name, mean in expected.items())
+
+
 def test_the_original_bias_is_not_changed_in_place() -> None:
     model = tiny("vit")
     bias = model.classifier.bias
