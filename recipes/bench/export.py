@@ -47,10 +47,10 @@ OURS = {
 }
 
 
-def cases(plain: Any, image: torch.Tensor, folder: Path) -> dict[str, tuple[Any, Any, float]]:
+def cases(plain: Any, image: torch.Tensor, folder: Path) -> dict[str, tuple[Any, Any, float | None]]:
     """Case -> what runs, the model that it should agree with, and its size in MB."""
     threads = torch.get_num_threads()
-    made: dict[str, tuple[Any, Any, float]] = {"torch fp32": (plain, plain, float("nan"))}
+    made: dict[str, tuple[Any, Any, float | None]] = {"torch fp32": (plain, plain, None)}
 
     def add(name: str, file: Path, reference: Any) -> None:
         made[name] = (OnnxClassifier(file, threads=threads), reference, file.stat().st_size / 1e6)
@@ -80,7 +80,9 @@ def cases(plain: Any, image: torch.Tensor, folder: Path) -> dict[str, tuple[Any,
 
 
 @torch.no_grad()
-def speeds(made: dict[str, tuple[Any, Any, float]], images: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+def speeds(
+    made: dict[str, tuple[Any, Any, float | None]], images: torch.Tensor, rounds: int
+) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(rounds + 1):
         for name, (model, _, _) in made.items():
@@ -117,7 +119,7 @@ def main() -> None:
         for name, (model, reference, size) in made.items():
             agreement = compare(reference, model, stacked.split(20))
             row = {
-                "case": name, "mb": round(size, 2), "agreement": round(agreement.percent, 2),
+                "case": name, "mb": size and round(size, 2), "agreement": round(agreement.percent, 2),
                 "rms": round(agreement.rms, 4),
                 **{f"speed_{batch}": round(statistics.median(found[name]), 2) for batch, found in ratios.items()},
             }  # fmt: skip

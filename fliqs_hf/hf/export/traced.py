@@ -45,7 +45,7 @@ def trace(model: Any, image: Tensor, opset: int) -> Any:
     with _stand_ins(model), _quiet():
         try:
             graph = OnnxExporter().export(model, {"pixel_values": image}, config).program
-        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise ConfigError(
                 f"Transformers cannot export {type(model).__name__} to ONNX: {' '.join(str(error).split())[:400]}"
             ) from error
