@@ -19,6 +19,7 @@ from fliqs_hf.search import SearchConfig
 from fliqs_hf.training import TrainConfig
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
 from fliqs_hf.training.augment import check_augment
+from fliqs_hf.training.compiling import DEFAULT_BACKEND
 from fliqs_hf.training.models import read_classifier
 
 #: How trackers call the name of a run; the others of accelerate name it by themselves.
@@ -122,6 +123,7 @@ def train_config(args: TrainingArguments, steps: int, learning_rate: float, qual
         keep_best=args.load_best_model_at_end,
         ema_decay=args.ema_decay,
         workers=args.dataloader_num_workers,
+        compile_backend=args.torch_compile_backend or (DEFAULT_BACKEND if args.torch_compile else None),
     )
 
 

@@ -87,6 +87,8 @@ class TrainingArguments:
     fold_batchnorm: bool = field(
         default=True, metadata={"help": "deliver convolutions that have taken in the batch norms behind them"}
     )
+    torch_compile: bool = field(default=False, metadata={"help": "compile training steps, where a compiler is there"})
+    torch_compile_backend: str | None = field(default=None, metadata={"help": "compile with it; default: inductor"})
     ema_decay: float = field(default=0.0, metadata={"help": "deliver a moving average of the weights, e.g. 0.999"})
     label_smoothing_factor: float = 0.0
     distill: float = field(default=0.0, metadata={"help": "share of the loss that imitates the fp32 model, 0 to 1"})

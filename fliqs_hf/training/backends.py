@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fliqs_hf.training.compiling import compiled
 from fliqs_hf.training.shards import gathered_into, load_whole, whole_optimizer, whole_weights
 
 
@@ -19,9 +20,18 @@ class Backend:
     Attributes:
         model, optimizer: the prepared ones.
         given: the model as it was handed in, whose weights these are.
+        compiles: whether its passes are compiled, if that works here.
     """
 
-    def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    compiles = False
+
+    def __init__(
+        self,
+        accelerator: Any,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        compile_backend: str | None = None,
+    ) -> None:
         self.accelerator, self.given = accelerator, model
         if accelerator.ddp_handler is None:
             # DDP refuses parameters that get no gradient otherwise, such as DINOv2's mask token.
@@ -29,6 +39,9 @@ class Backend:
 
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.model, self.optimizer = accelerator.prepare(model.train(), optimizer)
+        if compile_backend is not None:
+            self.compiles = True
+            self.model = compiled(self.model, compile_backend, accelerator.device)
 
     def logits(self, images: Tensor) -> Tensor:
         """float32 [batch, classes], in the precision that accelerate is configured for."""
@@ -92,7 +105,9 @@ class Backend:
         """End training. Returns: a plain whole model with the trained weights, the same on every process."""
         self.share_buffers()
         self.accelerator.free_memory()
-        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.compiles:  # what is trained next has other layers; there is a limit to what is compiled in one process
+            torch.compiler.reset()
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         return model
 
 

@@ -88,7 +88,7 @@ ADVICE = {
     "grad_accum": "use gradient_accumulation_steps",
     "deepspeed": "name its configuration in that of accelerate: accelerate launch --config_file …",
     "fsdp": "name it in the configuration of accelerate: accelerate launch --config_file …",
-    "torch_compile": "steps are not compiled: leave it out",
+    "torch_compile_mode": "the backend's default mode is used: leave it out",
     "bits": "use target_bits",
     "target": "use target_bits, target_bops, target_size_mb or target_ratio",
     "formats": "use search_space",

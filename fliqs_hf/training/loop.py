@@ -24,6 +24,7 @@ from fliqs_hf.fields import check_fields
 from fliqs_hf.interrupt import finishing
 from fliqs_hf.training.average import WeightAverage
 from fliqs_hf.training.backends import Backend, ShardedBackend
+from fliqs_hf.training.compiling import check_backend
 from fliqs_hf.training.data import ImageData, train_loader
 from fliqs_hf.training.losses import check_problem
 from fliqs_hf.training.schedule import Schedule, check_schedule, learning_rate_at
@@ -91,6 +92,7 @@ class TrainConfig:
     keep_best: bool = False  # return the best weights of those evaluations, not the last
     ema_decay: float = 0.0  # of a moving average of the weights, which is then what is evaluated and returned; 0: none
     workers: int = 0
+    compile_backend: str | None = None  # of `torch.compile` for the forward and backward passes; None: not compiled
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
@@ -109,6 +111,8 @@ class TrainConfig:
         for name in ("weight_decay", "eval_steps", "workers"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        if self.compile_backend is not None:
+            check_backend(self.compile_backend)
         if self.keep_best and not self.eval_steps:
             raise ConfigError("keeping the best weights needs evaluations: set eval_steps")
 
@@ -338,7 +342,9 @@ def _backend(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimize
             accelerator, model, optimizer, batch_size=config.batch_size,
             accumulation=config.gradient_accumulation_steps, max_norm=config.max_grad_norm,
         )  # fmt: skip
-    return (ShardedBackend if "FSDP" in kind else Backend)(accelerator, model, optimizer)
+    if "FSDP" in kind:
+        return ShardedBackend(accelerator, model, optimizer)
+    return Backend(accelerator, model, optimizer, config.compile_backend)
 
 
 def _check_support(accelerator: Any, config: TrainConfig) -> None:
@@ -355,6 +361,8 @@ def _check_support(accelerator: Any, config: TrainConfig) -> None:
         raise ConfigError(
             f"{name}={getattr(config, name)} needs the whole model on every process during training: use DDP, or 0"
         )
+    if ("FSDP" in kind or "DEEPSPEED" in kind) and config.compile_backend:
+        raise ConfigError(f"torch_compile does not go with {kind}, which shards the model: use DDP, or leave it out")
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ConfigError(
             f"mixed_precision={accelerator.mixed_precision!r} scales the loss, which a resumed run would not repeat; "

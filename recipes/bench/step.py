@@ -6,7 +6,8 @@ A step is forward, backward and, in a search, all that the policy does: sampling
 of the weights is the same for all and left out, which makes ratios larger. Times are medians of interleaved rounds
 in one process, given as ratios to the fp32 step of the same round. Activation memory is what autograd saves for
 backward, each storage counted once, without the parameters. Peak memory is the growth of the resident set over one
-step in a fresh process per case.
+step in a fresh process per case. With --compiled there are two more cases, fp32 and search by `torch.compile`
+(Inductor), and nothing else than times is measured.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import argparse
 import copy
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from inference import conditions
+from torch.nn import functional
 from transformers import AutoModelForImageClassification
 
 from fliqs_hf import Allocation, FLIQSConfig, quantize
@@ -40,6 +43,7 @@ UNIFORM = ("int4", "e2m1", "e4m3", "int8")
 #: "search": other formats at each step. "pairs": two allocations per step, the second without a backward pass.
 #: "clipped": as "search", with learned factors on the scales of inputs.
 CASES = ("fp32", *UNIFORM, "search", "pairs", "clipped")
+COMPILED = ("compiled fp32", "compiled search")
 STEPS = 1000  # of the search, more than are run
 
 
@@ -49,7 +53,9 @@ class Case:
     def __init__(self, path: str, name: str) -> None:
         self.model = AutoModelForImageClassification.from_pretrained(path).train()
         self.hook: StepHook | None = None
+        self.run: Any = torch.compile(self.model, dynamic=False) if name in COMPILED else self.model
         self.steps = 0
+        name = name.removeprefix("compiled ")
         if name == "fp32":
             return
         layers = trace_layers(self.model)
@@ -70,7 +76,7 @@ class Case:
         for index, set_formats in enumerate(passes):
             set_formats()
             with torch.set_grad_enabled(index == 0):
-                loss = self.model(images, labels=labels).loss
+                loss = functional.cross_entropy(self.run(images).logits, labels)
             if index == 0:
                 loss.backward()
             losses.append(loss.detach())
@@ -156,6 +162,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--compiled", action="store_true", help="time compiled steps, which takes minutes to compile")
     parser.add_argument("--peak_of", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.output:
@@ -170,23 +177,22 @@ def main() -> None:
         print(measure_peak(arguments.model, arguments.peak_of, images, labels))
         return
 
-    cases = {name: Case(arguments.model, name) for name in CASES}
-    times: dict[str, list[float]] = {case: [] for case in CASES}
-    for round_ in range(arguments.rounds + 1):
+    names = ("fp32", "search", *COMPILED) if arguments.compiled else CASES
+    cases = {name: Case(arguments.model, name) for name in names}
+    times: dict[str, list[float]] = {case: [] for case in names}
+    for round_ in range(arguments.rounds + 2):
         for name, case in cases.items():
             start = time.perf_counter()
             case.step(images, labels)
-            if round_:  # the first round warms up
+            if round_ > 1:  # the first rounds warm up
                 times[name].append(time.perf_counter() - start)
+    if arguments.compiled:
+        report(compiled_times(times), arguments.output)
+        return
     saved = {name: saved_bytes(case.model, images, labels) for name, case in cases.items()}
     peaks = {case: peak(arguments.model, case, arguments.batch_size) for case in CASES}
-    ratio = {
-        case: statistics.median(t / base for t, base in zip(times[case], times["fp32"], strict=True)) for case in CASES
-    }
+    ratio = {case: over(times, case, "fp32") for case in CASES}
     result = {
-        "command": " ".join(["python", "recipes/bench/step.py", *sys.argv[1:]]),
-        "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "fp32_step_s": statistics.median(times["fp32"]),
         "step_over_fp32": ratio,
         "step_over_uniform_qat": {
@@ -197,9 +203,30 @@ def main() -> None:
         "search_peak_over_uniform_qat": peaks["search"] / peaks["e4m3"],
         "files": files(arguments.model),
     }
-    print(json.dumps(result, indent=2))
-    if arguments.output:
-        write_text(arguments.output, json.dumps(result, indent=2) + "\n")
+    report(result, arguments.output)
+
+
+def over(times: dict[str, list[float]], case: str, base: str) -> float:
+    """Median of the ratios of the rounds."""
+    return statistics.median(own / other for own, other in zip(times[case], times[base], strict=True))
+
+
+def compiled_times(times: dict[str, list[float]]) -> dict[str, Any]:
+    ratios = sorted(own / base for own, base in zip(times["compiled search"], times["compiled fp32"], strict=True))
+    return {
+        "fp32_step_s": statistics.median(times["fp32"]),
+        "step_over_fp32": {case: over(times, case, "fp32") for case in times},
+        "compiled_search_over_compiled_fp32": statistics.median(ratios),
+        "its_quartiles": statistics.quantiles(ratios, n=4)[::2],
+    }
+
+
+def report(result: dict[str, Any], output: Path | None) -> None:
+    command = " ".join(["python", "recipes/bench/step.py", *sys.argv[1:]])
+    text = json.dumps({"command": command, "conditions": conditions(), **result}, indent=2)
+    print(text)
+    if output:
+        write_text(output, text + "\n")
 
 
 if __name__ == "__main__":
