@@ -10,8 +10,7 @@ from typing import Any
 
 from fliqs_hf.errors import AllocationError, CheckpointError, FormatError
 from fliqs_hf.files import write_text
-from fliqs_hf.formats import Format, parse
-from fliqs_hf.formats.spec import FloatFormat, IntFormat
+from fliqs_hf.formats import BlockFormat, FloatFormat, Format, IntFormat, parse
 from fliqs_hf.json_file import read_json
 
 
@@ -19,7 +18,7 @@ from fliqs_hf.json_file import read_json
 class LayerFormats:
     """Formats of one layer. `activation=None` leaves the layer's input unquantized (weight-only quantization).
 
-    Raises: FormatError: no formats; their names are for `LayerFormats.of`.
+    Raises: FormatError: no formats (their names are for `LayerFormats.of`), or a weight with a zero point.
     """
 
     weight: Format
@@ -27,8 +26,11 @@ class LayerFormats:
 
     def __post_init__(self) -> None:
         for role, fmt in (("weight", self.weight), ("activation", self.activation)):
-            if not (isinstance(fmt, (IntFormat, FloatFormat)) or (fmt is None and role == "activation")):
+            if not (isinstance(fmt, (IntFormat, FloatFormat, BlockFormat)) or (fmt is None and role == "activation")):
                 raise FormatError(f"{role}={fmt!r} is no format; names of formats are for LayerFormats.of")
+        if self.weight.for_inputs_only:
+            plain = self.weight.name.removesuffix("_zp")
+            raise FormatError(f"weight={self.weight.name}: zero points are for inputs; take {plain} for weights")
 
     @classmethod
     def of(cls, weight: str | Format, activation: str | Format | None) -> LayerFormats:

@@ -25,10 +25,9 @@ from fliqs_hf.baselines import (
 from fliqs_hf.baselines.differentiable import DifferentiableHook, DifferentiableSearch
 from fliqs_hf.cost import CostTable, LayerInfo, Target
 from fliqs_hf.errors import AllocationError, FliqsError, TrainingError
-from fliqs_hf.formats import parse
+from fliqs_hf.formats import FloatFormat, IntFormat, parse
 from fliqs_hf.formats.packing import packed_bytes
 from fliqs_hf.formats.spaces import parse_formats
-from fliqs_hf.formats.spec import FloatFormat, IntFormat
 from fliqs_hf.pipeline.compare_methods import check_methods
 from fliqs_hf.ptq import static_scale
 from fliqs_hf.search import (

@@ -10,8 +10,6 @@ from torch.nn import functional
 
 from fliqs_hf.nn import FormatSwitch, SearchableConv2d, SearchableLinear
 from fliqs_hf.nn.searchable import SharedInput
-from fliqs_hf.quant import quantize_activation, quantize_weight
-from fliqs_hf.quant.scale import format_data
 from fliqs_hf.search import SearchSpace
 
 
@@ -36,7 +34,6 @@ class Mixture:
         """
         assert space.activation == "same"
         self.formats = space.formats
-        self.data = [format_data(fmt) for fmt in space.formats]
         self.probabilities: tuple[tuple[Tensor, ...], ...] | None = None
         self.layers = [model.get_submodule(layer.name) for layer in space.layers]
         inputs: dict[int, list[SharedInput]] = {}
@@ -90,14 +87,11 @@ class _Mixed(nn.Module):
         return total
 
     def _input(self, x: Tensor, k: int) -> Tensor:
-        integer, granularity = self.mixture.formats[k].is_integer, self.switch.settings.activation_granularity
-        make = partial(quantize_activation, x, self.mixture.data[k], self.kind, granularity, integer)
+        make = partial(self.switch.inputs[self.kind], x, self.mixture.formats[k])
         return make() if self.shared_inputs is None else self.shared_inputs[k].get(x, make)
 
     def _weight(self, k: int) -> Tensor:
-        settings, integer = self.switch.settings, self.mixture.formats[k].is_integer
-        data = self.mixture.data[k]
-        return quantize_weight(self.weight, data, settings.weight_granularity, settings.weight_scale, integer)
+        return self.switch.weights(self.weight, self.mixture.formats[k])
 
 
 class MixedLinear(_Mixed, SearchableLinear):

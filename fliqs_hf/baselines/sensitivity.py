@@ -20,7 +20,6 @@ from fliqs_hf.checks import is_whole
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.nn import make_searchable, restore
 from fliqs_hf.nn.searchable import QuantizerSettings
-from fliqs_hf.quant import quantize_weight
 from fliqs_hf.search import SearchSpace, fisher_scores
 from fliqs_hf.search.sensitivity import Forward, frozen, layers_of, meaningful
 from fliqs_hf.training.losses import ClassLoss
@@ -123,9 +122,7 @@ def hessian_trace_scores(
     for row, (info, index) in enumerate(zip(space.layers, space.weight_decision.tolist(), strict=True)):
         weight = model.get_parameter(f"{info.name}.weight").detach()
         for k, fmt in enumerate(space.formats):
-            rounded = quantize_weight(
-                weight, fmt, settings.weight_granularity, settings.weight_scale, integer=fmt.is_integer
-            )
+            rounded = settings.weights(weight, fmt)
             scores[index, k] += traces[row] / weight.numel() * float((rounded - weight).double().square().sum())
     return meaningful(scores.float())
 

@@ -27,11 +27,11 @@ def inspect(args: argparse.Namespace) -> int:
     layers: list[dict[str, Any]] = []
     for name, formats in run.allocation.items():
         layer = packed[name]
-        scales = 0 if layer.weight_scale is None else layer.weight_scale.numel()
+        stored = (layer.weight_codes, layer.weight_scale, layer.weight_scale_codes)
         layers.append(
             {
                 "name": name, "weight": formats.weight.name, "activation": str(formats.activation or "fp32"),
-                "shape": list(layer.weight_shape), "bytes": layer.weight_codes.numel() + 4 * scales,
+                "shape": list(layer.weight_shape), "bytes": sum(part.nbytes for part in stored if part is not None),
                 "kernel": kernels[name].kernel, "why": kernels[name].reason,
             }
         )  # fmt: skip

@@ -19,7 +19,7 @@ from fliqs_hf.checks import is_number
 from fliqs_hf.cost.shapes import LayerInfo
 from fliqs_hf.errors import AllocationError, ConfigError, FormatError, TargetError
 from fliqs_hf.fields import check_fields
-from fliqs_hf.formats import Format, packed_bytes, parse
+from fliqs_hf.formats import Format, parse
 from fliqs_hf.wording import figure
 
 CostKind = Literal["bops", "weight_bytes"]
@@ -30,7 +30,8 @@ SCALE_BYTES = 4  # one float32 per output channel
 
 
 def bops(layers: Sequence[LayerInfo], allocation: Mapping[str, LayerFormats]) -> int:
-    """Bit operations per image: sum over layers of MACs × weight bits × activation bits.
+    """Bit operations per image: sum over layers of MACs × weight bits × activation bits, which include an element's
+    share of the scales in formats of blocks (MXFP4: 4.25), rounded to a whole number in each layer.
 
     Raises: AllocationError: the allocation names a layer that is not among `layers`.
     Source: FLIQS (Dotzel et al. 2024), section 3, cost model C(a).
@@ -40,7 +41,7 @@ def bops(layers: Sequence[LayerInfo], allocation: Mapping[str, LayerFormats]) ->
 
 def weight_bytes(layers: Sequence[LayerInfo], allocation: Mapping[str, LayerFormats], *, other_bytes: int = 0) -> int:
     """Bytes of the packed weights with their scales, one float32 per output channel (the default granularity) where
-    the format is scaled.
+    the format is scaled, or with those of its blocks.
 
     Biases and everything else that is not the weight of one of `layers`, and layers of kind "fp32", are not included;
     give them as `other_bytes` (`unlisted_bytes(model, layers)`) for the size of the checkpoint.
@@ -89,7 +90,15 @@ class CostTable:
         _check_unique([layer.name for layer in self.layers])
         if not self.formats or len(set(self.formats)) < len(self.formats):
             raise FormatError(f"a cost table needs formats, each once, not {[fmt.name for fmt in self.formats]}")
-        pairs = [[LayerFormats(weight, activation) for activation in self.formats] for weight in self.formats]
+        # No weight can have a format for inputs: its row stands for the dearest one, so that sums stay finite.
+        weights = [fmt for fmt in self.formats if not fmt.for_inputs_only]
+        if not weights:
+            raise FormatError(f"{', '.join(fmt.name for fmt in self.formats)}: none of them is for weights")
+        dearest = max(weights, key=lambda fmt: fmt.effective_bits)
+        pairs = [
+            [LayerFormats(dearest if weight.for_inputs_only else weight, activation) for activation in self.formats]
+            for weight in self.formats
+        ]
         costs = [[[self._layer(layer, formats) for formats in row] for row in pairs] for layer in self.layers]
         self.table = torch.tensor(costs, dtype=torch.float64)
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -136,7 +145,7 @@ class CostTable:
         """
         if not is_number(bits, 0, FP32_BITS):
             raise TargetError(f"bits={bits!r} must be a number between 0 and {FP32_BITS}")
-        if exact := [fmt for fmt in self.formats if fmt.bits == bits]:
+        if exact := [fmt for fmt in self.formats if fmt.effective_bits == bits and not fmt.for_inputs_only]:
             return min(self.uniform(fmt) for fmt in exact)
         if self.kind == "bops":
             return self.fixed_cost + sum(layer.macs for layer in self.layers) * bits**2
@@ -283,8 +292,8 @@ class Target:
 def _bops(layer: LayerInfo, formats: LayerFormats | None) -> int:
     if formats is None:
         return layer.macs * FP32_BITS**2
-    activation_bits = FP32_BITS if formats.activation is None else formats.activation.bits
-    return layer.macs * formats.weight.bits * activation_bits
+    inputs = FP32_BITS if formats.activation is None else formats.activation.effective_bits
+    return round(layer.macs * formats.weight.effective_bits * inputs)
 
 
 def _weight_bytes(layer: LayerInfo, formats: LayerFormats | None) -> int:
@@ -292,8 +301,7 @@ def _weight_bytes(layer: LayerInfo, formats: LayerFormats | None) -> int:
         return 0  # among `other_bytes`, in whatever type it has
     if formats is None:
         return layer.weight_numel * FP32_BITS // 8
-    scales = layer.out_channels * SCALE_BYTES if formats.weight.is_scaled else 0
-    return packed_bytes(layer.weight_numel, formats.weight.bits) + scales
+    return formats.weight.storage_bytes((layer.out_channels, layer.weight_numel // layer.out_channels))
 
 
 def _pairs(

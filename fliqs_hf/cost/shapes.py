@@ -187,7 +187,11 @@ def unlisted_bytes(model: nn.Module, layers: Iterable[LayerInfo]) -> int:
     tensor with two names counts once. Together with `weight_bytes` this is the size of a checkpoint less its header.
     """
     names = [layer.name for layer in layers if layer.quantizable]
-    of_layers = {f"{name}.{entry}" for name in names for entry in ("weight", "weight_codes", "weight_scale")}
+    of_layers = {
+        f"{name}.{entry}"
+        for name in names
+        for entry in ("weight", "weight_codes", "weight_scale", "weight_scale_codes")
+    }
     tensors = {
         id(tensor): tensor.numel() * tensor.element_size()
         for name, tensor in model.state_dict(keep_vars=True).items()

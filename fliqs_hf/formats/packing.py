@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fliqs_hf.checks import is_whole
 from fliqs_hf.errors import FormatError
-from fliqs_hf.formats.spec import MAX_BITS
+
+MAX_BITS = 16  # of a code
 
 _CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 

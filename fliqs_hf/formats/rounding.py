@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fliqs_hf.errors import FormatError
-from fliqs_hf.formats.spec import Format, IntFormat
+from fliqs_hf.formats.block import BlockFormat
+from fliqs_hf.formats.plain import IntFormat
+from fliqs_hf.formats.spec import Format
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -127,6 +129,8 @@ def code_values(fmt: Format) -> Tensor:
 @lru_cache(maxsize=64)
 def _code_values(fmt: Format) -> NDArray[np.float32]:
     # NumPy: a tensor cached while a meta device or fake tensors are active would stay one.
+    if isinstance(fmt, BlockFormat):
+        return _code_values(fmt.element)
     codes = np.arange(2**fmt.bits)
     half = 2 ** (fmt.bits - 1)
     table: NDArray[np.float32] = np.empty(codes.shape, dtype=np.float32)

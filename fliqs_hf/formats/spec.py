@@ -1,173 +1,15 @@
-"""The number formats that exist. Every constant is derived from the bit layout.
-
-Integers and floats share one description, so that one rounding routine serves both. A value x is rounded to a
-multiple of ``p * 2**-mantissa_bits`` with ``p = max(2**floor(log2 |x|), 2**min_exponent)``, then saturated at
-``max_value``. A k-bit integer is the special case of a single binade: ``min_exponent = mantissa_bits = k - 2`` makes
-the step 1 for every code.
-"""
+"""Names of formats, and the format that a name means."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
 
-from fliqs_hf.checks import is_whole
 from fliqs_hf.errors import FormatError
+from fliqs_hf.formats.block import GROUPS, NAMED, BlockFormat, integer_blocks
+from fliqs_hf.formats.packing import MAX_BITS
+from fliqs_hf.formats.plain import BF16, FloatFormat, IntFormat
 
-MAX_BITS = 16
-
-
-@dataclass(frozen=True)
-class IntFormat:
-    """Symmetric two's-complement integer, codes -(2**(bits-1)-1) ... 2**(bits-1)-1.
-
-    The most negative code, -2**(bits-1), is never produced and is refused on decoding.
-
-    Raises: FormatError: `bits` outside 2...16.
-    Source: FLIQS (Dotzel et al. 2024), section 3.
-    """
-
-    bits: int
-
-    def __post_init__(self) -> None:
-        if not is_whole(self.bits, 2, MAX_BITS):
-            raise FormatError(f"int{self.bits!r}: an integer format has 2 to {MAX_BITS} bits")
-
-    @cached_property
-    def name(self) -> str:
-        return f"int{self.bits}"
-
-    @property
-    def is_integer(self) -> bool:
-        return True
-
-    @property
-    def is_scaled(self) -> bool:
-        return True
-
-    @property
-    def has_special_codes(self) -> bool:
-        """Whether there are codes of no finite number: here -2**(bits-1)."""
-        return True
-
-    @property
-    def mantissa_bits(self) -> int:
-        """Fraction bits of the single binade (see the module's docstring)."""
-        return self.bits - 2
-
-    @property
-    def min_exponent(self) -> int:
-        return self.bits - 2
-
-    @property
-    def max_value(self) -> float:
-        return float(2 ** (self.bits - 1) - 1)
-
-    @property
-    def smallest(self) -> float:
-        """Smallest positive value, before scaling."""
-        return 1.0
-
-    @property
-    def nan_code(self) -> None:
-        """Integers have no NaN."""
-        return None
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True)
-class FloatFormat:
-    """Sign, `exponent_bits`, `mantissa_bits`, with subnormals and signed zero.
-
-    `specials` says which codes are not finite numbers:
-        none  every code is a finite number (all formats below 8 bits, as in OCP MX v1.0, sections 5.3.2 and 5.3.3)
-        nan   only the all-ones code is NaN, no infinity (E4M3, OCP FP8 v1.0, section 5)
-        ieee  the all-ones exponent holds infinity and NaN (E5M2, E3M4, E5M10, BF16 and everything else)
-
-    Raises: FormatError: fewer than 2 or more than 8 exponent bits, or more than 16 bits in all.
-    """
-
-    exponent_bits: int
-    mantissa_bits: int
-
-    def __post_init__(self) -> None:
-        if not (is_whole(self.exponent_bits, 2, 8) and is_whole(self.mantissa_bits, 0) and self.bits <= MAX_BITS):
-            raise FormatError(
-                f"e{self.exponent_bits!r}m{self.mantissa_bits!r}: a float format has 2 to 8 exponent bits "
-                f"and at most {MAX_BITS} bits including the sign"
-            )
-
-    @property
-    def bits(self) -> int:
-        return 1 + self.exponent_bits + self.mantissa_bits
-
-    @cached_property
-    def name(self) -> str:
-        return "bf16" if self == _BF16 else f"e{self.exponent_bits}m{self.mantissa_bits}"
-
-    @property
-    def is_integer(self) -> bool:
-        return False
-
-    @property
-    def is_scaled(self) -> bool:
-        """Whether a scale maps the data's maximum to `max_value`: not where the range is that of float32."""
-        return self.exponent_bits < 8
-
-    @property
-    def specials(self) -> Literal["none", "nan", "ieee"]:
-        if self.bits < 8:
-            return "none"
-        return "nan" if (self.exponent_bits, self.mantissa_bits) == (4, 3) else "ieee"
-
-    @property
-    def has_special_codes(self) -> bool:
-        """Whether there are codes of NaN or infinity."""
-        return self.specials != "none"
-
-    @property
-    def bias(self) -> int:
-        return (1 << (self.exponent_bits - 1)) - 1
-
-    @property
-    def min_exponent(self) -> int:
-        """Exponent of the smallest normal number."""
-        return 1 - self.bias
-
-    @property
-    def max_code(self) -> int:
-        """Code of the largest finite value (sign bit clear)."""
-        all_ones = (1 << (self.bits - 1)) - 1
-        return {"none": all_ones, "nan": all_ones - 1, "ieee": all_ones - (1 << self.mantissa_bits)}[self.specials]
-
-    @property
-    def max_value(self) -> float:
-        exponent, fraction = divmod(self.max_code, 2**self.mantissa_bits)
-        return float((1 + fraction / 2**self.mantissa_bits) * 2.0 ** (exponent - self.bias))
-
-    @property
-    def smallest(self) -> float:
-        """Smallest positive value, before scaling (a subnormal where there are any)."""
-        return float(2.0 ** (self.min_exponent - self.mantissa_bits))
-
-    @property
-    def nan_code(self) -> int | None:
-        """Code of the canonical quiet NaN (sign bit clear); None where no code is NaN (E7M0 has only infinity)."""
-        if self.specials == "none" or (self.specials == "ieee" and self.mantissa_bits == 0):
-            return None
-        return self.max_code + 1 + (2 ** (self.mantissa_bits - 1) if self.specials == "ieee" else 0)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-Format = IntFormat | FloatFormat
-
-_BF16 = FloatFormat(8, 7)
+Format = IntFormat | FloatFormat | BlockFormat
 
 #: Names people use -> layout. `intK` and `eXmY` (also `fpN_eXmY`, `float8_e4m3fn`) need no entry.
 ALIASES: dict[str, FloatFormat] = {
@@ -180,8 +22,8 @@ ALIASES: dict[str, FloatFormat] = {
     "fp16": FloatFormat(5, 10),
     "float16": FloatFormat(5, 10),
     "half": FloatFormat(5, 10),
-    "bf16": _BF16,
-    "bfloat16": _BF16,
+    "bf16": BF16,
+    "bfloat16": BF16,
 }
 
 #: The formats that tables and error messages list. Any other eXmY of at most 16 bits works as well.
@@ -193,7 +35,7 @@ COMMON: tuple[Format, ...] = (
 
 #: Digits that do not end would be a ValueError of `int`.
 _NUMBER = r"(\d{1,9})"
-_INT = re.compile(rf"int_?{_NUMBER}")
+_INT = re.compile(rf"int_?{_NUMBER}(?:_g{_NUMBER})?(_zp)?")
 _FLOAT = re.compile(rf"(?:(?:fp|float)_?{_NUMBER}_?)?e{_NUMBER}m{_NUMBER}(fn)?")
 
 
@@ -205,15 +47,19 @@ def parse(name: str | Format) -> Format:
     Raises: FormatError: no such format, a bit count that contradicts the layout (`fp8_e2m1`), or `fn` on a format
         with infinities (`float8_e5m2fn`).
     """
-    if isinstance(name, (IntFormat, FloatFormat)):
+    if isinstance(name, (IntFormat, FloatFormat, BlockFormat)):
         return name
     if not isinstance(name, str):
         raise FormatError(f"a format is given by its name, not by {name!r} ({type(name).__name__})")
     key = name.strip().lower().removeprefix("torch.").replace("-", "_")
     if key in ALIASES:
         return ALIASES[key]
+    if key in NAMED:
+        return NAMED[key]
     if match := _INT.fullmatch(key):
-        return IntFormat(int(match[1]))
+        if match[2] is None and match[3] is None:
+            return IntFormat(int(match[1]))
+        return integer_blocks(int(match[1]), None if match[2] is None else int(match[2]), match[3] is not None)
     if match := _FLOAT.fullmatch(key):
         fmt = FloatFormat(int(match[2]), int(match[3]))
         if match[1] and int(match[1]) != fmt.bits:
@@ -223,5 +69,7 @@ def parse(name: str | Format) -> Format:
         return fmt
     raise FormatError(
         f"unknown format {name!r}. Known: {', '.join(f.name for f in COMMON)}; "
+        f"in blocks {', '.join(NAMED)}; intK_gN of groups of {', '.join(map(str, GROUPS))}; intK_zp and intK_gN_zp, "
+        f"with a zero point, for inputs; "
         f"aliases {', '.join(ALIASES)}; any other eXmY with 2 to 8 exponent bits and at most {MAX_BITS} bits"
     )

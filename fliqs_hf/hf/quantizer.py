@@ -133,7 +133,7 @@ class FLIQSHfQuantizer(HfQuantizer):
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         if self.param_needs_quantization(model, param_name):
-            return self.allocation[param_name.rpartition(".")[0]].weight.bits / 8
+            return self.allocation[param_name.rpartition(".")[0]].weight.effective_bits / 8
         return float(param.element_size())
 
     def get_quantize_ops(self) -> ConversionOps:

@@ -16,15 +16,16 @@ from torch.nn import functional
 
 from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.errors import CheckpointError, ConfigError, FormatError
+from fliqs_hf.formats import BlockFormat, Format
 from fliqs_hf.formats.packing import pack, packed_bytes, unpack
 from fliqs_hf.formats.rounding import decode, encode, round_to_format
 from fliqs_hf.nn import native
 from fliqs_hf.nn.finite import all_finite
 from fliqs_hf.nn.native.gradient import WithGradient
 from fliqs_hf.nn.searchable import QuantizerSettings
-from fliqs_hf.quant import quantize_activation
-from fliqs_hf.quant.fake import fake_quantize, round_to_grid
-from fliqs_hf.quant.scale import CALIBRATED, clipped_scale, format_data, weight_scale
+from fliqs_hf.quant import InputQuantizer, fake_quantize, format_data, round_to_grid
+from fliqs_hf.quant.block import decode_scales, encode_scales, from_blocks, to_blocks
+from fliqs_hf.quant.scale import CALIBRATED
 
 #: What multiplies. `torch.einsum`, `@` and the rest arrive as these.
 _PRODUCTS = frozenset({
@@ -62,6 +63,8 @@ class PackedLayer(nn.Module):
     Buffers:
         weight_codes: uint8 [`packed_bytes(weight_numel, bits)`], see `formats/packing.py` for the layout.
         weight_scale: float32, [out] per channel or [1] per tensor; absent where the format is used unscaled (BF16).
+        weight_scale_codes: uint8, codes of the scales of a block format, row by row: E8M0 or E4M3, or BF16 as
+            `formats.pack` packs its 16 bits. Then there is a `weight_scale`, [1], only with E4M3.
         input_scale: float32 [1]; only where the activation granularity is "static", for which it is what one code step
             of the input is worth, or "per_token_clipped": the factor on the absmax scale of each token. NaN until it
             is calibrated or loaded, so that nothing runs on a number that nobody has chosen.
@@ -73,6 +76,7 @@ class PackedLayer(nn.Module):
     kind: str
     weight_codes: Tensor
     weight_scale: Tensor | None
+    weight_scale_codes: Tensor | None
     input_scale: Tensor | None
     bias: Tensor | None
     kernels: native.Kernels = "reference"
@@ -93,29 +97,41 @@ class PackedLayer(nn.Module):
         self.formats = formats
         self.settings = settings
         self.dtype = dtype or torch.get_default_dtype()
+        fmt = formats.weight
         scales = self.weight_shape[0] if settings.weight_granularity == "per_channel" else 1
+        scale_codes = None
+        if isinstance(fmt, BlockFormat):
+            scales = 1
+            size = fmt.scale_bytes(self.weight_shape) - 4 * (fmt.scale == "e4m3")
+            scale_codes = torch.zeros(size, dtype=torch.uint8, device=device)
         codes = torch.zeros(
             packed_bytes(self.weight_shape.numel(), formats.weight.bits), dtype=torch.uint8, device=device
         )
         self.register_buffer("weight_codes", codes)
         self.register_buffer(
             "weight_scale",
-            torch.ones(scales, dtype=torch.float32, device=device) if formats.weight.is_scaled else None,
+            torch.ones(scales, dtype=torch.float32, device=device) if _has_float_scale(fmt) else None,
         )
+        self.register_buffer("weight_scale_codes", scale_codes)
         calibrated = settings.activation_granularity in CALIBRATED
-        calibrated = calibrated and formats.activation is not None and formats.activation.is_scaled
+        calibrated = calibrated and formats.activation is not None and _has_own_range(formats.activation)
         self.register_buffer(
             "input_scale", torch.full((1,), torch.nan, dtype=torch.float32, device=device) if calibrated else None
         )
         self.register_parameter("bias", bias)
+        granularity = settings.activation_granularity
+        # There is nothing to calibrate in a format that is used unscaled, or has scales of its own.
+        dynamic = granularity not in CALIBRATED or calibrated
+        self._input_quantizer = InputQuantizer(self.kind, granularity if dynamic else "per_token")
 
     @torch.no_grad()
-    def pack_(self, weight: Tensor, scale: Tensor | None = None) -> None:
+    def pack_(self, weight: Tensor, scale: Tensor | None = None, whole: Tensor | None = None) -> None:
         """Quantize and pack `weight` [out, ...] on its own device.
 
         Args:
             scale: float32 [out, 1, ...] per channel or [1, ...] per tensor, instead of the one that the settings give.
                 A weight that lies on the grid of this scale keeps its values exactly.
+            scale, whole: of a block format, as `WeightQuantizer.scale` gives them.
         Raises: FormatError: a weight that is not finite.
         """
         if not bool(torch.isfinite(weight).all()):
@@ -124,15 +140,22 @@ class PackedLayer(nn.Module):
         data = format_data(fmt)
         weight = weight.float()
         if scale is None:
-            scale = weight_scale(weight, data, settings.weight_granularity, settings.weight_scale)
-        if fmt.is_scaled:
+            scale, whole = settings.weights.scale(weight, fmt)
+        if isinstance(fmt, BlockFormat):
+            assert whole is not None
+            blocks = to_blocks(weight.flatten(1), fmt) / scale
+            blocks = round_to_grid(blocks, torch.ones_like(scale), data, saturate=True, integer=fmt.is_integer)
+            units = from_blocks(blocks, weight[0].numel())
+            self.weight_scale_codes = encode_scales(scale, fmt, whole)
+            scale = whole
+        elif fmt.is_scaled:
             # On the grid in units of one code: the very arithmetic of fake quantization, less the final scaling.
             units = round_to_grid(weight / scale, torch.ones_like(scale), data, saturate=True, integer=fmt.is_integer)
         else:
             # That arithmetic overflows above 2**111. As there, zeros come out as +0.
             units = round_to_format(weight, fmt) + 0.0
         self.weight_codes = pack(encode(units, fmt).flatten(), fmt.bits)
-        if fmt.is_scaled:
+        if _has_float_scale(fmt):
             self.weight_scale = scale.flatten()
 
     @property
@@ -149,24 +172,31 @@ class PackedLayer(nn.Module):
     def decoded_weight(self) -> Tensor:
         """code value × scale, float32, `weight_shape`."""
         values = self.code_values().view(self.weight_shape)
+        fmt = self.formats.weight
+        if isinstance(fmt, BlockFormat):
+            flat = values.flatten(1)
+            blocks = to_blocks(flat, fmt) * self.block_scales()
+            return from_blocks(blocks, flat.shape[1]).reshape(self.weight_shape)
         if self.weight_scale is None:
             return values
         return values.mul_(self.weight_scale.view(-1, *[1] * (len(self.weight_shape) - 1)))
+
+    def block_scales(self) -> Tensor:
+        """Scales of a block format, float32 [out, blocks, 1]."""
+        fmt, codes = self.formats.weight, self.weight_scale_codes
+        assert isinstance(fmt, BlockFormat) and codes is not None
+        return decode_scales(codes, fmt, self.weight_scale).view(*fmt.scale_shape(self.weight_shape), 1)
 
     def quantized_input(self, input: Tensor) -> Tensor:
         """`input` on the grid of the activation format, in its own shape and dtype."""
         fmt = self.formats.activation
         if fmt is None:
             return input
-        granularity = self.settings.activation_granularity
-        if self.input_scale is not None:
-            scale = self.input_scale
-            if granularity == "per_token_clipped":
-                scale = clipped_scale(input, format_data(fmt), self.kind, scale)
-            return fake_quantize(input, scale, fmt, integer=fmt.is_integer)
-        if granularity in CALIBRATED:  # a format that is used unscaled: there is nothing to calibrate
-            granularity = "per_token"
-        return quantize_activation(input, fmt, self.kind, granularity, integer=fmt.is_integer)
+        if self.input_scale is None:
+            return self._input_quantizer(input, fmt)
+        if self.settings.clipped:
+            return self._input_quantizer.clipped(input, fmt, self.input_scale)
+        return fake_quantize(input, self.input_scale, fmt, integer=fmt.is_integer)
 
     def quantized(self, input: Tensor) -> tuple[Tensor, Tensor]:
         return self.quantized_input(input), self.decoded_weight().to(input.dtype)
@@ -228,6 +258,12 @@ class PackedLayer(nn.Module):
         for buffer, scale in (("weight_scale", self.weight_scale), ("input_scale", self.input_scale)):
             if scale is not None and not bool((scale > 0).all() & scale.isfinite().all()):
                 raise CheckpointError(f"{name}.{buffer} holds a value that is no positive number; the file is damaged")
+        if self.weight_scale_codes is not None:
+            scales = self.block_scales()
+            if not bool((scales > 0).all() & scales.isfinite().all()):
+                raise CheckpointError(
+                    f"{name}.weight_scale_codes holds a scale that is no positive number; the file is damaged"
+                )
         if self.formats.weight.has_special_codes and not all_finite(self.code_values()):
             raise CheckpointError(
                 f"{name}.weight holds codes that are no finite number in {self.formats.weight}; "
@@ -250,6 +286,16 @@ class PackedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight_shape)}, {self.formats}, bias={self.bias is not None}"
+
+
+def _has_float_scale(fmt: Format) -> bool:
+    """Whether a weight has scales in float32: per channel or tensor, or the one in all E4M3 scales."""
+    return fmt.scale == "e4m3" if isinstance(fmt, BlockFormat) else fmt.is_scaled
+
+
+def _has_own_range(fmt: Format) -> bool:
+    """Whether the scale of an input can be a number from calibration."""
+    return fmt.is_scaled and not fmt.scales_itself
 
 
 class PackedLinear(PackedLayer):

@@ -14,14 +14,13 @@ from torch.nn import functional
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import AllocationError, ConfigError, FormatError
 from fliqs_hf.formats import Format
-from fliqs_hf.quant import FormatData, fake_quantize, format_table, quantize_activation, quantize_weight
+from fliqs_hf.quant import FormatData, InputQuantizer, WeightQuantizer, format_table
 from fliqs_hf.quant.scale import (
     CALIBRATED,
     ActivationGranularity,
     ScaleMethod,
     WeightGranularity,
     check_choice,
-    clipped_scale,
 )
 
 WEIGHT, ACTIVATION = 0, 1
@@ -53,6 +52,13 @@ class QuantizerSettings:
         check_choice("weight_granularity", self.weight_granularity, WeightGranularity)
         check_choice("weight_scale", self.weight_scale, ScaleMethod)
         check_choice("activation_granularity", self.activation_granularity, ActivationGranularity)
+
+    @property
+    def weights(self) -> WeightQuantizer:
+        return WeightQuantizer(self.weight_granularity, self.weight_scale)
+
+    def inputs(self, kind: str) -> InputQuantizer:
+        return InputQuantizer(kind, self.activation_granularity)
 
     def require_dynamic(self, learned: bool = False) -> None:
         """Raises: ConfigError: the settings need calibration images, and there are none here.
@@ -89,7 +95,11 @@ class FormatSwitch:
         self.settings = settings
         self.enabled = True
         self.input_groups: tuple[int | None, ...] = (None,) * len(self.names)  # layers of one group share their input
+        self.weights = settings.weights
+        self.inputs = {kind: settings.inputs(kind) for kind in ("linear", "conv2d")}
         self.integer = all(fmt.is_integer for fmt in formats)
+        self._own_scales = [fmt.scales_itself for fmt in formats]
+        self._rows: list[list[int]] = []  # of formats chosen, on the host; only where some have scales of their own
         self._table = format_table(formats)
         self._chosen = torch.zeros(len(self.names), 2, dtype=torch.long)
         self._exceptions: set[tuple[int, int]] = set()  # (layer, role) that stay in floating point
@@ -107,6 +117,7 @@ class FormatSwitch:
             self._check_groups(activation_index.tolist())
         self._chosen = torch.stack([weight_index, activation_index], dim=1)
         self._exceptions = set()
+        self._rows = self._chosen.tolist() if any(self._own_scales) else []
         for device in self._data:
             self._refresh(device)
 
@@ -172,6 +183,16 @@ class FormatSwitch:
 
     def quantizes(self, row: int, role: int) -> bool:
         return self.enabled and (row, role) not in self._exceptions
+
+    def format(self, row: int, role: int, device: torch.device) -> Format | FormatData:
+        """The chosen format of one layer's weight or activation: as data, or itself where it has scales of its own,
+        whose shape depends on it. (A space that has such formats is read back from the device at every choice, and
+        compiled anew for each format that a layer meets.)"""
+        if any(self._own_scales):
+            index = self._rows[row][role] if self._rows else 0
+            if self._own_scales[index]:
+                return self.formats[index]
+        return self.data(row, role, device)
 
     def data(self, row: int, role: int, device: torch.device) -> FormatData:
         """The chosen format of one layer's weight or activation, as tensors on `device`."""
@@ -261,22 +282,19 @@ class _Searchable:
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input and weight in the formats that the switch says."""
-        switch, settings = self.switch, self.switch.settings
-        weight = self.weight
+        switch, weight = self.switch, self.weight
         if switch.quantizes(self.row, ACTIVATION):
-            data = switch.data(self.row, ACTIVATION, x.device)
-            source = x
+            fmt, source = switch.format(self.row, ACTIVATION, x.device), x
+            quantizer = switch.inputs[self.kind]
 
             def make() -> Tensor:
-                if settings.clipped:
-                    scale = clipped_scale(source.detach(), data, self.kind, self.clip_factor())
-                    return fake_quantize(source, scale, data, integer=switch.integer)
-                return quantize_activation(source, data, self.kind, settings.activation_granularity, switch.integer)
+                if switch.settings.clipped:
+                    return quantizer.clipped(source, fmt, self.clip_factor(), switch.integer)
+                return quantizer(source, fmt, switch.integer)
 
             x = make() if self.shared_input is None else self.shared_input.get(x, make)
         if switch.quantizes(self.row, WEIGHT):
-            data = switch.data(self.row, WEIGHT, weight.device)
-            weight = quantize_weight(weight, data, settings.weight_granularity, settings.weight_scale, switch.integer)
+            weight = switch.weights(weight, switch.format(self.row, WEIGHT, weight.device), switch.integer)
         return x, weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.formats import BlockFormat
 from fliqs_hf.hf.config import FLIQSConfig
 from fliqs_hf.hf.quantizer import declare_packed, quantize, refuse_packed, require_transformers
 from fliqs_hf.nn import format_switch, quantizable_layers, restore
@@ -30,7 +31,7 @@ from fliqs_hf.nn.select import is_searchable
 from fliqs_hf.nn.swap import packed_like
 from fliqs_hf.ptq.gptq import DAMPING, check_damping, gptq_round, input_hessian
 from fliqs_hf.ptq.ranges import METHODS, PERCENTILE, check_percentile, clip_factor, static_scale
-from fliqs_hf.quant import scale as scales
+from fliqs_hf.quant.block import from_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -260,13 +261,15 @@ def _pack(packed: PackedLayer, name: str, layer: nn.Module, x: Tensor, options: 
             packed.input_scale = static_scale(x, formats.activation, options.activations, options.percentile)
     weight = layer.weight.detach().float()  # type: ignore[operator]
     if options.rounding == "gptq":
-        scale = scales.weight_scale(
-            weight, scales.format_data(formats.weight), settings.weight_granularity, settings.weight_scale
-        )
+        scale, whole = settings.weights.scale(weight, formats.weight)
+        steps = scale.flatten(1)
+        if isinstance(formats.weight, BlockFormat):
+            row = weight[0].numel()
+            steps = from_blocks(scale.expand(-1, -1, formats.weight.block or row), row)
         try:
             hessian = input_hessian(layer, packed.quantized_input(x))
-            rounded = gptq_round(weight.flatten(1), scale.flatten(1), formats.weight, hessian, options.damping)
-            packed.pack_(rounded.view_as(weight), scale)
+            rounded = gptq_round(weight.flatten(1), steps, formats.weight, hessian, options.damping)
+            packed.pack_(rounded.view_as(weight), scale, whole)
         except DataError as error:
             logger.warning("%s is rounded to nearest instead of by GPTQ: %s", name, error)
             packed.pack_(weight)

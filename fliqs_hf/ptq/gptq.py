@@ -19,8 +19,8 @@ from torch.nn import functional
 from fliqs_hf.checks import is_number
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.formats import Format
-from fliqs_hf.quant.fake import round_to_grid
-from fliqs_hf.quant.scale import format_data, unit_factor
+from fliqs_hf.quant.grid import format_data, round_to_grid
+from fliqs_hf.quant.scale import unit_factor
 
 #: Added to the Hessian's diagonal, as a part of its mean (the paper's 1 %).
 DAMPING = 0.01
@@ -79,7 +79,7 @@ def gptq_round(weight: Tensor, scale: Tensor, fmt: Format, hessian: Tensor, damp
 
     Args:
         weight: [out, k], floating-point, finite.
-        scale: float32 [out, 1] or [1, 1], positive; real value = code value × scale.
+        scale: float32 [out, 1], [1, 1] or, of blocks, [out, k], positive; real value = code value × scale.
         hessian: [k, k] of the inputs, or [groups, k, k], of which each serves its part of the rows in turn, as
             `input_hessian` gives it; its scale does not matter.
         damping: added to the diagonal, as a part of its mean.
@@ -103,13 +103,16 @@ def gptq_round(weight: Tensor, scale: Tensor, fmt: Format, hessian: Tensor, damp
     data = format_data(fmt)
     left = weight.view(groups, -1, columns).take_along_dim(order[:, None], 2).double()
     rounded = torch.empty_like(left, dtype=torch.float32)
-    scale = scale.float().expand(len(weight), 1).reshape(groups, -1, 1)
+    scale = scale.float().expand(len(weight), -1).reshape(groups, -1, scale.shape[1])
+    if scale.shape[2] > 1:  # each column has its own
+        scale = scale.take_along_dim(order[:, None], 2)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         errors = torch.empty(*left.shape[:2], end - start, dtype=torch.float64, device=left.device)
         for j in range(start, end):
             column = left[:, :, j : j + 1]
-            nearest = round_to_grid(column.float(), scale, data, saturate=True, integer=fmt.is_integer)
+            step = scale if scale.shape[2] == 1 else scale[:, :, j : j + 1]
+            nearest = round_to_grid(column.float(), step, data, saturate=True, integer=fmt.is_integer)
             rounded[:, :, j : j + 1] = nearest
             error = (column - nearest) / factor[:, j, j, None, None]
             left[:, :, j + 1 : end] -= error * factor[:, j, None, j + 1 : end]

@@ -9,8 +9,8 @@ from torch.nn import functional
 from fliqs_hf.checks import is_number
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
-from fliqs_hf.quant.fake import round_to_grid
-from fliqs_hf.quant.scale import FormatData, absmax_scale, activation_scale, format_data, unit_factor
+from fliqs_hf.quant.grid import FormatData, format_data, round_to_grid
+from fliqs_hf.quant.scale import absmax_scale, activation_scale, unit_factor
 
 METHODS = ("absmax", "percentile", "mse")
 PERCENTILE = 99.99

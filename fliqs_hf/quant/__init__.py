@@ -1,6 +1,17 @@
 """Scales and straight-through fake quantization: formats enter as data."""
 
-from fliqs_hf.quant.fake import fake_quantize, quantize_activation, quantize_weight
-from fliqs_hf.quant.scale import FormatData, format_data, format_table
+from fliqs_hf.quant.fake import fake_quantize
+from fliqs_hf.quant.grid import FormatData, format_data, format_table, round_to_grid
+from fliqs_hf.quant.quantizers import InputQuantizer, WeightQuantizer, quantize_activation, quantize_weight
 
-__all__ = ["FormatData", "fake_quantize", "format_data", "format_table", "quantize_activation", "quantize_weight"]
+__all__ = [
+    "FormatData",
+    "InputQuantizer",
+    "WeightQuantizer",
+    "fake_quantize",
+    "format_data",
+    "format_table",
+    "quantize_activation",
+    "quantize_weight",
+    "round_to_grid",
+]

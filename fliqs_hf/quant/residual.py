@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.formats import Format
-from fliqs_hf.quant.fake import EXPONENT_MASK
-from fliqs_hf.quant.scale import format_data
+from fliqs_hf.quant.grid import EXPONENT_MASK, format_data
 
 
 def code_errors(z: Tensor, fmt: Format, out: Tensor, scratch: Tensor) -> Tensor:
@@ -29,7 +28,7 @@ def code_errors(z: Tensor, fmt: Format, out: Tensor, scratch: Tensor) -> Tensor:
     torch.mul(z, factor, out=out)
     if fmt.is_integer:
         out.round_()
-    else:  # see `quant.fake`; K · p is exact, so nothing is lost where it is multiplied within the addition
+    else:  # see `quant.grid`; K · p is exact, so nothing is lost where it is multiplied within the addition
         torch.bitwise_and(out.view(torch.int32), EXPONENT_MASK, out=scratch)
         p = scratch.view(torch.float32).clamp_(min=data.min_normal)
         torch.add(out, p, alpha=data.magic, out=out)  # type: ignore[arg-type]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fliqs_hf.errors import FormatError
-from fliqs_hf.formats import Format
+from fliqs_hf.quant.grid import FormatData, round_to_grid
 
 ScaleMethod = Literal["absmax", "mse"]
 WeightGranularity = Literal["per_channel", "per_tensor"]
@@ -17,40 +17,6 @@ ActivationGranularity = Literal["per_token", "per_tensor", "per_token_clipped", 
 
 #: Granularities for which a layer has a number of its own, from calibration images.
 CALIBRATED = ("per_token_clipped", "static")
-
-#: Smallest scale. Data whose maximum lies below `max_value * 2**-100` rounds to a grid of this step, so that an
-#: all-zero channel gives zeros instead of 0/0, and no scale is a float32 subnormal.
-MIN_SCALE = 2.0**-100
-
-
-class FormatData(NamedTuple):
-    """A format as numbers: floats where it is fixed, 0-dimensional float32 tensors where it changes from step to step,
-    so that a change touches data and not the graph. Both give the same bits.
-
-    See `formats/spec.py` for the rounding that `min_normal` and `magic` describe.
-    """
-
-    min_normal: Tensor | float  # 2**min_exponent: below it the grid is uniform
-    magic: Tensor | float  # K = 1.5 * 2**(23 - mantissa_bits): adding and subtracting K*p rounds to p * 2**-m
-    max_value: Tensor | float
-    min_scale: Tensor | float  # bounds on the scale: both 1 for a format that is used unscaled (BF16)
-    max_scale: Tensor | float
-
-
-def format_row(fmt: Format) -> list[float]:
-    """The numbers of `FormatData` for `fmt`."""
-    bounds = [MIN_SCALE, float("inf")] if fmt.is_scaled else [1.0, 1.0]
-    return [2.0**fmt.min_exponent, 1.5 * 2.0 ** (23 - fmt.mantissa_bits), fmt.max_value, *bounds]
-
-
-def format_table(formats: Sequence[Format]) -> Tensor:
-    """`FormatData` of several formats, [formats, 5], float32. A row unpacks as `FormatData(*row.unbind())`."""
-    return torch.tensor([format_row(fmt) for fmt in formats], dtype=torch.float32)
-
-
-def format_data(fmt: Format) -> FormatData:
-    min_normal, magic, max_value, min_scale, max_scale = format_row(fmt)
-    return FormatData(min_normal, magic, max_value, min_scale, max_scale)
 
 
 def absmax(x: Tensor, dims: Sequence[int] | None) -> Tensor:
@@ -95,8 +61,6 @@ def mse_scale(x: Tensor, fmt: FormatData, dims: Sequence[int] | None, candidates
 
     Values beyond the largest code saturate. For low-bit weights clipping a few outliers buys a finer grid.
     """
-    from fliqs_hf.quant.fake import round_to_grid
-
     x = x.float()
     full = absmax_scale(x, fmt, dims)
     dims = tuple(range(x.dim())) if dims is None else tuple(dims)

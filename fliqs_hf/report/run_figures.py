@@ -60,11 +60,11 @@ def allocation_figure(report: RunReport) -> Figure:
         for role, sign in (("weight", 1), ("activation", -1)):
             formats = [getattr(row.formats, role) if row.formats else None for row in rows]
             bars.bar(
-                where, [sign * (fmt.bits if fmt else 32) for fmt in formats], width=0.86,
+                where, [sign * (fmt.effective_bits if fmt else 32) for fmt in formats], width=0.86,
                 color=[colour(fmt) if fmt else SOFT for fmt in formats], edgecolor=MUTED, linewidth=0.3,
             )  # fmt: skip
         bars.axhline(0, color=INK, linewidth=0.8)
-        top = max([8, *(fmt.bits for fmt in report.formats)]) + 0.5
+        top = max([8, *(fmt.effective_bits for fmt in report.formats)]) + 0.5
         bars.set_ylim(-top, top)
         ticks = [t for t in range(-32, 33, 4) if abs(t) <= top]
         bars.set_yticks(ticks, [str(abs(tick)) for tick in ticks])

@@ -231,7 +231,7 @@ def layer_table(layers: Sequence[LayerInfo], allocation: Allocation) -> str:
             rows.append((layer.name, f"{layer.macs:,}", "fp32", "fp32", "32 × 32"))
             continue
         activation = formats.activation
-        bits = f"{formats.weight.bits} × {activation.bits if activation else 32}"
+        bits = f"{formats.weight.effective_bits:g} × {activation.effective_bits if activation else 32:g}"
         rows.append(
             (layer.name, f"{layer.macs:,}", formats.weight.name, activation.name if activation else "fp32", bits)
         )

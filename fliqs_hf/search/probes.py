@@ -23,10 +23,10 @@ from torch.utils.hooks import RemovableHandle
 from fliqs_hf.errors import DataError
 from fliqs_hf.formats import Format
 from fliqs_hf.nn.searchable import QuantizerSettings
-from fliqs_hf.quant import format_data, quantize_activation, quantize_weight
-from fliqs_hf.quant.fake import round_to_grid
+from fliqs_hf.quant import format_data
+from fliqs_hf.quant.grid import MIN_SCALE, round_to_grid
 from fliqs_hf.quant.residual import code_errors
-from fliqs_hf.quant.scale import MIN_SCALE, activation_peak, weight_scale
+from fliqs_hf.quant.scale import activation_peak
 from fliqs_hf.search.workers import Workers
 
 #: What is squared: the sum of g·ΔY over an image, or each element of it.
@@ -85,6 +85,7 @@ class Probes:
         self._readings: list[_Reading] = []
         self._calls: dict[int, _Reading] = {}
         self._scales: dict[int, dict[int, Tensor]] = {}  # of rows and formats
+        self._own_scales = any(fmt.scales_itself for fmt in formats)  # for which a patch is no token
         self._workers = Workers()
         self._buffer = torch.empty(0)
 
@@ -178,7 +179,7 @@ class Probes:
 
             def measure(gradient: Tensor) -> None:
                 self._check(row, x, version)
-                if self.reduction == "image" and _is_patches(layer):
+                if self.reduction == "image" and _is_patches(layer) and not self._own_scales:
                     self._measure_patches(row, layer, x, gradient)
                 else:
                     self._measure_outputs(row, layer, x, gradient)
@@ -259,6 +260,7 @@ class Probes:
         peak = peak.clamp(min=MIN_SCALE)  # where all is 0
         by_input = x.new_zeros(len(backs), len(self.formats), len(x))
         by_both = torch.zeros_like(by_input)
+        inputs = self.settings.inputs("linear")
 
         def work(part: slice) -> None:
             values, peaks = x[part], peak[part]
@@ -266,11 +268,15 @@ class Probes:
             unscaled = torch.stack([back[part] for back in backs], 1)
             scaled, z = unscaled * peaks[:, None], values / peaks
             for k, fmt in enumerate(self.formats):
-                change = code_errors(z if fmt.is_scaled else values, fmt, *buffers)
-                factor = 1 / fmt.max_value if fmt.is_scaled else 1.0
-                by_input[:, k, part] = _dots(change, scaled if fmt.is_scaled else unscaled).T * factor
+                by_peak = fmt.is_scaled and not fmt.scales_itself
+                if fmt.scales_itself:
+                    change = inputs(values, fmt).sub_(values)
+                else:
+                    change = code_errors(z if by_peak else values, fmt, *buffers)
+                factor = 1 / fmt.max_value if by_peak else 1.0
+                by_input[:, k, part] = _dots(change, scaled if by_peak else unscaled).T * factor
                 if k in weight_errors:
-                    change *= peaks if fmt.is_scaled else 1.0
+                    change *= peaks if by_peak else 1.0
                     for layer, (gradient, error) in enumerate(zip(gradients, weight_errors[k], strict=True)):
                         through = gradient[part] @ error
                         by_both[layer, k, part] = _dots(change, through[:, None])[:, 0] * factor
@@ -289,9 +295,12 @@ class Probes:
         errors = self._buffer[:count].view(len(self.formats), *weight.shape)
 
         def work(k: int) -> None:
+            if self.formats[k].scales_itself:
+                torch.sub(settings.weights(weight, self.formats[k]), weight, out=errors[k])
+                return
             data = format_data(self.formats[k])
             if k not in scales:
-                scales[k] = weight_scale(weight, data, settings.weight_granularity, settings.weight_scale)
+                scales[k], _ = settings.weights.scale(weight, self.formats[k])
             saturate = settings.weight_scale != "absmax"
             rounded = round_to_grid(weight, scales[k], data, saturate, self.formats[k].is_integer)
             torch.sub(rounded, weight, out=errors[k])
@@ -324,10 +333,9 @@ class Probes:
             for role, (with_weight, with_input) in enumerate(self.roles):
                 value, weight = x, layer.weight
                 if with_input:
-                    value = quantize_activation(x, fmt, kind, settings.activation_granularity, fmt.is_integer)
+                    value = settings.inputs(kind)(x, fmt)
                 if with_weight:
-                    granularity, method = settings.weight_granularity, settings.weight_scale
-                    weight = quantize_weight(weight, fmt, granularity, method, fmt.is_integer)
+                    weight = settings.weights(weight, fmt)
                 change = apply(value, weight, None).sub_(output).mul_(gradient)
                 change = change.square_() if self.reduction == "element" else change
                 changes[role, k] += change.reshape(changes.shape[-1], -1).sum(-1)

@@ -52,7 +52,8 @@ class SearchSpace:
     ) -> None:
         """
         Args:
-            formats: list of formats or the name of a space, see `formats.spaces`.
+            formats: list of formats or the name of a space, see `formats.spaces`. Weights never get one with a zero
+                point.
             activation: "same" gives a layer's weight and input one format; "separate" decides them apart.
             tie: what shares a decision: "qkv" (layers that read the same tensor), "block" (the innermost numbered
                 module that holds several layers), "model", or patterns (see `nn.select.matches`), each tying the
@@ -74,6 +75,12 @@ class SearchSpace:
             raise ConfigError("a search space needs at least one layer that can be quantized")
         self.formats = parse_formats(formats)
         self.activation = activation
+        inputs_only = [fmt.name for fmt in self.formats if fmt.for_inputs_only]
+        if inputs_only and activation == "same":
+            raise ConfigError(
+                f"{inputs_only[0]} has a zero point, which is for inputs, and activation='same' gives it to weights: "
+                "choose activation='separate', or leave it out"
+            )
         inputs = [("input", layer.input_group) for layer in self.layers]
         ties = [self._tie(word) for word in tie]
         activation_of = _components([inputs, *ties])
@@ -174,6 +181,9 @@ class SearchSpace:
 
     def _allowed(self, exclude: Mapping[str, Sequence[str | Format]]) -> Tensor:
         allowed = torch.ones(len(self.decisions), len(self.formats), dtype=torch.bool)
+        for index, fmt in enumerate(self.formats):
+            if fmt.for_inputs_only:
+                allowed[self.weight_decision, index] = False
         for pattern, formats in exclude.items():
             _check_pattern("exclude", pattern)
             rows = [row for row, layer in enumerate(self.layers) if matches(layer.name, pattern)]

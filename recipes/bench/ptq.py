@@ -67,9 +67,9 @@ TABLE = {
 COLUMNS = ("format", "case", "top1", "agreement", "images", "calibration_s")
 
 
-def read(dataset: str, processor: Any) -> tuple[Tensor, Tensor]:
-    """Pixel values [images, 3, height, width] and labels of the only split."""
-    rows = load_dataset(dataset, split="train")
+def read(dataset: str, processor: Any, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Pixel values [images, 3, height, width] and labels of the only split, or of its first `count` images."""
+    rows = load_dataset(dataset, split="train" if count is None else f"train[:{count}]")
     pixels = [processor(row["image"].convert("RGB"), return_tensors="pt")["pixel_values"] for row in rows]
     return torch.cat(pixels), torch.tensor(rows["label"])
 

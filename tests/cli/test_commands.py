@@ -77,9 +77,10 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2
 def test_formats_lists_what_a_format_can_say(capsys: pytest.CaptureFixture[str]) -> None:
     (e2m1,) = answer(capsys, "formats", "FP4")
     assert e2m1 == {
-        "name": "e2m1", "bits": 4, "kind": "floating point", "largest": 6.0, "smallest": 0.5, "values": 15,
-        "scaled": True, "aliases": ["fp4"],
+        "name": "e2m1", "bits": 4, "bits_with_scales": 4, "kind": "floating point", "largest": 6.0, "smallest": 0.5,
+        "values": 15, "scaled": True, "aliases": ["fp4"],
     }  # fmt: skip
+    assert [row["bits_with_scales"] for row in answer(capsys, "formats", "mxfp4", "int4_g32")] == [4.25, 4.5]
     assert main(["formats"]) == 0
     assert "e4m3" in capsys.readouterr().out
     assert "unknown format 'int99x'" in failure(capsys, "formats", "int99x")

@@ -27,7 +27,7 @@ from fliqs_hf.nn import (
     unpack_model,
 )
 from fliqs_hf.nn.searchable import CLIP_RATE
-from fliqs_hf.quant import quantize_activation, quantize_weight
+from fliqs_hf.quant import InputQuantizer, quantize_activation, quantize_weight
 from fliqs_hf.quant.scale import CALIBRATED, ScaleMethod, WeightGranularity
 
 CONVOLUTIONS = {
@@ -187,11 +187,9 @@ class Attention(nn.Module):
 
 
 def test_layers_that_read_one_tensor_quantize_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fliqs_hf.nn.searchable as searchable
-
     calls = []
-    original = searchable.quantize_activation
-    monkeypatch.setattr(searchable, "quantize_activation", lambda *args: calls.append(1) or original(*args))
+    original = InputQuantizer.__call__
+    monkeypatch.setattr(InputQuantizer, "__call__", lambda *args: calls.append(1) or original(*args))
     torch.manual_seed(0)
     apart = Attention()
     together = copy.deepcopy(apart)

@@ -19,7 +19,8 @@ from fliqs_hf.formats.rounding import code_values
 from fliqs_hf.nn import PackedLinear, QuantizerSettings
 from fliqs_hf.ptq import gptq_round, input_hessian
 from fliqs_hf.quant import quantize_weight
-from fliqs_hf.quant.scale import format_data, weight_scale
+from fliqs_hf.quant.grid import format_data
+from fliqs_hf.quant.scale import weight_scale
 
 FORMATS = ["int2", "int4", "int8", "e2m1", "e2m3", "e4m3"]
 

@@ -14,7 +14,8 @@ from fliqs_hf.formats import COMMON, parse
 from fliqs_hf.ptq import static_scale
 from fliqs_hf.ptq.ranges import clip_factor
 from fliqs_hf.quant import fake_quantize
-from fliqs_hf.quant.scale import format_data, mse_scale
+from fliqs_hf.quant.grid import format_data
+from fliqs_hf.quant.scale import mse_scale
 
 SCALED = [fmt for fmt in COMMON if fmt.is_scaled]
 

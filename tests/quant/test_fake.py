@@ -10,8 +10,8 @@ import torch
 from fliqs_hf.formats import COMMON, FloatFormat, Format, IntFormat, parse
 from fliqs_hf.formats.rounding import code_values, round_to_format
 from fliqs_hf.quant import FormatData, fake_quantize, format_table, quantize_activation, quantize_weight
-from fliqs_hf.quant.fake import _CHUNK
-from fliqs_hf.quant.scale import MIN_SCALE, absmax_scale, format_data, mse_scale, weight_scale
+from fliqs_hf.quant.grid import _CHUNK, MIN_SCALE, format_data
+from fliqs_hf.quant.scale import absmax_scale, mse_scale, weight_scale
 
 FORMATS: list[Format] = [
     *COMMON,

@@ -16,7 +16,7 @@ from fliqs_hf.errors import DataError
 from fliqs_hf.formats import Format, round_to_format
 from fliqs_hf.nn import make_searchable
 from fliqs_hf.nn.searchable import QuantizerSettings
-from fliqs_hf.quant import format_data
+from fliqs_hf.quant import InputQuantizer, WeightQuantizer, format_data
 from fliqs_hf.quant.scale import mse_scale
 from fliqs_hf.search import SearchSpace, fisher_scores, probes
 from fliqs_hf.search.probes import JOINT_BITS
@@ -29,6 +29,8 @@ LABELS = torch.tensor([0, 3, 1, 4, 2])
 
 def rounded(x: Tensor, fmt: Format, dims: tuple[int, ...] | None, settings: QuantizerSettings | None = None) -> Tensor:
     """Exact rounding with absmax scales over `dims`, written out, or with what `settings` say for a weight."""
+    if fmt.scales_itself:  # tested by themselves
+        return WeightQuantizer()(x, fmt) if settings is not None else InputQuantizer("linear")(x, fmt)
     if settings is not None and settings.weight_scale == "mse" and fmt.is_scaled:
         return round_to_format(x / (scale := mse_scale(x, format_data(fmt), dims)), fmt) * scale
     largest = x.abs().max() if dims is None else x.abs().amax(dims, keepdim=True)
@@ -132,6 +134,15 @@ def check(model: nn.Module, space: SearchSpace, settings: QuantizerSettings | No
 def test_scores_of_a_small_network(activation: ActivationMode) -> None:
     model = small_network()
     check(model, SearchSpace(trace_layers(model, images(1)), FORMATS, activation))
+
+
+def test_scores_of_formats_with_scales_of_their_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(2), nn.Linear(images(1)[0, 0].numel(), 40), nn.GELU(), nn.Flatten(),
+                          nn.Linear(120, 5))  # fmt: skip
+    layers = trace_layers(model, images(1))
+    check(model, SearchSpace(layers, ("int3", "mxfp4", "int3_g16", "nvfp4")))
+    check(model, SearchSpace(layers, ("int3", "mxint8", "int4_g32"), "separate"))
 
 
 @pytest.mark.parametrize("architecture", ["vit", "swin"])

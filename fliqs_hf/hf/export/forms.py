@@ -96,6 +96,9 @@ def layer_form(name: str, layer: PackedLayer, settings: OnnxSettings) -> LayerFo
 def _check_known(name: str, layer: PackedLayer) -> None:
     kind, granularity = type(layer), layer.settings.activation_granularity
     unknown = {key for key, _ in layer.named_buffers(recurse=False)} - _KNOWN_BUFFERS
+    own = [fmt for fmt in (layer.formats.weight, layer.formats.activation) if fmt is not None and fmt.scales_itself]
+    if own:
+        raise ConfigError(f"{name!r}: {own[0]} has scales of its own, which cannot be exported yet")
     scales = 0 if layer.weight_scale is None else layer.weight_scale.numel()
     if kind not in (PackedLinear, PackedConv2d) or unknown or granularity not in _GRANULARITIES:
         raise ConfigError(f"{name!r}, {kind.__name__} in {layer.formats}, cannot be exported: its kind is not known")

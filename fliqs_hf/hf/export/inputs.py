@@ -12,7 +12,7 @@ from fliqs_hf.formats import Format
 from fliqs_hf.hf.export.nodes import Writer
 from fliqs_hf.nn.native.codes import ZERO_POINT, int8_shift
 from fliqs_hf.nn.packed import PackedConv2d, PackedLayer
-from fliqs_hf.quant.scale import MIN_SCALE
+from fliqs_hf.quant.grid import MIN_SCALE
 
 #: Formats whose rounding is a cast to an ONNX type and back.
 _CASTS = {"e4m3": "FLOAT8E4M3FN", "e5m2": "FLOAT8E5M2", "e5m10": "FLOAT16", "bf16": "BFLOAT16"}

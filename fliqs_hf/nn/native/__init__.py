@@ -50,5 +50,5 @@ class Native:
 
 
 def _state(layer: PackedLayer) -> list[tuple[Tensor | None, int]]:
-    parts = (layer.weight_codes, layer.weight_scale)
+    parts = (layer.weight_codes, layer.weight_scale, layer.weight_scale_codes)
     return [(part, -1 if part is None or part.is_inference() else part._version) for part in parts]

@@ -14,8 +14,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fliqs_hf.formats import Format
 from fliqs_hf.nn.native.compiled import Scaling, library
-from fliqs_hf.quant.fake import round_to_grid
-from fliqs_hf.quant.scale import activation_scale, clipped_scale, format_data
+from fliqs_hf.quant.grid import format_data, round_to_grid
+from fliqs_hf.quant.scale import activation_scale, clipped_scale
 
 if TYPE_CHECKING:
     from fliqs_hf.nn.packed import PackedLayer
@@ -30,7 +30,8 @@ _MAGIC = 1.5 * 2.0**23  # adding it leaves the integer next to a float32 in its 
 def int8_shift(fmt: Format) -> int | None:
     """k such that every value of `fmt` times 2**k is an integer of at most 127, or None: E2M1 has 1, INT8 has 0."""
     shift = max(0, -round(math.log2(fmt.smallest)))
-    return shift if fmt.is_scaled and fmt.max_value * 2**shift <= 127 else None
+    # A format with scales of its own is no code times one scale.
+    return shift if fmt.is_scaled and not fmt.scales_itself and fmt.max_value * 2**shift <= 127 else None
 
 
 def input_scale(layer: PackedLayer, x: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ def _codes(layer: PackedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _values(layer: PackedLayer, x: Tensor) -> Tensor:
     fmt = layer.formats.activation
-    if fmt is None or (compiled := library()) is None:
+    if fmt is None or fmt.scales_itself or (compiled := library()) is None:
         return layer.quantized_input(x)
     return compiled.on_grid(_rows(layer, x.float()), fmt, _scaling(layer)).view(x.shape).to(x.dtype)
 

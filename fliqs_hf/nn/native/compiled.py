@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.formats import Format
-from fliqs_hf.quant.scale import format_data
+from fliqs_hf.quant.grid import format_data
 
 logger = logging.getLogger(__name__)
 
