@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, uint8
 
 from fliqs_hf.errors import CheckpointError
+from fliqs_hf.json_file import read_json
 
 #: In a folder: relative path -> checksum of every other file in it.
 NAME = "checksums.json"
@@ -31,11 +32,12 @@ def seal_folder(folder: Path) -> None:
 def check_folder(folder: Path) -> None:
     """Compare every file with `checksums.json`. Raises: CheckpointError: it names the first file that differs."""
     stored = read_sealed(folder / NAME)
+    here = {file.relative_to(folder).as_posix(): file for file in _files(folder)}  # names elsewhere are never opened
     for name, checksum in stored.items():
+        if name not in here:
+            raise CheckpointError(f"{folder / name} is missing")
         try:
-            found = _of_file(folder / name)
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder / name} is missing") from None
+            found = _of_file(here[name])
         except OSError as error:
             raise CheckpointError(f"cannot read {folder / name}: {error}") from error
         if found != checksum:
@@ -59,11 +61,11 @@ def unsealed(data: Any) -> dict[str, Any]:
 
 def read_sealed(file: Path) -> dict[str, Any]:
     """A JSON file of `sealed` data. Raises: CheckpointError: it is missing or damaged."""
+    if not file.exists():
+        raise CheckpointError(f"{file} is missing")
     try:
-        return unsealed(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+        return unsealed(read_json(file))
+    except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
 
 

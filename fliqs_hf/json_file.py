@@ -15,28 +15,35 @@ MAX_DEPTH = 64
 _NESTED = (dict, list)
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a regular file, in UTF-8.
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a regular file.
 
-    Raises: CheckpointError: it does not exist, is no regular file (a device or a pipe would never end), is larger than
-        `MAX_BYTES`, or is not UTF-8.
+    Raises: CheckpointError: it does not exist, is no regular file (a device or a pipe would never end), or is larger
+        than `MAX_BYTES`.
     """
-    path = Path(path)
     try:
-        status = path.stat()
+        status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"cannot read {path}: it is no regular file")
         if status.st_size > MAX_BYTES:
             raise CheckpointError(f"cannot read {path}: {status.st_size:,} bytes are more than {MAX_BYTES:,}")
-        return path.read_text(encoding="utf-8")
+        return Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def parse_json(text: str, source: str | Path) -> Any:
-    """Raises: CheckpointError: no JSON, or nested deeper than `MAX_DEPTH`; it names `source`."""
+def read_text(path: str | Path) -> str:
+    """The text of a regular file. Raises: CheckpointError: see `read_bytes`, or it is not UTF-8."""
     try:
-        data = json.loads(text)
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def parse_json(text: str | bytes, source: str | Path) -> Any:
+    """Raises: CheckpointError: no JSON in UTF-8, or nested deeper than `MAX_DEPTH`; it names `source`."""
+    try:
+        data = json.loads(text if isinstance(text, str) else text.decode())
     except RecursionError as error:
         raise CheckpointError(f"cannot read {source}: nested deeper than {MAX_DEPTH} levels") from error
     except ValueError as error:
@@ -55,17 +62,19 @@ def read_json(path: str | Path) -> Any:
     return parse_json(read_text(path), path)
 
 
-def read_object(path: str | Path) -> dict[str, Any]:
-    """Raises: CheckpointError: see `read_json`, or it holds something else than an object."""
-    data = read_json(path)
+def parse_object(text: str | bytes, source: str | Path) -> dict[str, Any]:
+    """Raises: CheckpointError: see `parse_json`, or it is something else than an object."""
+    data = parse_json(text, source)
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, not an object")
+        raise CheckpointError(f"{source} holds a {type(data).__name__}, not an object")
     return data
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises: CheckpointError: see `read_text` and `parse_object`."""
+    return parse_object(read_text(path), path)
 
 
 def read_objects(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a file with one on each line. Raises: CheckpointError: another line; see `read_text`."""
-    entries = [parse_json(line, path) for line in read_text(path).splitlines() if line]
-    if not all(isinstance(entry, dict) for entry in entries):
-        raise CheckpointError(f"{path} holds a line that is not an object")
-    return entries
+    return [parse_object(line, path) for line in read_text(path).splitlines() if line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,13 +14,16 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fliqs_hf.errors import BusyError, ConfigError
+from fliqs_hf.errors import BusyError, CheckpointError, ConfigError
 from fliqs_hf.files import disk_errors
+from fliqs_hf.json_file import read_object
 
 #: In the folder, while somebody writes there.
 NAME = ".lock"
 #: A killed process may leave data loaders behind, which keep its lock until they notice: torch looks every 5 seconds.
 _GRACE_S = 15.0
+#: A lock's content is far below it.
+_MOST_BYTES = 1 << 16
 
 
 @contextmanager
@@ -54,10 +58,13 @@ def locked(path: str | Path, file: Path | None = None) -> Iterator[None]:
 
 
 def _refuse_foreign(file: Path) -> None:
-    """Raises: ConfigError: the name of the lock is that of a file with something else in it, which would be lost."""
+    """Raises: ConfigError: the name of the lock is that of something else, which would be lost, or would never end."""
     try:
-        content = file.read_bytes() if file.is_file() else b""  # once: another process may take it away
-        foreign = file.is_symlink() or (content != b"" and b'"pid"' not in content)
+        status = file.lstat()
+        foreign = not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES
+        if not foreign:
+            content = file.read_bytes()  # once: another process may take it away
+            foreign = content != b"" and b'"pid"' not in content
     except OSError:  # there is none, or `locked` says why there cannot be one
         return
     if foreign:
@@ -82,10 +89,9 @@ def _acquire(lock: Any, path: str | Path, file: Path) -> None:
 
 def _holder(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it has just come or gone
+        return read_object(file)
+    except CheckpointError:  # it has just come or gone
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _name(holder: dict[str, Any]) -> str:
@@ -102,6 +108,6 @@ def _alive(holder: dict[str, Any]) -> bool:
         os.kill(int(holder["pid"]), 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, KeyError, ValueError, TypeError):
+    except (PermissionError, KeyError, ValueError, TypeError, OverflowError):
         return True
     return True

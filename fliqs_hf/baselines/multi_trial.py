@@ -22,6 +22,7 @@ from fliqs_hf.checksums import sealed, unsealed
 from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
 from fliqs_hf.files import append_text, disk_errors, write_text
+from fliqs_hf.json_file import parse_json, read_text
 from fliqs_hf.optional import needed_for
 from fliqs_hf.search import SearchSpace, choice_at_target, reachable_range
 from fliqs_hf.training.seeds import derived_seed
@@ -188,11 +189,11 @@ def _read(journal: Path, header: dict[str, Any], space: SearchSpace) -> list[Tri
     if not journal.exists():
         return []
     try:
-        text = journal.read_text(encoding="utf-8")
+        text = read_text(journal)
         complete = text[: text.rfind("\n") + 1]
         if not is_journal(text) and not json.dumps(sealed(header)).startswith(text):
             raise ValueError("it is no journal of a multi-trial search")
-        stored, *entries = [unsealed(json.loads(line)) for line in complete.splitlines()] or [header]
+        stored, *entries = [_entry(line) for line in complete.splitlines()] or [header]
         for key, value in header.items():
             if stored.get(key) != value:
                 raise CheckpointError(
@@ -211,6 +212,14 @@ def _read(journal: Path, header: dict[str, Any], space: SearchSpace) -> list[Tri
             f"the journal {journal} cannot be read: {error}; delete it to start again, or name another"
         ) from error
     return trials
+
+
+def _entry(line: str) -> dict[str, Any]:
+    """Raises: ValueError: not what `_append` has written."""
+    try:
+        return unsealed(parse_json(line, f"the line {line[:60]!r}"))
+    except CheckpointError as error:
+        raise ValueError(error) from error
 
 
 def is_journal(head: str) -> bool:

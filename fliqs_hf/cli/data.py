@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from fliqs_hf.errors import DataError
+from fliqs_hf.errors import CheckpointError, DataError
+from fliqs_hf.json_file import read_object
 from fliqs_hf.runs.files import RUN
 from fliqs_hf.training.splits import ROW, Part, common, load_all, load_split, load_splits, numbered, parts_of, sample
 
@@ -74,12 +74,10 @@ def _record(run: Path) -> dict[str, Any]:
     """What a run was told, empty where `run` is none. Earlier versions had it beside the model's folder."""
     for file in (run / RUN / "settings.json", run.parent / "config.json"):
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            found = read_object(file)
+        except CheckpointError:
             continue
-        if isinstance(found, dict) and (
-            "train_val_split" in found or isinstance(found.get("calibration_images"), int)
-        ):
+        if "train_val_split" in found or isinstance(found.get("calibration_images"), int):
             return found
     return {}
 

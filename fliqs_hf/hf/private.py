@@ -12,6 +12,9 @@ from typing import Any
 
 from markupsafe import escape
 
+from fliqs_hf.errors import CheckpointError
+from fliqs_hf.json_file import parse_json
+
 #: Classes may have names like paths ("/m/01g317" in Open Images), and a model answers with them; the formats of a
 #: checkpoint are bound to its weights.
 _KEPT = ("class_names", "id2label", "label2id", "quantization_config")
@@ -96,16 +99,16 @@ def _word(word: str) -> str:
 def published_json(text: str) -> str:
     """A JSON record, or one JSON document per line, as it may be published; unchanged where nothing is private.
 
-    Raises: ValueError: no JSON.
+    Raises: CheckpointError: no JSON, or nested too deeply.
     """
     try:
         return _published(text, 2)
-    except json.JSONDecodeError:
+    except CheckpointError:
         return "".join(_published(line, None) + "\n" for line in text.splitlines() if line)
 
 
 def _published(text: str, indent: int | None) -> str:
-    data = json.loads(text)
+    data = parse_json(text, "it")
     shown = without_private(data)
     return text if shown == data else json.dumps(shown, indent=indent, ensure_ascii=False)
 

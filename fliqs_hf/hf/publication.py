@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.hf.private import published_json, published_page, without_private
+from fliqs_hf.json_file import parse_object, read_text
 from fliqs_hf.runs.files import CARD, RECORD, RUN, is_entry, record_text
 from fliqs_hf.runs.finished import INDEX, WEIGHTS, FinishedRun
 
@@ -55,8 +55,7 @@ def publication(run: FinishedRun) -> dict[str, Path | bytes]:
 
 def _config(text: str) -> str:
     """Of the model: its settings stay as they were saved, but for the name it was loaded by."""
-    data = json.loads(text)
-    for key, value in data.items():
+    for key, value in parse_object(text, "config.json").items():
         if key != "_name_or_path" and without_private(value, key) != value:
             raise CheckpointError(
                 f"config.json: the setting {key!r} of the model holds a path of this machine; delete it from the "
@@ -74,9 +73,9 @@ def _page(run: FinishedRun) -> Callable[[str], str]:
 
 
 def _without_paths(file: Path, reduce: Callable[[str], str]) -> Path | bytes:
+    text = read_text(file)
     try:
-        text = file.read_text(encoding="utf-8")
         shown = reduce(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot publish {file}: {error}") from error
     return file if shown == text else shown.encode()

@@ -14,6 +14,7 @@ import torch
 
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.files import append_text, replacing
+from fliqs_hf.json_file import parse_object, read_bytes
 from fliqs_hf.report.validate import processor_name
 from fliqs_hf.runs.folder import versions
 
@@ -54,10 +55,10 @@ class Table:
 
     def _lines(self) -> list[str]:
         try:
-            data = self.path.read_bytes() if self.path.exists() else b""
+            data = read_bytes(self.path) if self.path.exists() else b""
             whole = data[: data.rfind(b"\n") + 1]
             text = whole.decode()
-        except (OSError, UnicodeDecodeError) as error:
+        except (CheckpointError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}; name another --output") from error
         if whole != data:
             if not data.startswith(b"#"):  # as every table begins
@@ -68,8 +69,8 @@ class Table:
 
     def _check(self, line: str) -> None:
         try:
-            stored = dict(json.loads(line.removeprefix(_SETTINGS)))
-        except (ValueError, TypeError) as error:
+            stored = parse_object(line.removeprefix(_SETTINGS), "the line of its settings")
+        except CheckpointError as error:
             raise CheckpointError(f"{self.path} is damaged in the line {line[:60]!r}: {error}") from error
         for key in {**stored, **self.settings}:
             if stored.get(key) != self.settings.get(key):
@@ -87,7 +88,10 @@ def is_table(head: str) -> bool:
 
 def rows_of(path: Path, lines: list[str]) -> list[dict[str, str]]:
     """Rows below the head, checked. Raises: CheckpointError: it names the one that is no row of results."""
-    head, *rest = list(csv.reader(line for line in lines if line and not line.startswith("#"))) or [[]]
+    try:
+        head, *rest = list(csv.reader(line for line in lines if line and not line.startswith("#"))) or [[]]
+    except csv.Error as error:
+        raise CheckpointError(f"{path} is no table of a comparison: {error}") from error
     if head and tuple(head) != COLUMNS:
         raise CheckpointError(f"{path} is no table of a comparison: its first row is {','.join(head)[:60]!r}")
     rows = []

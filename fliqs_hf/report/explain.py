@@ -153,4 +153,4 @@ def _costs(
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """A `.jsonl` record; empty where there is none. Raises: CheckpointError: a line that is no JSON object."""
-    return read_objects(path) if path.is_file() else []
+    return read_objects(path) if path.exists() else []

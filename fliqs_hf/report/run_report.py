@@ -164,7 +164,7 @@ def _page(report: RunReport, drawn: Mapping[str, Figure | None]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
+    return read_object(path) if path.exists() else {}
 
 
 def _row(layer: LayerInfo, run: FinishedRun, decisions: Sequence[Explanation]) -> Row:

@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import Any, Literal
 
-from fliqs_hf.errors import ConfigError, FormatError
+from fliqs_hf.errors import CheckpointError, ConfigError, FormatError
 from fliqs_hf.files import disk_errors, flush_all, move_into, remove, write_text
 from fliqs_hf.formats import parse as parse_format
+from fliqs_hf.json_file import read_object
 from fliqs_hf.lock import locked
 from fliqs_hf.training.state import states
 
@@ -345,7 +346,6 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         if file.is_symlink() or not file.is_file() or file.stat().st_size > _MOST_BYTES:
             return {}
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_object(file)
+    except (OSError, CheckpointError):
         return {}
-    return data if isinstance(data, dict) else {}

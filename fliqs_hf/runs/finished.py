@@ -72,11 +72,11 @@ class FinishedRun:
                 "save the image processor there with `image_processor.save_pretrained`"
             )
         optional = {
-            name: read_object(records / f"{name}.json") if records and (records / f"{name}.json").is_file() else {}
+            name: read_object(records / f"{name}.json") if records and (records / f"{name}.json").exists() else {}
             for name in ("settings", "results", "validation")
         }
         beside = records / "allocation.json" if records else None
-        if beside and beside.is_file() and Allocation.load(beside) != quantization.allocation:
+        if beside and beside.exists() and Allocation.load(beside) != quantization.allocation:
             raise CheckpointError(
                 f"{beside} is not the allocation that the model is packed by; remove the one that is out of date"
             )
@@ -86,7 +86,7 @@ class FinishedRun:
             model=model,
             quantization=quantization,
             weight_files=_weight_files(folder, quantization.allocation),
-            layers=_layers(records / "layers.json") if records and (records / "layers.json").is_file() else (),
+            layers=_layers(records / "layers.json") if records and (records / "layers.json").exists() else (),
             figures=tuple(sorted((records / "figures").glob("*.png"))) if records else (),
             **optional,
         )

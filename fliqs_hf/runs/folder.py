@@ -20,7 +20,7 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, bops, weight_bytes
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.files import append_text, replacing
-from fliqs_hf.json_file import read_json
+from fliqs_hf.json_file import parse_object, read_bytes, read_json, read_text
 from fliqs_hf.search.config import SearchConfig
 from fliqs_hf.runs.files import RUN, RunFiles
 from fliqs_hf.search.sensitivity import Sensitivity
@@ -190,7 +190,7 @@ class RunFolder:
         """
         for file in (self.metrics, self.policy):
             if file.exists():
-                *lines, _ = file.read_bytes().split(b"\n")  # after the last newline there is nothing, or a part
+                *lines, _ = read_bytes(file).split(b"\n")  # after the last newline there is nothing, or a part
                 kept = [line + b"\n" for line in lines if _step(line, file) <= step]
                 with replacing(file) as draft:
                     draft.write_bytes(b"".join(kept))
@@ -198,16 +198,16 @@ class RunFolder:
     def seconds(self) -> float:
         """Of training, as its last line of metrics says. Raises: CheckpointError: there is none."""
         try:
-            return float(json.loads(self.metrics.read_text(encoding="utf-8").splitlines()[-1])["seconds"])
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            return float(parse_object(read_text(self.metrics).splitlines()[-1], self.metrics)["seconds"])
+        except (CheckpointError, ValueError, KeyError, IndexError, TypeError) as error:
             raise CheckpointError(f"{self.metrics} does not say how long the training took: {error}") from error
 
 
 def _step(line: bytes, file: Path) -> int:
     """Of a recorded line."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError) as error:
+        return int(parse_object(line, file)["step"])
+    except (CheckpointError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{file} is damaged: {error}; remove the line {line[:60]!r} to go on") from error
 
 

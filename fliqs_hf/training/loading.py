@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from fliqs_hf.errors import CheckpointError, ConfigError, FliqsError
-from fliqs_hf.json_file import read_object
+from fliqs_hf.json_file import MAX_BYTES, read_object
 
 
 def check_source(name: str) -> None:
@@ -41,6 +41,7 @@ def _check_folder(name: str, path: Path) -> None:
             f"{str(path / 'checkpoint')!r}"
         )
     if (path / "config.json").exists():
+        _check_files(path)
         return
     if (path / "model_index.json").exists():
         raise ConfigError(
@@ -61,6 +62,18 @@ def _is_earlier_run(path: Path) -> bool:
     except CheckpointError:
         return False
     return "command" in config and "model_type" not in config
+
+
+def _check_files(path: Path) -> None:
+    """Raises: ConfigError: a file that Transformers would read to the end, where there is none, or into all memory."""
+    for file in sorted(path.iterdir()):
+        known = file.suffix in (".json", ".safetensors", ".bin")
+        if known and not file.is_file() and not file.is_dir() and not file.is_symlink():
+            raise ConfigError(f"{file} is no regular file: a device or a pipe is no part of a model")
+        if file.suffix == ".json" and file.is_file() and file.stat().st_size > MAX_BYTES:
+            raise ConfigError(
+                f"{file} has {file.stat().st_size:,} bytes: more than {MAX_BYTES:,} are no configuration"
+            )
 
 
 def load(cls: Any, name: str, what: str = "model", **options: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fliqs_hf.errors import DataError
+from fliqs_hf.errors import CheckpointError, DataError
+from fliqs_hf.json_file import read_object
 from fliqs_hf.optional import needed_for
 
 logger = logging.getLogger(__name__)
@@ -278,10 +278,9 @@ def _checked_path(name: str) -> Path | None:
 
 def _is_model(folder: Path) -> bool:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return "model_type" in read_object(folder / "config.json")
+    except CheckpointError:
         return False
-    return isinstance(config, dict) and "model_type" in config
 
 
 def _unloadable(name: str, folder: Path | None, error: Exception) -> DataError:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fliqs_hf import checksums
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.files import disk_errors, remove, replacing
+from fliqs_hf.json_file import parse_json, read_object
 
 _NAME = "step-{:08d}"
 _FILES = ("model", "optimizer", "extra")
@@ -73,7 +74,7 @@ def load_state(
     """
     try:
         checksums.check_folder(path)
-        stored: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        stored = read_object(path / "meta.json")
         if stored["step"] != _step_of(path):
             raise CheckpointError(f"{path} is the state of step {stored['step']}")
         tensors = {file: load_file(path / f"{file}.safetensors") for file in _FILES}
@@ -153,10 +154,10 @@ class Best:
     def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         try:
             with safe_open(self.file, framework="pt") as file:
-                header = checksums.unsealed(json.loads((file.metadata() or {}).get("best", "null")))
+                header = checksums.unsealed(parse_json((file.metadata() or {}).get("best", "null"), "its header"))
             tensors = load_file(self.file)
             if header.pop("weights") != checksums.of_tensors(tensors):
                 raise ValueError("its weights are not what was written")
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (CheckpointError, OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"the best weights {self.file} cannot be read: {error}; {self._remedy}") from error
         return header, tensors
