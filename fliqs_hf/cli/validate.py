@@ -13,7 +13,7 @@ from fliqs_hf.files import write_text
 from fliqs_hf.hf.card import write_card
 from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, check_writable, data_source
-from fliqs_hf.report.run_report import PAGE, write_report
+from fliqs_hf.report.run_report import PAGE, WRITTEN, write_report
 from fliqs_hf.report.validate import ValidationResult
 from fliqs_hf.report.validate import validate as compare
 from fliqs_hf.runs.files import CARD, RUN, RunFiles, is_run, locked_run
@@ -47,7 +47,7 @@ def _validate(args: argparse.Namespace) -> int:
     outputs = [path for path in map(Path, args.output) if path not in [run.path / name for name in kept]]
     _check_outputs(args, outputs)
     if kept:
-        run.check(CARD, *kept)
+        run.check(CARD, *kept, *(WRITTEN if PAGE in run.listed() else ()))
         check_writable(run.path)
     device = device_of(args.device)
     for name in (args.original, args.quantized):

@@ -13,6 +13,7 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -153,6 +154,7 @@ class FLIQSHfQuantizer(HfQuantizer):
             names, groups = searched_layers(model, self._patterns_for(model))
             formats = parse_formats(config.search_space or ())
             make_searchable(model, formats, names=names, input_groups=groups, settings=config.settings)
+            model.config.quantization_config = self.quantization_config = without_expressions(config, model)
             return model
         check_stamps(self._stamps)
         packed = packed_layers(model)
@@ -286,6 +288,20 @@ def searched_layers(model: Any, modules_to_not_convert: list[str] | None) -> tup
         return names, {}
     names = [name for name in names if name not in traced or traced[name].quantizable]
     return names, {name: traced[name].input_group for name in names if name in traced}
+
+
+def without_expressions(config: FLIQSConfig, model: Any) -> FLIQSConfig:
+    """The configuration with layer names in place of regular expressions, which nothing that is loaded may hold."""
+    patterns = config.modules_to_not_convert or []
+    expressions = [pattern for pattern in patterns if pattern.startswith("re:")]
+    if not expressions:
+        return config
+    known = [*quantizable_layers(model), *left_out(model)]
+    plain = [pattern for pattern in patterns if pattern not in expressions]
+    plain += [name for name in known if any(matches(name, expression) for expression in expressions)]
+    named = copy(config)
+    named.modules_to_not_convert = plain
+    return named
 
 
 def packed_config(config: FLIQSConfig, allocation: Allocation, folded: Mapping[str, str] | None = None) -> FLIQSConfig:

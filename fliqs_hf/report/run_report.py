@@ -31,6 +31,7 @@ from fliqs_hf.runs.finished import FinishedRun
 PAGE = f"{RUN}/report.html"
 #: Those that are also files, for the card: not that of the policy, which has a panel per decision.
 FIGURES = ("allocation", "accuracy_against_cost", "search")
+WRITTEN = (PAGE, *(f"{RUN}/figures/{name}.png" for name in FIGURES))
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ def write_report(folder: str | Path) -> Path:
     """
     report = RunReport.read(folder)
     files = RunFiles(report.run.path)
+    files.check(CARD, *WRITTEN)
     files.claim(PAGE)
-    files.check(CARD, *(f"{RUN}/figures/{name}.png" for name in FIGURES))
     drawn = {
         "allocation": figures.allocation_figure(report),
         "accuracy_against_cost": figures.cost_figure(report),

@@ -52,7 +52,7 @@ class FinishedRun:
 
     def has(self, record: str) -> bool:
         """Whether there is a record of that name, such as "metrics.jsonl"."""
-        return self.records is not None and (self.records / record).is_file()
+        return self.records is not None and (self.records / record).exists()
 
     @classmethod
     def read(cls, folder: str | Path) -> FinishedRun:

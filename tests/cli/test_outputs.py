@@ -20,6 +20,7 @@ from transformers import ViTImageProcessor
 from fliqs_hf.cli import validate as validating
 from fliqs_hf.pipeline import compare as comparing
 from fliqs_hf.pipeline import search as searching
+from fliqs_hf.search.run_files import RunFiles
 from fliqs_hf_cli import main
 from tests.hf.runs import write_run
 from tests.models import tiny
@@ -376,6 +377,21 @@ def test_compare_checks_its_output_first(
     path = output.format(fp32=fp32, photos=photos, tmp=tmp_path)
     assert "Error" in refused(capsys, "compare", str(fp32), "--dataset_name", str(photos), "--output", path)
     assert not (Path(path).is_file() or list(tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize("name", ["fliqs/figures/search.png", "fliqs/figures"])
+def test_validate_checks_the_places_of_the_report_first(
+    fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = tmp_path / "run"
+    write_run(run)
+    shutil.rmtree(run / "fliqs/figures")
+    monkeypatch.setattr(validating, "load_model", None)
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).write_text("of somebody else")
+    message = refused(capsys, "validate", str(fp32), str(run), "--dataset_name", "digits")
+    assert f"{run / name} is in the way" in message
+    assert (run / name).read_text() == "of somebody else"
 
 
 @pytest.mark.parametrize(

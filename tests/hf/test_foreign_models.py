@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,20 @@ def test_a_weight_that_cannot_be_packed_is_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(FormatError, match=r"^classifier\.weight: cannot pack a weight that holds NaN"):
         AutoModelForImageClassification.from_pretrained(tmp_path, quantization_config=FLIQSConfig())
+
+
+def test_a_searchable_model_is_saved_with_names_in_place_of_expressions(tmp_path: Path) -> None:
+    tiny("vit").save_pretrained(tmp_path / "fp32")
+    config = FLIQSConfig(search_space=["int4"], modules_to_not_convert=["re:class.*|.*patch_embeddings.*", "*.q_proj"])
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "fp32", quantization_config=config)
+    model.save_pretrained(tmp_path / "search")
+    stored = json.loads((tmp_path / "search/config.json").read_text())["quantization_config"]
+    patches = "vit.embeddings.patch_embeddings.projection"
+    assert sorted(stored["modules_to_not_convert"]) == ["*.q_proj", "classifier", patches]
+    assert config.modules_to_not_convert == ["re:class.*|.*patch_embeddings.*", "*.q_proj"]  # the user's own
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "search")
+    assert format_switch(again).names == format_switch(model).names
+    assert len(format_switch(again).names) == 10 and patches not in format_switch(again).names
 
 
 def test_searchable_honours_its_configuration(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fliqs_hf.cost import CostTable, LayerInfo
+from fliqs_hf.cost import CostTable, LayerInfo, Target
 from fliqs_hf.errors import TargetError
-from fliqs_hf.search import SearchSpace, best_choice, pareto_front, reachable_range
+from fliqs_hf.search import SearchSpace, best_choice, choice_at_target, pareto_front, reachable_range
 from tests.search.networks import BLOCKS, LONE
 
 FORMATS = ("int2", "e2m0", "e2m1", "int4", "int8")
@@ -172,3 +172,27 @@ def test_a_pareto_front_is_the_best_choice_of_each_target() -> None:
     for target, choice in zip(targets, front, strict=True):
         assert torch.equal(choice, best_choice(space, table, scores, low=0.8 * target, high=target))
         assert 0.8 * target <= space.cost_of(table, choice).item() <= target
+
+
+@pytest.mark.parametrize("cap", [False, True])
+def test_a_target_between_allocations_is_met_within_its_tolerance(cap: bool) -> None:
+    """The band first; where it is empty, what the target allows: its tolerance to both sides, or all below a cap."""
+    space = SearchSpace(LONE[:3], ("int2", "int8"))
+    table = CostTable(space.layers, space.formats)
+    scores = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    choices, costs, total = enumerate_all(space, table, scores)
+    widened = 0
+    for cost in torch.linspace(costs.min().item() * 1.0001, costs.max().item() * 0.9999, 60).tolist():
+        target = Target("bops", cost, cap=cap)
+        for low, high in ((0.99, 1.0), (0.0, 1.0) if cap else (1 - Target.TOLERANCE, 1 + Target.TOLERANCE)):
+            inside = (costs >= low * cost) & (costs <= high * cost)
+            if inside.any():
+                break
+        if not inside.any():
+            with pytest.raises(TargetError, match="no allocation costs between"):
+                choice_at_target(space, table, scores, target, band=0.01)
+            continue
+        widened += low < 0.99
+        found = choice_at_target(space, table, scores, target, band=0.01)
+        assert found.tolist() == choices[inside][total[inside].argmax()].tolist(), cost
+    assert widened > 1
