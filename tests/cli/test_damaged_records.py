@@ -20,9 +20,9 @@ from fliqs_hf.json_file import MAX_BYTES
 from fliqs_hf.lock import NAME, locked
 from fliqs_hf.pipeline.compare_table import Table
 from fliqs_hf.report.run_report import write_report
-from fliqs_hf.search import SearchSpace
 from fliqs_hf.runs.finished import FinishedRun
 from fliqs_hf.runs.folder import RunFolder
+from fliqs_hf.search import SearchSpace
 from fliqs_hf.training.models import read_classifier
 from fliqs_hf.training.state import Best, load_state, save_state
 from fliqs_hf_cli import main
@@ -66,7 +66,6 @@ PUBLISHED = (
     *(f"fliqs/{name}.json" for name in ("settings", "results", "layers", "allocation")),
     "fliqs/metrics.jsonl", "config.json",
 )  # fmt: skip
-
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +135,7 @@ def test_another_record_of_the_checkpoint_that_would_be_published(run: Path, dam
 
 @damages
 def test_a_lock_that_is_none(run: Path, damage: Callable[[Path], object], capsys: pytest.CaptureFixture[str]) -> None:
-    damage(run / "fliqs" / NAME)
+    damage(run / NAME)
     assert "is in the way" in refused(capsys, "report", run)
 
 

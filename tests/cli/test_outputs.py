@@ -20,7 +20,6 @@ from transformers import ViTImageProcessor
 from fliqs_hf.cli import validate as validating
 from fliqs_hf.pipeline import compare as comparing
 from fliqs_hf.pipeline import search as searching
-from fliqs_hf.search.run_files import RunFiles
 from fliqs_hf_cli import main
 from tests.hf.runs import write_run
 from tests.models import tiny
