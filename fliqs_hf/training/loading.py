@@ -68,7 +68,7 @@ def _check_files(path: Path) -> None:
     """Raises: ConfigError: a file that Transformers would read to the end, where there is none, or into all memory."""
     for file in sorted(path.iterdir()):
         known = file.suffix in (".json", ".safetensors", ".bin")
-        if known and not file.is_file() and not file.is_dir() and not file.is_symlink():
+        if known and file.exists() and not file.is_file() and not file.is_dir():
             raise ConfigError(f"{file} is no regular file: a device or a pipe is no part of a model")
         if file.suffix == ".json" and file.is_file() and file.stat().st_size > MAX_BYTES:
             raise ConfigError(
