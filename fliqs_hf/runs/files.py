@@ -198,10 +198,11 @@ class RunFiles:
     def model(self) -> Iterator[Path]:
         """A folder to save the model and its image processor in, which come to stand at the top when the block ends.
 
-        The configuration, without which nothing loads, goes first and comes last: at any moment there is the old model,
-        the new one, or none.
+        The configuration, without which nothing loads, goes first and comes last: at any moment there is the old
+        model, the new one, or none.
 
-        Raises: DiskError: the old model is there, or none. ConfigError: something in the way is not ours, or has no name of a model's.
+        Raises: DiskError: the old model is there, or none. ConfigError: something in the way is not ours, or has no name
+            of a model's.
         """
         draft = self.path / RUN / ".tmp.model"
         with disk_errors(self.path):
@@ -332,7 +333,7 @@ def is_entry(entry: Any) -> bool:
     """Whether a run can have written it: nothing outside its folder, no name that runs do not use."""
     if not isinstance(entry, str) or "\\" in entry or "\0" in entry:
         return False
-    root, rest = _parts(entry)
+    root, _ = _parts(entry)
     inside = entry.removeprefix(root).split("/")[1:]
     if inside == [""]:
         return kind_of(root) == "states" or _TARGET.fullmatch(root) is not None

@@ -21,8 +21,8 @@ from fliqs_hf.cost import LayerInfo, bops, weight_bytes
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.files import append_text, replacing
 from fliqs_hf.json_file import parse_object, read_bytes, read_json, read_text
-from fliqs_hf.search.config import SearchConfig
 from fliqs_hf.runs.files import RUN, RunFiles
+from fliqs_hf.search.config import SearchConfig
 from fliqs_hf.search.sensitivity import Sensitivity
 from fliqs_hf.search.space import SearchSpace
 from fliqs_hf.training import Accuracy

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fliqs_hf.runs.finished import FinishedRun
-from fliqs_hf.runs.folder import RunFolder
-from fliqs_hf.runs.files import RunFiles, is_run, kind_of
 
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.formats import COMMON
+from fliqs_hf.runs.files import RunFiles, is_run, kind_of
+from fliqs_hf.runs.finished import FinishedRun
+from fliqs_hf.runs.folder import RunFolder
 
 
 def record(folder: Path, *entries: Any) -> None:
@@ -22,8 +22,10 @@ def record(folder: Path, *entries: Any) -> None:
 
 
 @pytest.mark.parametrize("entry", [
-    "../config.json", "/etc/passwd", "notes.txt", "fliqs/fp32", "fliqs/fp32/../../x", "fliqs/fp32//x", "fliqs/figures/./x",
-    "fliqs/figures/", "fliqs/state", "fliqs/state/x", "", "/", ".", "..", "../", "bits-3/config.json", "bits-../", "a/",
+    "../config.json", "/etc/passwd", "notes.txt", "fliqs/fp32", "fliqs/fp32/../../x", "fliqs/fp32//x",
+    "fliqs/figures/./x",
+    "fliqs/figures/", "fliqs/state", "fliqs/state/x", "", "/", ".", "..", "../", "bits-3/config.json", "bits-../",
+    "a/",
     "fliqs/written.json", "fp32/x", "results.json", "state/", "fliqs", "fliqs/", "fliqs//x", "fliqs/config.json",
     "fliqs/bits-3/", "fliqs/../config.json", "config.json/", "fliqs\\..\\x", "fliqs/fp32/x\0", ".tmp.config.json",
     "fliqs/uniform_x.json", "model.safetensors/x", "settings.json", 5, None, ["config.json"],
@@ -175,7 +177,9 @@ def test_records_in_a_link_are_not_ours(tmp_path: Path) -> None:
     run.records.symlink_to(tmp_path / "elsewhere")
     assert not is_run(run.path)
     for attempt in (
-        run.files.clear, run.files.check, lambda: RunFolder(run.path).write("layers.json", [1]),
+        run.files.clear,
+        run.files.check,
+        lambda: RunFolder(run.path).write("layers.json", [1]),
     ):
         with pytest.raises(ConfigError, match="fliqs is in the way"):
             attempt()
@@ -225,9 +229,9 @@ def test_a_run_of_an_earlier_version_is_neither_replaced_nor_misread(tmp_path: P
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / name).write_text(EARLIER if name == "config.json" else '{"format_version": 1, "written": []}')
     for attempt in (RunFiles(tmp_path).clear, RunFiles(tmp_path).check):
-        with pytest.raises(ConfigError, match="a run of an earlier version .* choose another output folder"):
+        with pytest.raises(ConfigError, match=r"a run of an earlier version .* choose another output folder"):
             attempt()
-    with pytest.raises(CheckpointError, match="earlier version .* give .*checkpoint instead"):
+    with pytest.raises(CheckpointError, match=r"earlier version .* give .*checkpoint instead"):
         FinishedRun.read(tmp_path)
     assert not is_run(tmp_path)
 
@@ -247,11 +251,11 @@ def test_why_there_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a run folder nor that of a model"):
         FinishedRun.read(tmp_path)
     RunFolder(tmp_path).write("settings.json", {})
-    with pytest.raises(CheckpointError, match="is not finished.*--resume"):
+    with pytest.raises(CheckpointError, match=r"is not finished.*--resume"):
         FinishedRun.read(tmp_path)
     (tmp_path / "bits-3").mkdir()
     (tmp_path / "bits-3" / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="several targets: give one of them, such as .*bits-3"):
+    with pytest.raises(CheckpointError, match=r"several targets: give one of them, such as .*bits-3"):
         FinishedRun.read(tmp_path)
 
 

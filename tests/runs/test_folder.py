@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fliqs_hf.runs.folder import RunFolder
 
 from fliqs_hf.cost import trace_layers
 from fliqs_hf.errors import CheckpointError, DiskError
+from fliqs_hf.runs.folder import RunFolder
 from fliqs_hf.search import SearchSpace, Sensitivity
 from tests.models import tiny
 
