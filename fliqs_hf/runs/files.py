@@ -201,8 +201,8 @@ class RunFiles:
         The configuration, without which nothing loads, goes first and comes last: at any moment there is the old
         model, the new one, or none.
 
-        Raises: DiskError: the old model is there, or none. ConfigError: something in the way is not ours, or has no name
-            of a model's.
+        Raises: DiskError: the old model is there, or none. ConfigError: something in the way is not ours, or has no
+            name of a model's.
         """
         draft = self.path / RUN / ".tmp.model"
         with disk_errors(self.path):
