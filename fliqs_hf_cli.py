@@ -222,6 +222,8 @@ def _quantize(parser: Parser) -> None:
         ("target_ratio", "bit operations over those of fp32"),
     ):
         parser.add_argument(f"--{name}", type=float, help=f"mixed formats: {text}")
+    parser.add_argument("--target", action="append", metavar="NAME=VALUE",
+                        help="or one of these by name, or a cost that is registered")  # fmt: skip
     parser.add_argument(
         "--search_space",
         nargs="+",

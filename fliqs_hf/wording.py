@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 _MINUS = "−"
 
 
@@ -128,25 +125,10 @@ def signal(value: float) -> str:
     return ("+" if value >= 0 else "") + thousandths(value)
 
 
-def target(record: Mapping[str, Any]) -> str:
-    """What a search aimed at, from the `target` of its results.json.
-
-    Raises: TypeError: a value that is no number.
-    """
-    said = {
-        "bits": lambda value: f"the bit operations of a uniform {short(value)}-bit model",
-        "bops": lambda value: f"{engineering(value)} bit operations per image",
-        "size_mb": lambda value: f"a checkpoint of at most {size(value * 1e6)}",
-        "ratio": lambda value: f"{percent(value)} of the bit operations of fp32",
-    }
-    known = [words(record[kind]) for kind, words in said.items() if kind in record]
-    return ", ".join(known or [f"{kind} {value}" for kind, value in record.items()])
-
-
 FILTERS = {
     function.__name__: function
     for function in (
         count, percent, level, points, change, short, engineering, signed, size, duration, milliseconds, factor,
-        speed, smaller, p_value, thousandths, signal, target,
+        speed, smaller, p_value, thousandths, signal,
     )
 }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fliqs_hf import wording
+from fliqs_hf.cost.target import described
 
 
 @pytest.mark.parametrize(("function", "value", "text"), [
@@ -49,11 +50,11 @@ from fliqs_hf import wording
     (wording.thousandths, 25.0, "25 k"),
     (wording.signal, -1e-3, "−1"),
     (wording.level, 0.95, "95 %"),
-    (wording.target, {"bits": 3.0, "cost": 2e7, "cap": False}, "the bit operations of a uniform 3-bit model"),
-    (wording.target, {"bops": 1.5e6}, "1.5 M bit operations per image"),
-    (wording.target, {"size_mb": 2.5}, "a checkpoint of at most 2.5 MB"),
-    (wording.target, {"ratio": 1 / 64}, "1.56 % of the bit operations of fp32"),
-    (wording.target, {"latency": 3}, "latency 3"),
+    (described, {"bits": 3.0, "cost": 2e7, "cap": False}, "the bit operations of a uniform 3-bit model"),
+    (described, {"bops": 1.5e6}, "1.5 M bit operations per image"),
+    (described, {"size_mb": 2.5}, "a checkpoint of at most 2.5 MB"),
+    (described, {"ratio": 1 / 64}, "1.56 % of the bit operations of fp32"),
+    (described, {"latency": 3}, "latency 3"),
 ])  # fmt: skip
 def test_numbers_in_human_units(function: Callable[[Any], str], value: Any, text: str) -> None:
     assert function(value) == text

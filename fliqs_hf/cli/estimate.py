@@ -7,7 +7,8 @@ from typing import Any
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.output import answer, table
-from fliqs_hf.cost import bops, unlisted_bytes, weight_bytes
+from fliqs_hf.cost import bops, registered, unlisted_bytes, weight_bytes
+from fliqs_hf.cost.models import BOPS, WEIGHT_BYTES
 from fliqs_hf.formats import parse
 from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.nn import quantizable_layers
@@ -32,16 +33,19 @@ def estimate(args: argparse.Namespace) -> int:
     if args.allocation is not None:
         models[args.allocation] = FLIQSConfig(allocation=args.allocation).resolve(model)
     called_names = {layer.name for layer in layers if layer.quantizable}
+    others = [cost for cost in registered() if cost not in (BOPS, WEIGHT_BYTES)]
     rows: list[dict[str, Any]] = []
     for label, allocation in models.items():
         called = Allocation({layer: formats for layer, formats in allocation.items() if layer in called_names})
         size = weight_bytes(layers, called, other_bytes=other)
-        rows.append({"formats": label, "bops": bops(layers, called), "bytes": size})
+        own = {cost.name: cost.known(layers, called) for cost in others}
+        rows.append({"formats": label, "bops": bops(layers, called), "bytes": size, **own})
     fp32 = rows[0]
     lines = [
         (
             row["formats"], f"{row['bops'] / 1e9:.3f}", f"{fp32['bops'] / row['bops']:.1f} ×",
             f"{row['bytes'] / 1e6:.3f}", f"{fp32['bytes'] / row['bytes']:.1f} ×",
+            *(cost.shown(row[cost.name]) for cost in others),
         )
         for row in rows
     ]  # fmt: skip
@@ -49,7 +53,7 @@ def estimate(args: argparse.Namespace) -> int:
     fixed = sum(layer.macs for layer in layers if not layer.quantizable)
     text = (
         f"{type(model).__name__}: {len(chosen)} layers, {macs / 1e9:.3f} G MACs per {on}\n\n"
-        + table(("formats", "G bit operations", "fewer", "MB", "smaller"), lines)
+        + table(("formats", "G bit operations", "fewer", "MB", "smaller", *(cost.unit for cost in others)), lines)
         + "\n\nWeights and inputs in the same format; bit operations are MACs × weight bits × input bits. Everything "
         "else\n(biases, norms, embeddings) stays in fp32. Bytes are those of the checkpoint less its header."
     )

@@ -10,7 +10,8 @@ from typing import Any
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.calibration import Calibration, check, pack
 from fliqs_hf.cli.output import answer
-from fliqs_hf.cost import LayerInfo, Target, unlisted_bytes
+from fliqs_hf.cost import LayerInfo, Target, target_kinds, unlisted_bytes
+from fliqs_hf.cost.target import given_targets
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf import FLIQSConfig, fold_batchnorm
 from fliqs_hf.hf.card import write_card
@@ -18,9 +19,7 @@ from fliqs_hf.lock import locked
 from fliqs_hf.pipeline.checkpoints import device_of, is_classifier, load_model, load_processor, read_config, traced
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.post_training import Found, allocate
-from fliqs_hf.runs.folder import RunFolder, cost_summary, layer_table
-
-TARGETS = ("target_bits", "target_bops", "target_size_mb", "target_ratio")
+from fliqs_hf.runs.folder import RunFolder, cost_lines, cost_summary, layer_table
 
 
 def quantize(args: argparse.Namespace) -> int:
@@ -71,9 +70,7 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
         args.calibration_split = calibration.split
     run = _save(args, output, model, processor, layers, allocation, found)
     result: dict[str, Any] = {
-        "target": {
-            name.removeprefix("target_"): value for name in TARGETS if (value := getattr(args, name)) is not None
-        },
+        "target": {} if target is None else {target.kind: target.value},
         "cost": cost,
         "fp32_bytes": fp32_bytes,
         "checkpoint_bytes": run.model_bytes(),
@@ -88,6 +85,7 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
         if layers
         else f"{allocation.summary()}\n\nbit operations  unknown\n"
     )
+    text += "".join(f"{line}\n" for line in cost_lines(cost))
     text += (
         f"checkpoint      {result['fp32_bytes'] / 1e6:9.3f} MB fp32 -> {result['checkpoint_bytes'] / 1e6:9.3f} MB\n"
         f"saved in        {args.output}\n"
@@ -100,7 +98,8 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
 def _target(args: argparse.Namespace) -> Target | None:
     """Raises: ConfigError: settings that contradict one another."""
     uniform = [name for name in ("weight_format", "activation_format") if getattr(args, name) is not None]
-    given = [name for name in TARGETS if getattr(args, name) is not None]
+    targets = [(kind, value) for kind, values in given_targets(vars(args)).items() for value in values]
+    given = [f"target_{kind}" for kind, _ in targets]
     ways = [uniform[0]] if uniform else []
     ways += ["allocation"] if args.allocation else []
     ways += given
@@ -113,7 +112,8 @@ def _target(args: argparse.Namespace) -> Target | None:
     check(args)
     if not given:
         return None
-    return Target.of(**{given[0]: getattr(args, given[0])}, cap=given[0] == "target_size_mb")
+    ((kind, value),) = targets
+    return Target(kind, value, target_kinds()[kind].is_limit)
 
 
 def _costed(model: Any) -> tuple[LayerInfo, ...]:

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
+from fliqs_hf.cost import registered
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.hf.making import Making
 from fliqs_hf.hf.private import command_line, is_hub_id, last_part, without_private
@@ -66,6 +67,7 @@ def model_card(
         "dataset": last_part(dataset) if dataset else None,
         "formats": set(run.allocation.values()),
         "results": results,
+        "costs": registered(),
         "searched": results[-1].accuracy,
         "validation": validation,
         "validated_on": last_part(validation.dataset) if validation and validation.dataset else None,

@@ -9,7 +9,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cost import bops, weight_bytes
+from fliqs_hf.cost.models import BOPS, known_costs
 from fliqs_hf.errors import CheckpointError, FormatError
 from fliqs_hf.formats import Format, parse
 from fliqs_hf.hf.validation_record import ValidatedModel, Validation
@@ -66,18 +66,21 @@ class Result:
     """One row of the table of results; None where it was not measured, or where no layer shapes were recorded.
 
     Attributes:
-        bops: bit operations per image.
-        weight_bytes: packed weights and scales of the Linear and Conv2d layers.
+        costs: by the name of the cost, all that are registered; of the Linear and Conv2d layers.
     """
 
     name: str
     accuracy: Accuracy | None
-    bops: int | None
-    weight_bytes: int | None
+    costs: Mapping[str, float | None] | None
 
     @property
     def label(self) -> str:
         return {FP32: "original (fp32)", SEARCHED: "this model"}.get(self.name, self.name.replace("_", " "))
+
+    @property
+    def bops(self) -> float | None:
+        """Bit operations per image."""
+        return None if self.costs is None else self.costs[BOPS.name]
 
 
 def validation_of(run: FinishedRun) -> Validation | None:
@@ -99,9 +102,9 @@ def measured_models(run: FinishedRun, validation: Validation | None) -> list[Res
         accuracy = measured.get(name)
         allocation = _allocation_of(name, run)
         if not run.layers or allocation is None:
-            rows.append(Result(name, accuracy, None, None))
+            rows.append(Result(name, accuracy, None))
         else:
-            rows.append(Result(name, accuracy, bops(run.layers, allocation), weight_bytes(run.layers, allocation)))
+            rows.append(Result(name, accuracy, known_costs(run.layers, allocation)))
     return rows
 
 

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import jinja2
 
 from fliqs_hf import wording
+from fliqs_hf.cost.target import described
 
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _SPECIAL = re.compile(
@@ -93,6 +94,6 @@ def _environment(package: str, **settings: Any) -> jinja2.Environment:
         keep_trailing_newline=True,
         **settings,
     )
-    made.filters.update(wording.FILTERS)
+    made.filters.update(wording.FILTERS, target=described)
     made.filters["data_uri"] = lambda jpeg: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
     return made

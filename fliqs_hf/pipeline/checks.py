@@ -10,7 +10,8 @@ from accelerate.tracking import get_available_trackers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from fliqs_hf.cost import Target
+from fliqs_hf.cost import Target, target_kinds
+from fliqs_hf.cost.target import given_targets
 from fliqs_hf.errors import ConfigError, FormatError, HubError
 from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.formats.spaces import parse_formats
@@ -71,13 +72,12 @@ def model_settings(model_args: ModelArguments) -> dict[str, Any]:
 
 def targets_of(search_args: SearchArguments) -> list[Target]:
     """The targets, in the order given; 4 bits if there is none. A size is always a cap."""
-    kinds = ("target_bits", "target_bops", "target_size_mb", "target_ratio")
-    given = [(kind, values) for kind in kinds if (values := getattr(search_args, kind))]
+    given = given_targets(vars(search_args)) or {"bits": [4.0]}
     if len(given) > 1:
-        raise ConfigError(f"give one kind of target, not {' and '.join(kind for kind, _ in given)}")
-    kind, values = given[0] if given else ("target_bits", [4.0])
-    targets = [Target.of(**{kind: value}, cap=search_args.cap or kind == "target_size_mb") for value in values]
-    check_distinct(kind, [target.label for target in targets])  # which names their folders
+        raise ConfigError(f"give one kind of target, not {' and '.join(f'target_{kind}' for kind in given)}")
+    ((kind, values),) = given.items()
+    targets = [Target(kind, value, search_args.cap or target_kinds()[kind].is_limit) for value in values]
+    check_distinct(f"target_{kind}", [target.label for target in targets])  # which names their folders
     return targets
 
 

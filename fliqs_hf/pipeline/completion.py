@@ -9,7 +9,7 @@ from fliqs_hf.cost import LayerInfo
 from fliqs_hf.errors import CheckpointError, DependencyError
 from fliqs_hf.hf.card import write_card
 from fliqs_hf.runs.finished import FinishedRun
-from fliqs_hf.runs.folder import RunFolder, layer_table
+from fliqs_hf.runs.folder import RunFolder, cost_lines, layer_table
 from fliqs_hf.search import SearchSpace
 
 
@@ -37,6 +37,7 @@ def summary(result: dict[str, Any]) -> str:
     lines = [
         f"bit operations  {cost['fp32_bops'] / 1e9:9.3f} G fp32  -> {cost['bops'] / 1e9:9.3f} G  "
         f"({cost['target_ratio']:.1%} of the target)",
+        *cost_lines(cost),
         f"checkpoint      {result['fp32_bytes'] / 1e6:9.3f} MB fp32 -> "
         f"{result['checkpoint_bytes'] / 1e6:9.3f} MB on disk",
         f"accuracy        {fp32['top1']:9.2%} fp32    -> {found['top1']:9.2%} searched  ({found['n']} images)",

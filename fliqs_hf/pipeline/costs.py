@@ -9,8 +9,8 @@ from typing import Any
 from safetensors.torch import save
 
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cost import CostTable, LayerInfo, bops, weight_bytes
-from fliqs_hf.cost.models import CostKind
+from fliqs_hf.cost import CostTable, LayerInfo, weight_bytes
+from fliqs_hf.cost.models import Cost, find
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.nn import QuantizerSettings, make_searchable
 from fliqs_hf.search import SearchSpace
@@ -20,22 +20,23 @@ def cost_table(
     model: Any,
     layers: Sequence[LayerInfo],
     space: SearchSpace,
-    kind: CostKind,
+    kind: str | Cost,
     settings: QuantizerSettings | None = None,
 ) -> CostTable:
     """Costs of the layers of `space`, on top of a fixed cost.
 
     Args:
         model: the fp32 model. layers: all that were traced; those outside of the space stay in fp32.
-    Returns: a table whose `fixed_cost` is, in bit operations, that of the layers in fp32; in bytes, that of everything
-        else in the file of the packed model, header included.
+    Returns: a table whose `fixed_cost` is that of the layers in fp32; in bytes, that of everything else in the file of
+        the packed model, header included.
     """
+    cost = find(kind)
     searched = {layer.name for layer in space.layers}
-    if kind == "bops":
-        fixed = bops([layer for layer in layers if layer.name not in searched], {})
+    if cost.of_file:
+        fixed: float = _file_bytes(model, space, settings or QuantizerSettings())
     else:
-        fixed = _file_bytes(model, space, settings or QuantizerSettings())
-    return CostTable(space.layers, space.formats, kind, fixed_cost=fixed)
+        fixed = cost.of([layer for layer in layers if layer.name not in searched], {})
+    return CostTable(space.layers, space.formats, cost, fixed_cost=fixed)
 
 
 def _file_bytes(model: Any, space: SearchSpace, settings: QuantizerSettings) -> int:

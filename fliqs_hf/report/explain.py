@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fliqs_hf.allocation import Allocation, LayerFormats
-from fliqs_hf.cost import LayerInfo, bops, weight_bytes
+from fliqs_hf.cost import LayerInfo
+from fliqs_hf.cost.models import known_costs
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.formats import Format, parse
 from fliqs_hf.json_file import read_objects
@@ -21,13 +22,12 @@ class Alternative:
 
     Attributes:
         signal: change of the accuracy signal, higher is worse; None where none was recorded (see `Explanation`).
-        bops: change of the bit operations per image. bytes: change of the packed weights and scales.
+        costs: change of every registered cost that is known, by its name.
     """
 
     format: Format
     signal: float | None
-    bops: int
-    bytes: int
+    costs: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,11 @@ def _explanation(
         return Alternative(
             choices[best],
             signals[best] - signals[now] if signals else None,
-            costs[1][0] - costs[0][0],
-            costs[1][1] - costs[0][1],
+            {
+                name: new - old
+                for name, old in costs[0].items()
+                if old is not None and (new := costs[1][name]) is not None
+            },
         )
 
     widths = {fmt.bits for fmt in choices if fmt not in excluded}
@@ -140,15 +143,15 @@ def _explanation(
 
 def _costs(
     layers: Sequence[LayerInfo], allocation: Mapping[str, LayerFormats], kind: str, fmt: Format
-) -> tuple[int, int]:
-    """BOPs and bytes of these layers with `fmt` in the decision's place."""
+) -> dict[str, float | None]:
+    """Costs of these layers with `fmt` in the decision's place."""
     changed = {}
     for layer in layers:
         weight, activation = allocation[layer.name].weight, allocation[layer.name].activation
         changed[layer.name] = LayerFormats(
             fmt if kind in ("both", "weight") else weight, fmt if kind in ("both", "activation") else activation
         )
-    return bops(layers, Allocation(changed)), weight_bytes(layers, Allocation(changed))
+    return known_costs(layers, Allocation(changed))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

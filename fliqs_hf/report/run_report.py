@@ -12,7 +12,8 @@ from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 
 from fliqs_hf.allocation import LayerFormats
-from fliqs_hf.cost import LayerInfo, bops
+from fliqs_hf.cost import LayerInfo, bops, registered
+from fliqs_hf.cost.models import BOPS
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.formats import Format
 from fliqs_hf.hf.card import write_card
@@ -158,6 +159,7 @@ def _page(report: RunReport, drawn: Mapping[str, Figure | None]) -> str:
                 command=command_line(settings["command"]) if settings.get("command") else None,
                 settings_json=json.dumps(without_private(shown), indent=2, ensure_ascii=False),
                 prices=_prices(report),
+                costs=registered(),
             )
         )
     except (TypeError, AttributeError, UndefinedError) as error:
@@ -177,7 +179,7 @@ def _prices(report: RunReport) -> dict[str, float]:
     """Signal that a step down costs, per 1 % of the model's bit operations that it saves."""
     total = bops(report.run.layers, report.run.allocation)
     return {
-        decision.name: 0.01 * total * decision.down.signal / -decision.down.bops
+        decision.name: 0.01 * total * decision.down.signal / -decision.down.costs[BOPS.name]
         for decision in report.decisions
-        if decision.down and decision.down.signal is not None and decision.down.bops < 0
+        if decision.down and decision.down.signal is not None and decision.down.costs[BOPS.name] < 0
     }

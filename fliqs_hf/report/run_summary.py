@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fliqs_hf import wording
+from fliqs_hf.cost.target import described
 from fliqs_hf.hf.private import last_part
 from fliqs_hf.hf.results import FP32, SEARCHED, Accuracy
 
@@ -116,5 +117,5 @@ def _cost_tile(report: RunReport) -> tuple[str, str, str]:
     used = (report.run.results.get("cost") or {}).get("target_ratio")
     if used is not None:
         aim = report.run.results.get("target")
-        text += f"; {wording.percent(used)} of the target{f' ({wording.target(aim)})' if aim else ''}"
+        text += f"; {wording.percent(used)} of the target{f' ({described(aim)})' if aim else ''}"
     return "Cost", f"{wording.factor(before / now)} less", text

@@ -41,7 +41,7 @@ _MODEL_FILE = re.compile(
     r"|model(-\d{5}-of-\d{5})?\.safetensors|README\.md"
 )
 #: The run of one target of several: a run folder of its own at the top, listed as "bits-3/".
-_TARGET = re.compile(r"(bits|bops|size_mb|ratio)-\d[\d.e-]*")
+_TARGET = re.compile(r"(\w+)-\d[\d.e-]*")
 _DRAFTS = (".tmp.", ".old.")
 #: Of a record: more is none of ours.
 _MOST_BYTES = 16_000_000

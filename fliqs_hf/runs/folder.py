@@ -6,7 +6,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +17,8 @@ import torch
 
 from fliqs_hf import checksums
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cost import LayerInfo, bops, weight_bytes
+from fliqs_hf.cost import LayerInfo, bops, registered, weight_bytes
+from fliqs_hf.cost.models import BOPS, WEIGHT_BYTES
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.files import append_text, replacing
 from fliqs_hf.json_file import parse_object, read_bytes, read_json, read_text
@@ -213,13 +214,27 @@ def _step(line: bytes, file: Path) -> int:
 
 def cost_summary(layers: Sequence[LayerInfo], allocation: Allocation, other_bytes: int) -> dict[str, float]:
     """Costs of an allocation beside those of fp32. Bytes include everything in the checkpoint but its header."""
-    return {
+    summary: dict[str, float] = {
         "bops": bops(layers, allocation),
         "fp32_bops": bops(layers, {}),
         "bytes": weight_bytes(layers, allocation, other_bytes=other_bytes),
         "fp32_bytes": weight_bytes(layers, {}, other_bytes=other_bytes),
         "macs": sum(layer.macs for layer in layers),
     }
+    for cost in registered():
+        if cost not in (BOPS, WEIGHT_BYTES):
+            own = {cost.name: cost.known(layers, allocation), f"fp32_{cost.name}": cost.known(layers, {})}
+            summary |= {name: value for name, value in own.items() if value is not None}
+    return summary
+
+
+def cost_lines(cost: Mapping[str, float]) -> list[str]:
+    """What `cost_summary` has beside bit operations and bytes, as text."""
+    return [
+        f"{one.name:<16}{one.shown(cost.get(f'fp32_{one.name}'))} fp32  -> {one.show(cost[one.name])}  ({one.unit})"
+        for one in registered()
+        if one not in (BOPS, WEIGHT_BYTES) and one.name in cost
+    ]
 
 
 def layer_table(layers: Sequence[LayerInfo], allocation: Allocation) -> str:

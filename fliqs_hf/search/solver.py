@@ -113,7 +113,7 @@ class _Problem:
         for layer, (w, a) in enumerate(decisions):
             if w == a:
                 own[w] += costs[layer].diagonal()
-            elif table.kind == "weight_bytes":  # does not depend on the input's format
+            elif (costs[layer] == costs[layer][:, :1]).all():  # as bytes, which do not depend on the input's format
                 own[w] += costs[layer][:, 0]
             else:
                 pairs[w, a] = pairs.get((w, a), 0.0) + costs[layer]

@@ -140,6 +140,9 @@ class SearchArguments:
         default=None, metadata={"help": "most that the checkpoint's file may have, 10^6 bytes"}
     )
     target_ratio: list[float] | None = field(default=None, metadata={"help": "BOPs over those of fp32"})
+    target: list[str] | None = field(
+        default=None, metadata={"help": "or NAME=VALUE: any of these, or a cost that is registered"}
+    )
     cap: bool = field(default=False, metadata={"help": "the target is a limit, never exceeded"})
     preset: str = field(default="default", metadata={"help": "default, or paper for FLIQS as published"})
     search_overrides: dict | str | None = field(

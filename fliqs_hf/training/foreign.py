@@ -90,7 +90,6 @@ ADVICE = {
     "fsdp": "name it in the configuration of accelerate: accelerate launch --config_file …",
     "torch_compile_mode": "the backend's default mode is used: leave it out",
     "bits": "use target_bits",
-    "target": "use target_bits, target_bops, target_size_mb or target_ratio",
     "formats": "use search_space",
     "weight_format": "search_space says the formats; one format without a search: fliqs-hf quantize --weight_format",
     "output": "use output_dir",

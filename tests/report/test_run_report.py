@@ -52,8 +52,10 @@ def test_counterfactuals_are_differences_of_whole_allocations(activation: Any) -
             other = list(choice)
             other[index] = space.formats.index(step.format)
             changed = space.allocation(torch.tensor(other))
-            assert step.bops == bops(LAYERS, changed) - bops(LAYERS, allocation)
-            assert step.bytes == weight_bytes(LAYERS, changed) - weight_bytes(LAYERS, allocation)
+            assert step.costs == {
+                "bops": bops(LAYERS, changed) - bops(LAYERS, allocation),
+                "weight_bytes": weight_bytes(LAYERS, changed) - weight_bytes(LAYERS, allocation),
+            }
             row = scores[entry.name]
             assert step.signal == row[other[index]] - row[choice[index]]
         assert (entry.down.format.name, entry.up.format.name) == ("int2", "int8")
