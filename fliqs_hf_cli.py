@@ -152,6 +152,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         _ESTIMATE,
         _estimate,
     )
+    add(
+        "hardware", "hardware:hardware", "which formats devices run, and what a checkpoint gains", _HARDWARE, _hardware
+    )
     add("quantize", "quantize:quantize", "quantize a checkpoint without training", _QUANTIZE, _quantize)
     add("search", "search:search", "search formats and train for them: the recipe (its own --help)", _SEARCH, None)
     add(
@@ -200,6 +203,19 @@ def _estimate(parser: Parser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
 
 
+_HARDWARE = """  fliqs-hf hardware list
+  fliqs-hf hardware show h100
+  fliqs-hf hardware check runs/digits --hardware x86-vnni"""
+
+
+def _hardware(parser: Parser) -> None:
+    parser.add_argument("what", choices=("list", "show", "check"))
+    parser.add_argument("name", nargs="?", help="of a profile to show, or of a quantized checkpoint to check")
+    parser.add_argument("--hardware", metavar="NAME", default="auto",
+                        help="to check for: a profile, auto (this machine), or a .yaml file")  # fmt: skip
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+
 _QUANTIZE = """  fliqs-hf quantize MODEL runs/w8a8                                      uniform INT8
   fliqs-hf quantize MODEL runs/w4 --weight_format int4 --activation_format none
   fliqs-hf quantize MODEL runs/mine --allocation allocation.json
@@ -231,6 +247,9 @@ def _quantize(parser: Parser) -> None:
         default=["mixed"],
         help="formats to choose from, or one of fliqs-s-int fliqs-s-fp fliqs-l-int fliqs-l-fp mixed",
     )
+    parser.add_argument("--hardware", metavar="NAME",
+                        help="choose among formats that this runs: a profile, auto (this machine), or a .yaml "
+                        "file")  # fmt: skip
     parser.add_argument("--activation", choices=("same", "separate"), default="same",
                         help="formats of weights and inputs: the same, or chosen apart")  # fmt: skip
     parser.add_argument(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.calibration import Calibration, check, pack
 from fliqs_hf.cli.output import answer
 from fliqs_hf.cost import LayerInfo, Target, target_kinds, unlisted_bytes
+from fliqs_hf.cost.hardware import Profile, load_profile, native_share, restricted
 from fliqs_hf.cost.target import given_targets
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.formats import Format
+from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.hf import FLIQSConfig, fold_batchnorm
 from fliqs_hf.hf.card import write_card
 from fliqs_hf.lock import locked
@@ -32,6 +36,9 @@ def quantize(args: argparse.Namespace) -> int:
 
 def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     target = _target(args)
+    profile = None if args.hardware is None else load_profile(args.hardware)
+    if profile is not None and target is not None:
+        _space(args, profile)
     check_run_folders([output], args.overwrite, "pass --overwrite to replace it")
     if read_config(args.model, args.revision)[1] is not None:
         raise ConfigError(f"{args.model} is quantized already; start from the fp32 checkpoint")
@@ -50,7 +57,7 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
             model,
             calibration.labelled,
             target,
-            search_space=args.search_space[0] if len(args.search_space) == 1 else args.search_space,
+            search_space=_space(args, profile),
             activation=args.activation,
             modules_to_not_convert=args.modules_to_not_convert,
         )
@@ -86,6 +93,8 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
         else f"{allocation.summary()}\n\nbit operations  unknown\n"
     )
     text += "".join(f"{line}\n" for line in cost_lines(cost))
+    if profile is not None and layers:
+        text += _hardware_line(profile, layers, allocation)
     text += (
         f"checkpoint      {result['fp32_bytes'] / 1e6:9.3f} MB fp32 -> {result['checkpoint_bytes'] / 1e6:9.3f} MB\n"
         f"saved in        {args.output}\n"
@@ -93,6 +102,16 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     )
     answer(args.json, {**result, "allocation": allocation.to_dict(), "output": args.output}, text)
     return 0
+
+
+def _space(args: argparse.Namespace, profile: Profile | None) -> str | list[Format]:
+    space = args.search_space[0] if len(args.search_space) == 1 else args.search_space
+    return space if profile is None else restricted(parse_formats(space), profile)
+
+
+def _hardware_line(profile: Profile, layers: Sequence[LayerInfo], allocation: Allocation) -> str:
+    share = native_share(profile, layers, allocation)
+    return f"on {profile.name:<13}" + ", ".join(f"{part:.1%} {state}" for state, part in share.items()) + "\n"
 
 
 def _target(args: argparse.Namespace) -> Target | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, Target, trace_layers
+from fliqs_hf.formats import Format
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.pipeline.costs import cost_table
@@ -42,7 +43,7 @@ def allocate(
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     target: Target,
     *,
-    search_space: str | Sequence[str] = "mixed",
+    search_space: str | Sequence[str | Format] = "mixed",
     activation: ActivationMode = "same",
     modules_to_not_convert: Sequence[str] | None = None,
     tie: Sequence[str] = (),
