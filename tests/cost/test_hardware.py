@@ -83,6 +83,16 @@ def test_native_carried_simulated_nowhere() -> None:
     assert h100.runs(LayerFormats.of("int4", "int4")).reason == "as int8 × int8, exactly and at their cost"
 
 
+@pytest.mark.parametrize(("name", "weight", "inputs", "state"), [
+    ("b200", "mxfp4", "mxfp8_e4m3", "native"), ("b200", "nvfp4", "nvfp4", "native"),
+    ("b200", "nvfp4", "mxfp4", "simulated"), ("b200", "int4_g32", "int4_g32_zp", "simulated"),
+    ("h100", "mxfp4", "mxfp4", "simulated"), ("h100", "e4m3", "mxfp8_e4m3", "simulated"),
+    ("x86-amx", "int4_g32", "int8", "simulated"), ("x86-amx", "int4", "int4_zp", "simulated"),
+])  # fmt: skip
+def test_blocks_run_only_where_blocks_are_known(name: str, weight: str, inputs: str, state: str) -> None:
+    assert load_profile(name).runs(LayerFormats.of(weight, inputs)).state == state
+
+
 def test_shares_by_hand() -> None:
     layers = [
         LayerInfo(name, "linear", macs, 10, 1, n)
