@@ -178,6 +178,15 @@ def test_a_static_scale_shows_nan_and_saturates_infinities() -> None:
         assert torch.equal(got[3], layer(expected)[3])
 
 
+def test_an_image_of_one_patch_is_a_product() -> None:
+    layer = packed(nn.Conv2d(3, 8, 4, stride=4), WEIGHT, "int8")
+    with torch.no_grad():
+        assert layer.native_kernel(some(1, 3, 4, 4)) is not None
+        assert layer.native_kernel(some(1, 3, 4, 3)) is None
+    linear = packed(nn.Linear(16, 8), WEIGHT, "int8")
+    assert (linear.in_features, linear.out_features) == (16, 8)
+
+
 def test_zeros_give_the_bias() -> None:
     layer = packed(nn.Linear(16, 8), WEIGHT, "int8")
     with torch.no_grad():
@@ -185,6 +194,7 @@ def test_zeros_give_the_bias() -> None:
 
 
 @pytest.mark.parametrize(("layer", "formats", "granularity", "reason"), [
+    (nn.Conv2d(3, 4, 2, stride=2, dilation=2), (WEIGHT, "int8"), "per_token", "overlap"),
     (nn.Linear(8, 8), ("e4m3", "int8"), "per_token", "weights in e4m3"),
     (nn.Linear(8, 8), ("int8", "e5m2"), "per_token", "inputs in e5m2"),
     (nn.Linear(8, 8), ("int8", None), "per_token", "not quantized"),
