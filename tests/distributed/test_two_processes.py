@@ -55,7 +55,7 @@ def test_ranks_agree_explore_apart_and_survive_a_crash(tmp_path: Path, how: list
     assert torch.equal(first["samples"][12:], second["samples"][12:])
 
     assert launch(tmp_path / "crash", "10", *how) != 0
-    assert [path.name for path in (tmp_path / "crash" / "fliqs/state").glob("step-*")] == ["step-00000008"]
+    assert [path.name for path in (tmp_path / "crash" / "state").glob("step-*")] == ["step-00000008"]
     launch(tmp_path / "crash", "-1", "--resume", *how)
     resumed = ranks(tmp_path / "crash")
     for before, after in zip((first, second), resumed, strict=True):

@@ -92,7 +92,7 @@ def test_a_token_reaches_every_request_and_no_record(tmp_path: Path, monkeypatch
     with pytest.raises(ConfigError) as raised:
         recipe.main([str(write(tmp_path, token="hf_secret", cache_dir=str(tmp_path / "cache")))])
     assert seen == ["hf_secret"] and "hf_secret" not in str(raised.value)
-    config = (tmp_path / "run" / "config.json").read_text()
+    config = (tmp_path / "run" / "fliqs" / "settings.json").read_text()
     assert '"seed"' in config and '"cache_dir"' in config
     assert "hf_secret" not in config and '"token"' not in config
     assert get_token() != "hf_secret"
