@@ -18,20 +18,14 @@ PACKAGE = ROOT / "fliqs_hf"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "recipes").rglob("*.py"))
 
-#: A module imports only from its own or a lower level. The package itself, which re-exports, is above all of them.
+#: The part of the package -> its level, from the table of CONTRIBUTING.md. A module imports only from its own or a
+#: lower level. The package itself, which re-exports, is above all of them.
 LEVELS = {
-    "checks": 0, "checksums": 0, "errors": 0, "failures": 0, "fields": 0, "files": 0, "formats": 0, "interrupt": 0,
-    "json_file": 0, "limits": 0, "lock": 0, "optional": 0, "version": 0, "wording": 0,
-    "allocation": 1, "quant": 1,
-    "cost": 2, "nn": 2,
-    "training": 3,
-    "search": 4,
-    "baselines": 5, "hf": 5, "ptq": 5, "runs": 5,
-    "report": 6,
-    "pipeline": 7,
-    "cli": 8,
-}  # fmt: skip
-PUBLIC_LEVEL = 9
+    part: int(level)
+    for level, parts in re.findall(r"^\| (\d+) \| ([^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.M)
+    for part in re.findall(r"`(\w+)`", parts)
+}
+PUBLIC_LEVEL = max(LEVELS.values()) + 1
 
 MAX_LINES = 400
 
@@ -41,6 +35,14 @@ HEAVY = [
     "openvino", "optimum", "optuna", "pandas", "peft", "plotly", "pyarrow", "scipy", "sklearn", "statsmodels",
     "tensorboard", "torch._dynamo", "torchvision", "trackio", "triton",
 ]  # fmt: skip
+
+
+def tracked() -> list[str]:
+    """The files of the repository, as paths in it; deleted ones too until that is committed."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    return list(filter(None, listing.stdout.split("\0")))
 
 
 def relative(path: Path) -> str:
@@ -105,9 +107,13 @@ def test_imports_go_down(path: Path) -> None:
     assert upward_imports(path.read_text(encoding="utf-8"), name, package) == []
 
 
-def test_every_part_of_the_package_has_a_level() -> None:
+def test_the_folder_map_names_what_is_there() -> None:
     parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES} - {"__init__"}
-    assert parts <= LEVELS.keys(), f"give {sorted(parts - LEVELS.keys())} a level in LEVELS"
+    assert parts == LEVELS.keys(), "the table in CONTRIBUTING.md"
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (beside,) = re.findall(r"^Beside the package: (.*?)\n\n", text, re.M | re.S)
+    folders = {name.partition("/")[0] for name in tracked() if "/" in name and not name.startswith(".")}
+    assert set(re.findall(r"`(\w+)/`", beside)) == folders - {PACKAGE.name}
 
 
 def test_import_is_light_and_registers() -> None:
@@ -129,7 +135,6 @@ def test_the_wheel_has_no_folder_of_another_package() -> None:
     """A folder `optimum` in it would make Transformers' `is_optimum_available()` true where optimum is missing."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     assert settings["packages"]["find"]["include"] == ["fliqs_hf*"]
-    assert settings["py-modules"] == ["fliqs_hf_cli"]
     assert not (ROOT / "optimum").exists()
 
 
@@ -182,11 +187,8 @@ def test_machine_paths_are_found() -> None:
 
 
 def test_no_file_names_a_folder_of_one_machine() -> None:
-    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listing.returncode:
-        pytest.skip("not a git checkout")
     found = []
-    for name in filter(None, listing.stdout.split("\0")):
+    for name in tracked():
         path = ROOT / name
         if not path.is_file():  # deleted, not yet committed
             continue

@@ -1,4 +1,4 @@
-"""What the commands of `fliqs-hf` do; their arguments are in `fliqs_hf_cli.py`. Each returns the exit status."""
+"""What the commands of `fliqs-hf` do; their arguments are in `fliqs_hf_cli/`. Each returns the exit status."""
 
 from transformers.utils import logging
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -10,10 +11,55 @@ from pathlib import Path
 
 import pytest
 
+import fliqs_hf_cli
 from fliqs_hf_cli import main
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("formats", "estimate", "quantize", "validate", "report", "push", "inspect")
+#: What people's scripts may have: it stays when the parser changes, and more may come. Beside --help and --json.
+OPTIONS = {
+    "formats": "",
+    "estimate": "allocation formats image_size layers modules_to_not_convert revision",
+    "hardware": "hardware revision",
+    "quantize": (
+        "activation activation_format activations allocation batch_size bias_correction calibration "
+        "calibration_images calibration_split device fold_batchnorm hardware image_column label_column "
+        "match_labels modules_to_not_convert overwrite revision rounding search_space target target_bits "
+        "target_bops target_ratio target_size_mb weight_format weight_scale"
+    ),
+    "search": "",
+    "compare": "",
+    "validate": (
+        "batch_size confidence dataset_name device image_column label_column match_labels max_drop "
+        "max_samples output split"
+    ),
+    "export": (
+        "batch_size dataset_name external_data form image_column include_preprocessing input_scales "
+        "max_samples min_agreement opset overwrite split to weight_codes"
+    ),
+    "report": "",
+    "push": "base_model commit_message create_pr license private revision",
+    "inspect": "layers revision",
+}
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+def test_no_option_goes_away() -> None:
+    parser = fliqs_hf_cli.Parser()
+    fliqs_hf_cli.add_commands(parser)
+    for name, command in commands_of(parser).items():
+        expected = {f"--{option}" for option in OPTIONS[name].split()}
+        assert expected <= set(command._option_string_actions), name
+
+
+def test_every_command_is_a_file_of_arguments_and_one_of_what_it_does() -> None:
+    told = {path.stem for path in (ROOT / "fliqs_hf_cli").glob("*.py")} - {"__init__", "__main__", "parser"}
+    done = {path.stem for path in (ROOT / "fliqs_hf" / "cli").glob("*.py")}
+    assert told == set(fliqs_hf_cli.COMMANDS) <= done
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -40,14 +86,11 @@ def test_every_command_teaches_by_example(command: str, capsys: pytest.CaptureFi
 
 def test_the_examples_parse() -> None:
     """Examples in the help use arguments that exist."""
-    import fliqs_hf_cli
-
-    lines = re.findall(
-        r'^(?:_\w+ = """)?  fliqs-hf (.*?)(?:\s{2,}.*|""")?$', Path(fliqs_hf_cli.__file__).read_text(), re.M
-    )
-    assert len(lines) > 15
-    parser = fliqs_hf_cli.Parser()
+    parser = fliqs_hf_cli.Parser(epilog=fliqs_hf_cli.EXAMPLES)
     fliqs_hf_cli.add_commands(parser)
+    texts = [command.epilog or "" for command in (parser, *commands_of(parser).values())]
+    lines = re.findall(r"^  fliqs-hf (.*?)(?:\s{2,}.*)?$", "\n".join(texts), re.M)
+    assert len(lines) > 15
     for line in lines:
         parser.parse_args(line.split())
 

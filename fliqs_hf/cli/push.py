@@ -1,26 +1,15 @@
-"""`fliqs-hf report` and `fliqs-hf push`."""
+"""`fliqs-hf push`."""
 
 from __future__ import annotations
 
 import argparse
 
 from fliqs_hf.cli.output import answer
+from fliqs_hf.hf.hub import push as push_run
 from fliqs_hf.runs.files import locked_run
 
 
-def report(args: argparse.Namespace) -> int:
-    from fliqs_hf.report.run_report import write_report
-
-    with locked_run(args.run):
-        page = write_report(args.run)
-    figures = sorted(str(path) for path in (page.parent / "figures").glob("*.png"))
-    answer(args.json, {"report": str(page), "figures": figures}, "\n".join([str(page), *figures]))
-    return 0
-
-
 def push(args: argparse.Namespace) -> int:
-    from fliqs_hf.hf.hub import push as push_run
-
     with locked_run(args.run):
         url = push_run(
             args.run, args.repo_id, private=args.private, revision=args.revision, commit_message=args.commit_message,

@@ -1,0 +1,43 @@
+"""The parser of all commands: stricter than argparse's, with errors as the commands report theirs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Accepts no abbreviations, which a typo could be. With `pass_through` it leaves every argument to the command."""
+
+    def __init__(self, *args: Any, pass_through: bool = False, **kwargs: Any) -> None:
+        settings: dict[str, Any] = {"add_help": not pass_through, "allow_abbrev": False, **kwargs}
+        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
+        self.pass_through = pass_through
+        self.as_json = False
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(failed(f"{' '.join(message.split())}; {self.prog} --help lists the arguments", 2, self.as_json))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.as_json = "--json" in (sys.argv[1:] if args is None else args)
+        if not self.pass_through:
+            return super().parse_known_args(args, namespace)
+        namespace = namespace or argparse.Namespace()
+        vars(namespace).update(self._defaults, rest=list(args))
+        return namespace, []
+
+
+def failed(message: str, status: int, as_json: bool) -> int:
+    """Report an error. Returns: `status`."""
+    if as_json:
+        print(json.dumps({"error": message}))
+    print(f"fliqs-hf: {message}", file=sys.stderr)
+    return status
+
+
+def match_labels(parser: Parser) -> None:
+    """The argument of every command that compares labels of data with those of a model."""
+    parser.add_argument("--match_labels", choices=("name", "index"), default="name",
+                        help="match classes of data and model by name, or take the numbers as they are")  # fmt: skip

@@ -1,0 +1,74 @@
+"""The arguments of `fliqs-hf quantize`; what it does is in `fliqs_hf/cli/quantize.py`."""
+
+from __future__ import annotations
+
+from fliqs_hf_cli.parser import Parser, match_labels
+
+HELP = "quantize a checkpoint without training"
+EXAMPLES = """  fliqs-hf quantize MODEL runs/w8a8                                      uniform INT8
+  fliqs-hf quantize MODEL runs/w4 --weight_format int4 --activation_format none
+  fliqs-hf quantize MODEL runs/mine --allocation allocation.json
+  fliqs-hf quantize MODEL runs/w4a8 --weight_format int4 --activation_format int8 --calibration photos/
+  fliqs-hf quantize MODEL runs/pilot --target_bits 4 --calibration photos/
+The last one measures how sensitive the loss is to every format of every layer (one backward pass per image) and solves
+for the best allocation at the target. OUTPUT is a run folder: a model, and what is known of it in OUTPUT/fliqs."""
+
+
+def arguments(parser: Parser) -> None:
+    parser.add_argument("model", help="fp32 checkpoint: Hub id or folder")
+    parser.add_argument("output", help="run folder to write")
+    parser.add_argument("--weight_format", help="one format for all weights (default: int8)")
+    parser.add_argument("--activation_format", help="one format for all layer inputs, or none (default: int8)")
+    parser.add_argument("--allocation", metavar="FILE", help="a format per layer, as a search writes it")
+    for name, text in (
+        ("target_bits", "bit operations of the uniform model of so many bits"),
+        ("target_bops", "bit operations per image"),
+        ("target_size_mb", "size of the checkpoint in 10^6 bytes, never exceeded"),
+        ("target_ratio", "bit operations over those of fp32"),
+    ):
+        parser.add_argument(f"--{name}", type=float, help=f"mixed formats: {text}")
+    parser.add_argument("--target", action="append", metavar="NAME=VALUE",
+                        help="or one of these by name, or a cost that is registered")  # fmt: skip
+    parser.add_argument(
+        "--search_space",
+        nargs="+",
+        metavar="FORMAT",
+        default=["mixed"],
+        help="formats to choose from, or one of fliqs-s-int fliqs-s-fp fliqs-l-int fliqs-l-fp mixed",
+    )
+    parser.add_argument("--hardware", metavar="NAME",
+                        help="choose among formats that this runs: a profile, auto (this machine), or a .yaml "
+                        "file")  # fmt: skip
+    parser.add_argument("--activation", choices=("same", "separate"), default="same",
+                        help="formats of weights and inputs: the same, or chosen apart")  # fmt: skip
+    parser.add_argument(
+        "--calibration",
+        metavar="DATASET",
+        help="images that choose formats and improve rounding: Hub id, folder, digits",
+    )
+    parser.add_argument(
+        "--calibration_split", help="or a part, such as 'train[:500]'; default: train where there is one"
+    )
+    parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", default="label",
+                        help="if there is no such column, the model's own answers are the labels")  # fmt: skip
+    match_labels(parser)
+    parser.add_argument(
+        "--rounding", choices=("nearest", "gptq"), help="default: gptq with --calibration, else nearest"
+    )
+    parser.add_argument("--bias_correction", choices=("true", "false"),
+                        help="keep the mean of every output channel; default: with one scale per layer")  # fmt: skip
+    parser.add_argument("--activations", choices=("dynamic", "clipped", "absmax", "percentile", "mse"),
+                        help="input scales: of each input itself (default), that times a factor per layer (clipped), "
+                        "or one per layer")  # fmt: skip
+    parser.add_argument(
+        "--weight_scale", choices=("absmax", "mse"), help="default: mse with --calibration, else absmax"
+    )
+    parser.add_argument("--fold_batchnorm", choices=("true", "false"), default="true",
+                        help="batch norms into the convolutions before them (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--modules_to_not_convert", nargs="+", metavar="PATTERN", help="layers that stay in fp32")
+    parser.add_argument("--device", help="cpu, cuda, …; default: cuda if there is one")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that is in OUTPUT")
