@@ -1,5 +1,8 @@
 """Typed errors. Each message names the bad value and the remedy."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class FliqsError(Exception):
     """Base class of every error that fliqs_hf raises on purpose."""
@@ -51,3 +54,15 @@ class HubError(FliqsError, RuntimeError):
 
 class DependencyError(FliqsError, ImportError):
     """An optional package that is not installed; the message names the extra that brings it."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` may be a typo of."""
+    return next(iter(get_close_matches(name, list(known), 1)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The end of a message about an unknown name: "; did you mean 'x'?", or "; " and `otherwise`, if anything."""
+    close = nearest(name, known)
+    hint = otherwise if close is None else f"did you mean {close!r}?"
+    return hint and f"; {hint}"

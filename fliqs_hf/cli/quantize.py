@@ -85,6 +85,20 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     run.write("results.json", result)
     write_card(run.path)
     result["seconds"] = time.perf_counter() - start
+    text = _text(args, result, layers, allocation, profile)
+    answer(args.json, {**result, "allocation": allocation.to_dict(), "output": args.output}, text)
+    return 0
+
+
+def _text(
+    args: argparse.Namespace,
+    result: dict[str, Any],
+    layers: Sequence[LayerInfo],
+    allocation: Allocation,
+    profile: Profile | None,
+) -> str:
+    """What is printed of a result; without `layers` its costs are unknown."""
+    cost = result["cost"]
     ratio = f" ({cost['target_ratio']:.1%} of the target)" if "target_ratio" in cost else ""
     text = (
         f"{layer_table(layers, allocation)}\n\n"
@@ -95,13 +109,11 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     text += "".join(f"{line}\n" for line in cost_lines(cost))
     if profile is not None and layers:
         text += _hardware_line(profile, layers, allocation)
-    text += (
+    return text + (
         f"checkpoint      {result['fp32_bytes'] / 1e6:9.3f} MB fp32 -> {result['checkpoint_bytes'] / 1e6:9.3f} MB\n"
         f"saved in        {args.output}\n"
         f"next            fliqs-hf validate {args.model} {args.output} --dataset_name … --max_drop 0.5"
     )
-    answer(args.json, {**result, "allocation": allocation.to_dict(), "output": args.output}, text)
-    return 0
 
 
 def _space(args: argparse.Namespace, profile: Profile | None) -> str | list[Format]:

@@ -19,6 +19,7 @@ from fliqs_hf.checks import is_whole
 from fliqs_hf.cost.products import WeightProducts
 from fliqs_hf.errors import AllocationError, ConfigError, FliqsError
 from fliqs_hf.fields import check_fields
+from fliqs_hf.nn.evaluation import evaluation
 from fliqs_hf.nn.select import quantizable_layers, why_not
 
 logger = logging.getLogger(__name__)
@@ -226,15 +227,13 @@ def _watch(
 
         return hook
 
-    training = {module: module.training for module in model.modules()}
     handles = []
     try:
         for name, layer in layers.items():
             handles.append(layer.register_forward_pre_hook(lambda *_: products.enter()))
             handles.append(layer.register_forward_hook(hook_of(name), with_kwargs=True))
-        model.eval()
         # Tensors made in inference mode have no version, so that mode is left if the caller is in it.
-        with torch.inference_mode(False), torch.no_grad(), products.of(arguments):
+        with evaluation(model), torch.inference_mode(False), torch.no_grad(), products.of(arguments):
             if isinstance(arguments, Tensor):
                 model(arguments)
             else:
@@ -246,8 +245,6 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return seen
 
 

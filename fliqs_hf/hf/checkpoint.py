@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fliqs_hf.errors import CheckpointError
+from fliqs_hf.errors import CheckpointError, nearest
 from fliqs_hf.nn import packed_layers
 
 _FLOATS = {"F32", "F16", "BF16", "F64"}
@@ -54,10 +53,10 @@ def check_packed_files(model: Any, files: Sequence[str] | None) -> None:
         if not known:
             if key in tied or any(re.search(pattern, key) for pattern in ignored) or _only_here(key, headers, model):
                 continue
-            close = get_close_matches(name, [n for n in headers if n not in names.values()], 1)
+            close = nearest(name, (n for n in headers if n not in names.values()))
             raise CheckpointError(
                 f"the checkpoint lacks {name!r}"
-                + (f" (it has {close[0]!r}, which this model has no place for)" if close else "")
+                + (f" (it has {close!r}, which this model has no place for)" if close else "")
                 + "; download it again, or save it again from the model it was made from"
             )
         used.add(known[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fliqs_hf.allocation import Allocation, LayerFormats
-from fliqs_hf.errors import AllocationError, ConfigError
+from fliqs_hf.errors import AllocationError, ConfigError, did_you_mean
 from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.hf.checkpoint import part_of
 from fliqs_hf.hf.integrity import ALGORITHMS, Digests
@@ -182,9 +181,8 @@ class FLIQSConfig(QuantizationConfigMixin):
         known = [f.name for f in fields(cls) if f.name not in LOADING_ATTRIBUTES]
         for key in config_dict:
             if key not in known:
-                close = get_close_matches(key, known, 1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-                raise ConfigError(f"unknown key {key!r} in a FLIQS quantization config; {hint}")
+                hint = did_you_mean(key, known, f"known keys: {', '.join(known)}")
+                raise ConfigError(f"unknown key {key!r} in a FLIQS quantization config{hint}")
         check_stored(config_dict)
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
@@ -257,9 +255,7 @@ def _renamed(allocation: Allocation, model: Any, layers: Mapping[str, nn.Module]
         if known:
             found[known[0]] = formats
         elif same_class or part_of(name, model) in parts:
-            close = get_close_matches(name, layers, 1)
             if name in quantizable_layers(model):
                 raise AllocationError(f"the allocation names {name!r}, which modules_to_not_convert excludes")
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise AllocationError(f"the allocation names {why_not(model, name)}{hint}")
+            raise AllocationError(f"the allocation names {why_not(model, name)}{did_you_mean(name, layers)}")
     return Allocation({name: found[name] for name in layers if name in found})

@@ -86,20 +86,12 @@ def push(
     if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
         _ask(api, repo_id, api.create_branch, repo_id, branch=revision, exist_ok=True)
     commit = _ask(
-        api,
-        repo_id,
-        _commit,
-        api,
-        repo_id,
-        files,
-        private=private,
-        revision=revision,
+        api, repo_id, _commit, api, repo_id, files, private=private, revision=revision, create_pr=create_pr,
         commit_message=commit_message or "Upload a model quantized with fliqs_hf",
-        create_pr=create_pr,
         # A request that broke off may have been carried out: a second commit would find nothing left to do, but a
         # second pull request would be one too many.
         attempts=1 if create_pr else ATTEMPTS,
-    )
+    )  # fmt: skip
     return str(commit.pr_url or commit.commit_url)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from fliqs_hf.errors import ConfigError, FliqsError
 from fliqs_hf.formats.packing import pack
 from fliqs_hf.formats.rounding import encode
+from fliqs_hf.nn.evaluation import evaluation
 from fliqs_hf.nn.packed import PackedConv2d
 from fliqs_hf.nn.replace import replace
 from fliqs_hf.nn.select import left_out
@@ -122,7 +122,7 @@ def convolutions_before(model: nn.Module, inputs: Mapping[str, Any]) -> Pairs:
         for name, norm in norms.items():
             handles.append(norm.register_forward_pre_hook(before_norm(name), with_kwargs=True))
             handles.append(norm.register_forward_hook(after_norm))
-        with _evaluating(model), torch.inference_mode(False), torch.no_grad(), readers:
+        with evaluation(model), torch.inference_mode(False), torch.no_grad(), readers:
             output = model(**inputs)
     except (FliqsError, torch.OutOfMemoryError):
         raise
@@ -135,7 +135,17 @@ def convolutions_before(model: nn.Module, inputs: Mapping[str, Any]) -> Pairs:
         for handle in handles:
             handle.remove()
     readers.read.update(readers.of(dict(output) if isinstance(output, Mapping) else output))
+    return _pairs(norms, calls, before, readers.read)
 
+
+def _pairs(
+    norms: Mapping[str, nn.BatchNorm2d], calls: Counter[str], before: Mapping[str, str | None], read: set[str]
+) -> Pairs:
+    """
+    Args:
+        calls: of norms and convolutions. before: norm -> the convolution whose output it was given.
+        read: convolutions whose output something else reads, too.
+    """
     pairs = Pairs()
     shared = Counter(before.values())
     for name, norm in norms.items():
@@ -148,7 +158,7 @@ def convolutions_before(model: nn.Module, inputs: Mapping[str, Any]) -> Pairs:
             reason = "it does not directly follow a convolution"
         elif calls[conv] > 1:
             reason = f"the model calls {conv!r}, which it follows, more than once"
-        elif conv in readers.read or shared[conv] > 1:
+        elif conv in read or shared[conv] > 1:
             reason = f"it is not alone in reading what {conv!r} gives"
         elif type(norm) is not nn.BatchNorm2d:
             reason = f"it is a {type(norm).__name__}, which may do anything"
@@ -159,17 +169,6 @@ def convolutions_before(model: nn.Module, inputs: Mapping[str, Any]) -> Pairs:
             continue
         pairs.others[name] = reason
     return pairs
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def factor_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Any
 
-from fliqs_hf.errors import ConfigError, FormatError
+from fliqs_hf.errors import ConfigError, FormatError, did_you_mean
 from fliqs_hf.formats import COMMON, Format, parse
 from fliqs_hf.search import SearchConfig
 
@@ -92,5 +91,4 @@ def check_methods(methods: Iterable[str], activation: str = "same", granularity:
 def _unknown(method: str) -> str:
     untrained = (*UNIFORM, *SCORES, *RANDOM, *(f"uniform-{fmt.name}" for fmt in COMMON))
     known = (*untrained, *(f"ptq-{name}" for name in untrained), *TRAINED, "search", "paper")
-    close = get_close_matches(method, known, 1)
-    return f"unknown method {method!r}; " + (f"did you mean {close[0]!r}? " if close else "") + "--help lists them"
+    return f"unknown method {method!r}{did_you_mean(method, known, '--help lists them')}"

@@ -91,12 +91,7 @@ def export(
     Raises: ConfigError: a setting, or a model that cannot be exported. DependencyError: the extra "onnx" is missing.
         ExportError: the agreement is below `min_agreement`; nothing is written. DiskError: `output` cannot be written.
     """
-    if to not in get_args(To):
-        raise ConfigError(f"to={to!r} does not exist; choose from {', '.join(get_args(To))}")
-    if min_agreement is not None and not 0 <= min_agreement <= 100:
-        raise ConfigError(f"min_agreement={min_agreement!r}: give percent between 0 and 100")
-    if to != "onnx" and (settings is not None or include_preprocessing):
-        raise ConfigError(f"to={to!r} has no settings of ONNX files, and no include_preprocessing: leave them out")
+    _check_settings(to, min_agreement, settings is not None or include_preprocessing)
     settings = settings or OnnxSettings()
     if to == "onnx":
         onnx_file.check_environment()
@@ -125,10 +120,24 @@ def export(
             str(folder), to, (*names, RECORD), "generated" if images is None else "yours", agreement, min_agreement,
             layers, _packed_bytes(source.model), exported.file_bytes,
         )  # fmt: skip
-        record = {"format_version": 1, "fliqs_hf": __version__, "settings": asdict(settings) if to == "onnx" else None}
-        text = json.dumps({**record, **result.to_dict(), "folder": None}, indent=1)
-        (draft / RECORD).write_text(text + "\n", encoding="utf-8")
+        _write_record(draft / RECORD, result, settings if to == "onnx" else None)
     return result
+
+
+def _check_settings(to: str, min_agreement: float | None, of_onnx: bool) -> None:
+    """Args: of_onnx: whether something is set that only ONNX files have."""
+    if to not in get_args(To):
+        raise ConfigError(f"to={to!r} does not exist; choose from {', '.join(get_args(To))}")
+    if min_agreement is not None and not 0 <= min_agreement <= 100:
+        raise ConfigError(f"min_agreement={min_agreement!r}: give percent between 0 and 100")
+    if to != "onnx" and of_onnx:
+        raise ConfigError(f"to={to!r} has no settings of ONNX files, and no include_preprocessing: leave them out")
+
+
+def _write_record(file: Path, result: ExportResult, settings: OnnxSettings | None) -> None:
+    head = {"format_version": 1, "fliqs_hf": __version__, "settings": None if settings is None else asdict(settings)}
+    text = json.dumps({**head, **result.to_dict(), "folder": None}, indent=1)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def _write(

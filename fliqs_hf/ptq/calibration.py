@@ -24,6 +24,7 @@ from fliqs_hf.hf.config import FLIQSConfig
 from fliqs_hf.hf.quantizer import declare_packed, quantize, refuse_packed, require_transformers
 from fliqs_hf.nn import format_switch, quantizable_layers, restore
 from fliqs_hf.nn.batchnorm import convolutions_before
+from fliqs_hf.nn.evaluation import evaluation
 from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.replace import replace
@@ -187,14 +188,9 @@ def _packed(
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
     """Run `model` in evaluation mode and floating point within this context, searchable or not."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with format_switch(model).disabled() if any(map(is_searchable, model.modules())) else nullcontext():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    searchable = any(map(is_searchable, model.modules()))
+    with evaluation(model), format_switch(model).disabled() if searchable else nullcontext():
+        yield
 
 
 def _read(

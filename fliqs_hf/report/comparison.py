@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fliqs_hf.errors import CheckpointError, DataError
+from fliqs_hf.nn.evaluation import evaluation
 from fliqs_hf.report.validation_data import Batch
 from fliqs_hf.training.labels import checked_label
 from fliqs_hf.training.losses import logits_of
@@ -196,18 +197,6 @@ def _thumbnail(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
     return buffer.getvalue()
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards the mode that each module was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _wait(device: torch.device) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -205,40 +205,72 @@ def validate(
     Raises: ConfigError: a setting out of range. DataError: no images, or images, labels or label sets that do not fit.
         CheckpointError: a model returns NaN or infinities.
     """
-    _check_settings(batch_size, max_drop, confidence, resamples, examples_per_class, match_labels)
+    settings = _Settings(batch_size, max_drop, confidence, resamples, seed, examples_per_class, match_labels)
     names = class_names(original, quantized)
     config = getattr(original, "config", None)
     classes = len(names) if names else getattr(config, "num_labels", None)
     reader = label_reader(dataset, label_column, names, classes, match_labels)
     batches = read_batches(dataset, batch_size, image_column, label_column, reader, mode_of(config))
     place = torch.device(device) if device is not None else next(original.parameters()).device
-    length = len(dataset) if isinstance(dataset, Sized) else None
+    length = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Sized) else None
     found = compare(
-        original.to(place),
-        quantized.to(place),
-        tqdm(batches, total=length and math.ceil(length / batch_size), desc="validate", unit="batch"),
-        image_processor=image_processor,
-        batch_size=batch_size,
-        device=place,
-        examples_per_class=examples_per_class,
-    )
-    images = len(found.labels)
+        original.to(place), quantized.to(place), tqdm(batches, total=length, desc="validate", unit="batch"),
+        image_processor=image_processor, batch_size=batch_size, device=place, examples_per_class=examples_per_class,
+    )  # fmt: skip
+    data = {"dataset": None if dataset_name is None else last_part(dataset_name)}
+    conditions = {**data, **_conditions(place, settings), "labels": reader.by, "warnings": list(warnings)}
+    return _result((original, quantized), found, settings, names, conditions)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Those of `validate`. Raises: ConfigError: one is out of range."""
+
+    batch_size: int
+    max_drop: float | None
+    confidence: float
+    resamples: int
+    seed: int
+    examples_per_class: int
+    match_labels: MatchLabels
+
+    def __post_init__(self) -> None:
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise ConfigError(f"max_drop={self.max_drop!r}: give percentage points between 0 and 100, such as 0.5")
+        if not 0.5 < self.confidence < 1:
+            raise ConfigError(f"confidence={self.confidence!r}: give a fraction above 0.5 and below 1, such as 0.95")
+        for name, least in (("batch_size", 1), ("resamples", 100), ("examples_per_class", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ConfigError(f"{name}={value!r}: give {least} or more")
+        if self.match_labels not in get_args(MatchLabels):
+            raise ConfigError(f"match_labels={self.match_labels!r}: choose 'name' or 'index'")
+
+
+def _result(
+    models: tuple[nn.Module, nn.Module],
+    found: Comparison,
+    settings: _Settings,
+    names: tuple[str, ...] | None,
+    conditions: Mapping[str, Any],
+) -> ValidationResult:
+    """The statistics of what was found."""
+    images, correct, confidence = len(found.labels), found.correct, settings.confidence
     if images < 2:
         raise DataError("the data set has one image; a validation needs at least two")
-    correct = found.correct
     broken, repaired = statistics.broken_and_repaired(correct[0], correct[1])
 
     def drop(right: NDArray[np.bool_]) -> Drop:
-        interval = statistics.bootstrap_drop(right[0], right[1], confidence, resamples, seed)
+        interval = statistics.bootstrap_drop(right[0], right[1], confidence, settings.resamples, settings.seed)
         return Drop(float(right[0].mean() - right[1].mean()), *interval)
 
     changes = statistics.class_changes(found.labels, correct[0], correct[1])
     worst = [change for change in changes[:WORST_CLASSES] if change.lost > 0]
+    limit = settings.max_drop
     return ValidationResult(
         images=images,
         confidence=confidence,
-        original=_model_result(original, found, 0, confidence, batch_size),
-        quantized=_model_result(quantized, found, 1, confidence, batch_size),
+        original=_model_result(models[0], found, 0, settings),
+        quantized=_model_result(models[1], found, 1, settings),
         top1_drop=drop(correct),
         top5_drop=None if found.in_top5 is None else drop(found.in_top5),
         agreement=statistics.proportion(int((found.predictions[0] == found.predictions[1]).sum()), images, confidence),
@@ -246,52 +278,24 @@ def validate(
         repaired=repaired,
         p_value=statistics.mcnemar_p_value(broken, repaired),
         speedup=float(np.median(found.seconds[0] / found.seconds[1])) if _timed(found) else None,
-        gate=None if max_drop is None else statistics.gate(broken, repaired, images, max_drop / 100, confidence),
+        gate=None if limit is None else statistics.gate(broken, repaired, images, limit / 100, confidence),
         class_changes=changes,
         worst_classes=tuple(WorstClass(change, found.examples.get(change.label, ())) for change in worst),
         class_names=names or tuple(map(str, range(found.classes))),
-        conditions={
-            "dataset": None if dataset_name is None else last_part(dataset_name),
-            **_conditions(place, batch_size, resamples, seed),
-            "labels": reader.by,
-            "warnings": list(warnings),
-        },
+        conditions=conditions,
     )
-
-
-def _check_settings(
-    batch_size: int,
-    max_drop: float | None,
-    confidence: float,
-    resamples: int,
-    examples_per_class: int,
-    match_labels: str,
-) -> None:
-    if max_drop is not None and not 0 <= max_drop <= 100:
-        raise ConfigError(f"max_drop={max_drop!r}: give percentage points between 0 and 100, such as 0.5")
-    if not 0.5 < confidence < 1:
-        raise ConfigError(f"confidence={confidence!r}: give a fraction above 0.5 and below 1, such as 0.95")
-    if match_labels not in ("name", "index"):
-        raise ConfigError(f"match_labels={match_labels!r}: choose 'name' or 'index'")
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("resamples", resamples, 100),
-        ("examples_per_class", examples_per_class, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"{name}={value!r}: give {least} or more")
 
 
 def _timed(found: Comparison) -> bool:
     return len(found.seconds[0]) >= FEWEST_TIMED_BATCHES
 
 
-def _model_result(model: nn.Module, found: Comparison, i: int, confidence: float, batch_size: int) -> ModelResult:
-    correct, images = found.correct[i], len(found.labels)
+def _model_result(model: nn.Module, found: Comparison, i: int, settings: _Settings) -> ModelResult:
+    correct, images, confidence = found.correct[i], len(found.labels), settings.confidence
     latency = None
     if _timed(found):
         low, median, high = (float(value) * 1e3 for value in np.quantile(found.seconds[i], [0.25, 0.5, 0.75]))
-        latency = Latency(median, low, high, median / batch_size, found.seconds.shape[1])
+        latency = Latency(median, low, high, median / settings.batch_size, found.seconds.shape[1])
     allocation = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "allocation", None)
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return ModelResult(
@@ -328,14 +332,18 @@ def _checkpoint_bytes(model: nn.Module) -> int | None:
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-def _conditions(device: torch.device, batch_size: int, resamples: int, seed: int) -> dict[str, Any]:
+def _conditions(device: torch.device, settings: _Settings) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
-        "batch_size": batch_size,
+        "batch_size": settings.batch_size,
         "warm_up_batches": WARM_UP_BATCHES,
-        "bootstrap": {"resamples": resamples, "seed": seed, "method": "percentile, paired by image"},
+        "bootstrap": {
+            "resamples": settings.resamples,
+            "seed": settings.seed,
+            "method": "percentile, paired by image",
+        },
         "system": platform.platform(),
         "versions": {
             "fliqs_hf": __version__,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from fliqs_hf.checks import is_number, is_whole
-from fliqs_hf.errors import ConfigError
+from fliqs_hf.errors import ConfigError, did_you_mean
 
 Prior = Literal["fisher", "none"]
 Quality = Literal["loss", "accuracy"]
@@ -105,9 +104,8 @@ class SearchConfig:
         known = [field.name for field in fields(cls)]
         for key in changes:
             if key not in known:
-                close = get_close_matches(key, known, 1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-                raise ConfigError(f"unknown search setting {key!r}; {hint}")
+                hint = did_you_mean(key, known, f"known are {', '.join(known)}")
+                raise ConfigError(f"unknown search setting {key!r}{hint}")
         return replace(cls(**PRESETS[name]), **changes)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import AllocationError, DataError
 from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
+from fliqs_hf.nn.evaluation import evaluation
 from fliqs_hf.search.probes import Probes, Reduction
 from fliqs_hf.search.solver import choice_at_target
 from fliqs_hf.search.space import SearchSpace
@@ -189,16 +190,13 @@ def layers_of(model: nn.Module, space: SearchSpace) -> dict[str, nn.Module]:
 @contextmanager
 def frozen(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[None]:
     """Evaluation mode, and gradients for the parameters in `but` only; both as before afterwards."""
-    training = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     kept = {id(parameter) for parameter in but}
     try:
-        model.eval()
         for parameter in flags:
             parameter.requires_grad_(id(parameter) in kept)
-        yield
+        with evaluation(model):
+            yield
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-        for module, mode in training.items():
-            module.training = mode

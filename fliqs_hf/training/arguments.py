@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -13,7 +12,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 from transformers import HfArgumentParser
 
-from fliqs_hf.errors import ConfigError
+from fliqs_hf.errors import ConfigError, did_you_mean
 from fliqs_hf.limits import check_values
 from fliqs_hf.training.foreign import ForeignArguments, advice, fold
 from fliqs_hf.training.schedule import Schedule
@@ -315,5 +314,4 @@ def _words(hint: Any) -> str:
 def _nearest(key: str) -> str:
     if (known := advice(key)) is not None:
         return f"; {known}"
-    close = get_close_matches(key, _NAMES, 1)
-    return f"; did you mean {close[0]!r}?" if close else "; --help lists what exists"
+    return did_you_mean(key, _NAMES, "--help lists what exists")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fliqs_hf.errors import DataError
+from fliqs_hf.nn.evaluation import evaluation
 
 
 def tracking_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -43,20 +44,19 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     sums = {name: torch.zeros(2, norm.num_features, dtype=torch.float64) for name, norm in norms.items()}
     momenta = {name: norm.momentum for name, norm in norms.items()}
     before = {name: [buffer.clone() for buffer in norm.buffers()] for name, norm in norms.items()}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     count = 0
     try:
-        for norm in norms.values():
-            norm.train()
-            norm.momentum = 1.0  # the running statistics are then the batch's
-            norm.reset_running_stats()
-        for images in batches:
-            model(images)
-            count += len(images)
-            for name, norm in norms.items():
-                mean, var = norm.running_mean.double().cpu(), norm.running_var.double().cpu()  # type: ignore[union-attr]
-                sums[name] += len(images) * torch.stack([mean, var + mean * mean])
+        with evaluation(model):
+            for norm in norms.values():
+                norm.train()
+                norm.momentum = 1.0  # the running statistics are then the batch's
+                norm.reset_running_stats()
+            for images in batches:
+                model(images)
+                count += len(images)
+                for name, norm in norms.items():
+                    mean, var = norm.running_mean.double().cpu(), norm.running_var.double().cpu()  # type: ignore[union-attr]
+                    sums[name] += len(images) * torch.stack([mean, var + mean * mean])
         if not count:
             raise DataError("there are no images to estimate the statistics of batch norms from")
         for name, norm in norms.items():
@@ -69,8 +69,5 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
                 buffer.copy_(old)
         raise
     finally:
-        model.eval()
         for name, norm in norms.items():
             norm.momentum = momenta[name]
-        for module in training:
-            module.training = True

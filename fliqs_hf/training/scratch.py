@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 
-from fliqs_hf.errors import ConfigError
+from fliqs_hf.errors import ConfigError, did_you_mean
 
 #: What the data set decides, or `load_classifier` itself.
 _DECIDED = {
@@ -39,10 +38,7 @@ def scratch_config(model_type: str, overrides: Mapping[str, Any], image_size: in
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageClassification
 
     if model_type not in CONFIG_MAPPING:
-        close = get_close_matches(model_type, list(CONFIG_MAPPING), 1)
-        raise ConfigError(
-            f"model_type={model_type!r} does not exist" + (f"; did you mean {close[0]!r}?" if close else "")
-        )
+        raise ConfigError(f"model_type={model_type!r} does not exist{did_you_mean(model_type, CONFIG_MAPPING)}")
     known = AutoConfig.for_model(model_type)
     if type(known) not in AutoModelForImageClassification._model_mapping:
         raise ConfigError(f"model_type={model_type!r} is no image classifier: choose one such as vit, deit or resnet")
@@ -103,8 +99,7 @@ def _check_settings(model_type: str, known: Any, changes: Mapping[str, Any]) -> 
         if key in _DECIDED:
             raise ConfigError(f"config_overrides: leave {key}={value!r} out: {_DECIDED[key]}")
         if key not in settings:
-            close = get_close_matches(key, settings, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(key, settings)
             raise ConfigError(f"config_overrides: {model_type} has no setting {key!r}{hint}")
         default = getattr(known, key)
         values = value if isinstance(value, list) else [value]

@@ -166,90 +166,123 @@ def search(arguments: argparse.Namespace) -> None:
             file.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
-def compare(arguments: argparse.Namespace) -> None:
-    """Our allocation at no more than the cost of each of ModelOpt's, and all of them in our quantizers."""
-    from fliqs_hf.allocation import Allocation, LayerFormats
-    from fliqs_hf.baselines import elementwise_scores, uniform
-    from fliqs_hf.cli.calibration import ROUNDING_IMAGES
-    from fliqs_hf.cost import CostTable, bops, trace_layers, weight_bytes
-    from fliqs_hf.nn import make_searchable
-    from fliqs_hf.pipeline.outputs import check_result_file
-    from fliqs_hf.ptq import calibrate
-    from fliqs_hf.runs.folder import versions
-    from fliqs_hf.search import SearchSpace, best_choice, fisher_scores
+class Table:
+    """Rows of the comparison: allocations in our quantizers, each measured once, also over several runs."""
 
-    check_result_file(arguments.output, lambda head: "recipes/bench/compare_modelopt.py" in head)
-    calibration, test = (load_file(arguments.folder / f"{name}.safetensors") for name in ("calibration", "test"))
-    data = batches(calibration["images"], calibration["labels"], arguments.batch_size)
-    model = AutoModelForImageClassification.from_pretrained(arguments.model).eval()
-    layers = trace_layers(model, test["images"][:1])
-    space = SearchSpace(layers, list(CANDIDATES))
-    scores: dict[str, tuple[Tensor, float]] = {}
-    score: Callable[..., Tensor]
-    for name, score in (
-        ("fisher", lambda *a: fisher_scores(*a).decision_scores),
-        ("elementwise", elementwise_scores),
-    ):
-        start = time.perf_counter()
-        scores[name] = score(model, data, lambda x: model(x).logits, space), round(time.perf_counter() - start, 1)
-    found = json.loads((arguments.folder / "modelopt.json").read_text(encoding="utf-8"))
-    fp32 = logits_of(model, test["images"])
-    reference = measures(fp32, test["labels"], fp32)
-    groups = {layer.name: layer.input_group for layer in layers}
-    switch = make_searchable(model, space.formats, names=[layer.name for layer in layers], input_groups=groups)
-    file = arguments.folder / "measured.json"  # by allocation, so that a second run measures only what is new
-    known: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    def __init__(self, arguments: argparse.Namespace, calibration: dict[str, Tensor], test: dict[str, Tensor]) -> None:
+        from fliqs_hf.cost import trace_layers
+        from fliqs_hf.search import SearchSpace
 
-    def measured(allocation: Allocation, rounding: str) -> dict[str, float]:
+        self.name, self.calibration, self.test = arguments.model, calibration["images"], test
+        self.model = AutoModelForImageClassification.from_pretrained(arguments.model).eval()
+        self.layers = trace_layers(self.model, test["images"][:1])
+        self.space = SearchSpace(self.layers, list(CANDIDATES))
+        data = batches(calibration["images"], calibration["labels"], arguments.batch_size)
+        self.scores = self._scores(data)
+        self.fp32 = logits_of(self.model, test["images"])
+        self.file = arguments.folder / "measured.json"
+        self.known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        self.switch = self._switch()
+
+    def _scores(self, data: list[tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, float]]:
+        """Ours of every choice of every decision, and the seconds that they took."""
+        from fliqs_hf.baselines import elementwise_scores
+        from fliqs_hf.search import fisher_scores
+
+        methods: dict[str, Callable[..., Tensor]] = {
+            "fisher": lambda *a: fisher_scores(*a).decision_scores,
+            "elementwise": elementwise_scores,
+        }
+        scores = {}
+        for name, score in methods.items():
+            start = time.perf_counter()
+            values = score(self.model, data, lambda x: self.model(x).logits, self.space)
+            scores[name] = values, round(time.perf_counter() - start, 1)
+        return scores
+
+    def _switch(self) -> Any:
+        from fliqs_hf.nn import make_searchable
+
+        groups = {layer.name: layer.input_group for layer in self.layers}
+        return make_searchable(self.model, self.space.formats, names=list(groups), input_groups=groups)
+
+    def measured(self, allocation: Any, rounding: str) -> dict[str, float]:
+        from fliqs_hf.cli.calibration import ROUNDING_IMAGES
+        from fliqs_hf.ptq import calibrate
+
         key = json.dumps(allocation.to_dict()) + ("" if rounding == "nearest" else rounding)
-        if key not in known:
+        if key not in self.known:
+            model = self.model
             if rounding == "nearest":
-                switch.set_allocation(allocation)
-                packed = model
+                self.switch.set_allocation(allocation)
             else:
-                packed = AutoModelForImageClassification.from_pretrained(arguments.model)
-                calibrate(packed, allocation, calibration["images"][:ROUNDING_IMAGES].split(32))
-            known[key] = measures(logits_of(packed, test["images"]), test["labels"], fp32)
-            file.write_text(json.dumps(known), encoding="utf-8")
-        return known[key]
+                model = AutoModelForImageClassification.from_pretrained(self.name)
+                calibrate(model, allocation, self.calibration[:ROUNDING_IMAGES].split(32))
+            self.known[key] = measures(logits_of(model, self.test["images"]), self.test["labels"], self.fp32)
+            self.file.write_text(json.dumps(self.known), encoding="utf-8")
+        return self.known[key]
 
     def row(
+        self,
         head: dict[str, Any],
         method: str,
-        allocation: Allocation,
+        allocation: Any,
         seconds: float,
         solve: float,
         rounding: str = "nearest",
     ) -> dict[str, Any]:
+        from fliqs_hf.cost import bops, weight_bytes
+
         return {
             **head, "method": method, "quantizers": "fliqs-hf" if rounding == "nearest" else f"fliqs-hf, {rounding}",
-            "gbops": round(bops(layers, allocation) / 1e9, 3),
-            "weight_kb": round(weight_bytes(layers, allocation) / 1e3, 1), **measured(allocation, rounding),
+            "gbops": round(bops(self.layers, allocation) / 1e9, 3),
+            "weight_kb": round(weight_bytes(self.layers, allocation) / 1e3, 1), **self.measured(allocation, rounding),
             "search_s": seconds, "solve_s": round(solve, 4), "allocation": allocation.summary(),
         }  # fmt: skip
 
-    rows = [row({}, f"uniform-{name}", uniform(layers, name), 0.0, 0.0) for name in CANDIDATES]
-    for result in found["rows"]:
+    def rows_beside(self, result: dict[str, Any]) -> list[dict[str, Any]]:
+        """One of ModelOpt's results, in our quantizers and in its own, and ours at no more than its cost."""
+        from fliqs_hf.allocation import Allocation, LayerFormats
+        from fliqs_hf.cost import CostTable
+        from fliqs_hf.search import SearchSpace, best_choice
+
         head = {
             "formats": " ".join(result["formats"]),
             "granularity": result["granularity"],
             "effective_bits": result["effective_bits"],
         }
         theirs = Allocation({name: LayerFormats.of(**pair) for name, pair in result["layers"].items()})
-        rows.append(row(head, "modelopt", theirs, result["search_s"], result["solve_s"]))
+        rows = [self.row(head, "modelopt", theirs, result["search_s"], result["solve_s"])]
         rows.append(rows[-1] | {"quantizers": "modelopt", **result["own"]})
-        part = SearchSpace(layers, result["formats"])
-        columns = [space.formats.index(fmt) for fmt in part.formats]
-        table = CostTable(layers, part.formats)
-        for name, (values, seconds) in scores.items():
+        part = SearchSpace(self.layers, result["formats"])
+        columns = [self.space.formats.index(fmt) for fmt in part.formats]
+        table = CostTable(self.layers, part.formats)
+        for name, (values, seconds) in self.scores.items():
             start = time.perf_counter()
             choice = best_choice(part, table, -values[:, columns], low=-torch.inf, high=table.of(theirs))
             solve = time.perf_counter() - start
-            rows.append(row(head, name, ours := part.allocation(choice), seconds, solve))
+            rows.append(self.row(head, name, ours := part.allocation(choice), seconds, solve))
             if name == "fisher" and result["granularity"] == "per-token" and len(part.formats) == len(CANDIDATES):
-                rows.append(row(head, "modelopt", theirs, result["search_s"], result["solve_s"], "gptq"))
-                rows.append(row(head, name, ours, seconds, solve, "gptq"))
+                rows.append(self.row(head, "modelopt", theirs, result["search_s"], result["solve_s"], "gptq"))
+                rows.append(self.row(head, name, ours, seconds, solve, "gptq"))
             print({key: rows[-1][key] for key in COLUMNS[:10]}, flush=True)
+        return rows
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Our allocation at no more than the cost of each of ModelOpt's, and all of them in our quantizers."""
+    from fliqs_hf.baselines import uniform
+    from fliqs_hf.pipeline.outputs import check_result_file
+    from fliqs_hf.runs.folder import versions
+
+    check_result_file(arguments.output, lambda head: "recipes/bench/compare_modelopt.py" in head)
+    calibration, test = (load_file(arguments.folder / f"{name}.safetensors") for name in ("calibration", "test"))
+    found = json.loads((arguments.folder / "modelopt.json").read_text(encoding="utf-8"))
+    table = Table(arguments, calibration, test)
+    reference = measures(table.fp32, test["labels"], table.fp32)
+    rows = [table.row({}, f"uniform-{name}", uniform(table.layers, name), 0.0, 0.0) for name in CANDIDATES]
+    for result in found["rows"]:
+        rows += table.rows_beside(result)
     hardware = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with arguments.output.open("w", newline="", encoding="utf-8") as file:
