@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fliqs_hf"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "recipes").rglob("*.py"))
+COMMANDS = sorted((ROOT / "fliqs_hf_cli").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+ALL = MODULES + COMMANDS + SCRIPTS + TESTS
 
 #: The part of the package -> its level, from the table of CONTRIBUTING.md. A module imports only from its own or a
 #: lower level. The package itself, which re-exports, is above all of them.
@@ -28,6 +31,8 @@ LEVELS = {
 PUBLIC_LEVEL = max(LEVELS.values()) + 1
 
 MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
+LONG_YET = {"train", "load", "calibrate"}
 
 #: What `import fliqs_hf` must leave to those who use it. Transformers itself brings accelerate, Jinja, PIL and YAML.
 HEAVY = [
@@ -99,12 +104,57 @@ def test_imports_that_are_allowed_are_not_found() -> None:
     assert upward_imports(source, "fliqs_hf.quant.fake", "fliqs_hf.quant") == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_imports_go_down(path: Path) -> None:
+def names_of(path: Path) -> tuple[str, str]:
+    """Dotted names of a file as a module, and of the package that it is in or, as `__init__`, is."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     package = ".".join(parts[:-1])
-    name = package if parts[-1] == "__init__" else ".".join(parts)
-    assert upward_imports(path.read_text(encoding="utf-8"), name, package) == []
+    return (package if parts[-1] == "__init__" else ".".join(parts)), package
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_imports_go_down(path: Path) -> None:
+    assert upward_imports(path.read_text(encoding="utf-8"), *names_of(path)) == []
+
+
+def circles(sources: dict[str, tuple[str, str]]) -> list[list[str]]:
+    """Modules that import one another, inside functions too. Imports for types alone never run: they are left out.
+
+    Args: sources: module -> its source and its package.
+    """
+    graph = {}
+    for name, (source, package) in sources.items():
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
+        # A name of a package that is a module is that module, and not what the package re-exports.
+        found = {other if other in sources else other.rpartition(".")[0] for _, other in imported(tree, package)}
+        graph[name] = (found & sources.keys()) - {name}
+    reached = {name: {name} for name in graph}
+    grown = True
+    while grown:
+        grown = False
+        for name, others in graph.items():
+            more = set().union(*(reached[other] for other in others)) - reached[name] if others else set()
+            reached[name] |= more
+            grown = grown or bool(more)
+    rings = {tuple(sorted(b for b in reached[a] if a in reached[b])) for a in graph}
+    return [list(ring) for ring in sorted(rings) if len(ring) > 1]
+
+
+def test_circles_are_found() -> None:
+    of = {"p": ("from p.a import x", "p"), "p.a": ("def f():\n    from . import b", "p"), "p.b": ("import p.c", "p")}
+    assert circles({**of, "p.c": ("", "p")}) == []
+    assert circles({**of, "p.c": ("from p.a import x", "p")}) == [["p.a", "p.b", "p.c"]]
+    assert circles({**of, "p.c": ("if TYPE_CHECKING:\n    from p.a import x", "p")}) == []
+
+
+def test_no_two_files_import_each_other() -> None:
+    sources = {}
+    for path in MODULES:
+        name, package = names_of(path)
+        sources[name] = (path.read_text(encoding="utf-8"), package)
+    assert circles(sources) == []
 
 
 def test_the_folder_map_names_what_is_there() -> None:
@@ -138,10 +188,23 @@ def test_the_wheel_has_no_folder_of_another_package() -> None:
     assert not (ROOT / "optimum").exists()
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_files_are_short(path: Path) -> None:
-    lines = len(path.read_text(encoding="utf-8").splitlines())
+@pytest.mark.parametrize("path", ALL, ids=relative)
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    lines = len(text.splitlines())
     assert lines <= MAX_LINES, f"{lines} lines: does it do two jobs?"
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    sizes = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {name: size for name, size in sizes.items() if size > MAX_FUNCTION_LINES and name not in LONG_YET} == {}
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{relative(path)}:{node.lineno}")
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

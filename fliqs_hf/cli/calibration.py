@@ -27,7 +27,7 @@ from fliqs_hf.training.splits import load_split, sample
 ROUNDING_IMAGES = 128
 
 
-class Calibration:
+class CalibrationImages:
     """Random images of the calibration split, the same ones at each pass."""
 
     def __init__(self, args: argparse.Namespace, model: Any, processor: Any) -> None:
@@ -86,7 +86,7 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} {value} needs images: give some with --calibration DATASET")
 
 
-def pack(args: argparse.Namespace, model: Any, allocation: Allocation, calibration: Calibration | None) -> Any:
+def pack(args: argparse.Namespace, model: Any, allocation: Allocation, calibration: CalibrationImages | None) -> Any:
     """Pack `model` in place, by GPTQ where there are images and nothing else is asked for."""
     if calibration is None:
         return round_to_nearest(model, FLIQSConfig(allocation=allocation, weight_scale=args.weight_scale or "absmax"))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cli.calibration import Calibration, check, pack
+from fliqs_hf.cli.calibration import CalibrationImages, check, pack
 from fliqs_hf.cli.output import answer
 from fliqs_hf.cost import LayerInfo, Target, target_kinds, unlisted_bytes
 from fliqs_hf.cost.hardware import Profile, load_profile, native_share, restricted
@@ -49,7 +49,7 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
         raise ConfigError(f"--calibration runs images through a classifier, which {type(model).__name__} is not")
     model.to(device)
     start = time.perf_counter()
-    calibration = None if args.calibration is None else Calibration(args, model, processor)
+    calibration = None if args.calibration is None else CalibrationImages(args, model, processor)
     found = None
     if target is not None:
         assert calibration is not None, "checked with the target"

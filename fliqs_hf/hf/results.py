@@ -21,7 +21,7 @@ SEARCHED = "searched"
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class MeasuredAccuracy:
     """Top-1 accuracy of one model with its two-sided 95 % Wilson interval, and top-5 where measured; fractions."""
 
     correct: int
@@ -35,7 +35,7 @@ class Accuracy:
         return self.correct / self.images
 
     @classmethod
-    def of(cls, name: str, data: Mapping[str, Any]) -> Accuracy:
+    def of(cls, name: str, data: Mapping[str, Any]) -> MeasuredAccuracy:
         """From `{"top1", "top5", "correct", "n"}`; only top5 may be absent.
 
         Raises: CheckpointError: counts that are impossible or contradict top1.
@@ -56,7 +56,7 @@ class Accuracy:
         return cls.counted(correct, images, None if top5 is None else float(top5))
 
     @classmethod
-    def counted(cls, correct: int, images: int, top5: float | None) -> Accuracy:
+    def counted(cls, correct: int, images: int, top5: float | None) -> MeasuredAccuracy:
         interval = binomtest(correct, images).proportion_ci(CONFIDENCE, method="wilson")
         return cls(correct, images, float(interval.low), float(interval.high), top5)
 
@@ -70,7 +70,7 @@ class Result:
     """
 
     name: str
-    accuracy: Accuracy | None
+    accuracy: MeasuredAccuracy | None
     costs: Mapping[str, float | None] | None
 
     @property
@@ -108,14 +108,17 @@ def measured_models(run: FinishedRun, validation: Validation | None) -> list[Res
     return rows
 
 
-def _accuracies(run: FinishedRun, validation: Validation | None) -> dict[str, Accuracy]:
+def _accuracies(run: FinishedRun, validation: Validation | None) -> dict[str, MeasuredAccuracy]:
     recorded = run.results.get("accuracy") or {}
     if SEARCHED not in recorded and validation is not None:
         pair: dict[str, ValidatedModel] = {FP32: validation.original, SEARCHED: validation.quantized}
-        return {name: Accuracy.counted(model.correct, validation.images, model.top5) for name, model in pair.items()}
+        return {
+            name: MeasuredAccuracy.counted(model.correct, validation.images, model.top5)
+            for name, model in pair.items()
+        }
     if not isinstance(recorded, Mapping):
         raise CheckpointError(f"results.json: accuracy is a {type(recorded).__name__}, not an object")
-    return {name: Accuracy.of(name, entry) for name, entry in recorded.items()}
+    return {name: MeasuredAccuracy.of(name, entry) for name, entry in recorded.items()}
 
 
 def _allocation_of(name: str, run: FinishedRun) -> Allocation | None:

@@ -283,14 +283,16 @@ class Comparison:
         )
 
 
-class _Parser(argparse.ArgumentParser):
+class _CompareParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{' '.join(message.split())}; {self.prog} --help lists the arguments")
 
 
 def parser(command: str) -> argparse.ArgumentParser:
     text = (__doc__ or "").replace("{command}", command)
-    made = _Parser(command, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made = _CompareParser(
+        command, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     made.add_argument("model", help="folder of the fp32 checkpoint that everything starts from")
     made.add_argument("--dataset_name", required=True, help="Hub id, folder, or 'digits'")
     made.add_argument("--match_labels", choices=("name", "index"), default="name",

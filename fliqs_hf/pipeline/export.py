@@ -97,7 +97,7 @@ def export(
         onnx_file.check_environment()
     folder = Path(output)
     _check_output(folder, str(run), overwrite)
-    source = _Source.load(str(run))
+    source = _PackedModel.load(str(run))
     if to == "onnx":
         onnx_file.layer_forms(source.model, settings)
     normalization = Normalization.of(source.processor, source.image.shape[1]) if include_preprocessing else None
@@ -141,7 +141,7 @@ def _write_record(file: Path, result: ExportResult, settings: OnnxSettings | Non
 
 
 def _write(
-    source: _Source, to: To, folder: Path, settings: OnnxSettings, normalization: Normalization | None
+    source: _PackedModel, to: To, folder: Path, settings: OnnxSettings, normalization: Normalization | None
 ) -> tuple[OnnxClassifier | TorchProgram, tuple[LayerForm, ...]]:
     """Write the model alone, and load it in its runtime."""
     if to == "torch":
@@ -153,7 +153,7 @@ def _write(
 
 
 @dataclass(frozen=True)
-class _Source:
+class _PackedModel:
     """What is exported; `image`: zeros of the size that its processor makes, [1, channels, height, width]."""
 
     model: Any
@@ -162,7 +162,7 @@ class _Source:
     image: Tensor
 
     @classmethod
-    def load(cls, run: str) -> _Source:
+    def load(cls, run: str) -> _PackedModel:
         config, quantization = read_config(run)
         if quantization is None:
             raise ConfigError(f"{run!r} is not quantized by fliqs_hf: run `fliqs-hf quantize` on it first")

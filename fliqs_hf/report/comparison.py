@@ -46,7 +46,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedPredictions:
     """What both models did. The first axis of an array with two is the model: original, quantized.
 
     Attributes:
@@ -86,7 +86,7 @@ def compare(
     batch_size: int,
     device: torch.device,
     examples_per_class: int,
-) -> Comparison:
+) -> PairedPredictions:
     """Run both models, already on `device`, over `batches`. The order of the two changes from batch to batch.
 
     Raises: DataError: no images, or outputs that do not match. CheckpointError: a model returns NaN or infinities.
@@ -122,7 +122,7 @@ def compare(
             _keep_examples(examples, batch, pair, examples_per_class)
     if not labels:
         raise DataError("the data set has no images; a validation needs at least two")
-    return Comparison(
+    return PairedPredictions(
         np.concatenate(labels),
         np.stack([np.concatenate([pair[i].predictions for pair in outputs]) for i in (0, 1)]),
         np.stack([np.concatenate([pair[i].confidences for pair in outputs]) for i in (0, 1)]),
@@ -138,7 +138,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of one model for one batch, each [images]; as in `Comparison`."""
+    """Of one model for one batch, each [images]; as in `PairedPredictions`."""
 
     predictions: NDArray[np.int64]
     confidences: NDArray[np.float64]

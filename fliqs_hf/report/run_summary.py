@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fliqs_hf import wording
 from fliqs_hf.cost.target import described
 from fliqs_hf.hf.private import last_part
-from fliqs_hf.hf.results import FP32, SEARCHED, Accuracy
+from fliqs_hf.hf.results import FP32, SEARCHED, MeasuredAccuracy
 
 if TYPE_CHECKING:
     from fliqs_hf.report.run_report import RunReport
@@ -56,7 +56,7 @@ def measured_on(report: RunReport) -> str:
     return f"in the validation{f' on {last_part(dataset)}' if dataset else ''}"
 
 
-def _accuracy(report: RunReport, name: str) -> Accuracy | None:
+def _accuracy(report: RunReport, name: str) -> MeasuredAccuracy | None:
     return next((result.accuracy for result in report.results if result.name == name), None)
 
 

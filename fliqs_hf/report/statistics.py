@@ -159,7 +159,7 @@ def images_to_settle(broken: int, repaired: int, images: int, max_drop: float, c
 
 
 @dataclass(frozen=True)
-class Calibration:
+class ConfidenceCalibration:
     """Expected calibration error and what it is made of; lists are per bin of `edges`, None where a bin is empty."""
 
     error: float
@@ -170,7 +170,7 @@ class Calibration:
     accuracy: tuple[float | None, ...]
 
 
-def calibration(confidences: NDArray[np.float64], correct: NDArray[np.bool_]) -> Calibration:
+def calibration(confidences: NDArray[np.float64], correct: NDArray[np.bool_]) -> ConfidenceCalibration:
     """Sum over `BINS` bins of (share of images) × |mean confidence - accuracy|; confidence is the largest probability.
 
     Source: Guo et al., On Calibration of Modern Neural Networks (2017), equation 3.
@@ -182,7 +182,7 @@ def calibration(confidences: NDArray[np.float64], correct: NDArray[np.bool_]) ->
     mean, accuracy = binned.statistic
     filled = counts > 0
     error = float((counts[filled] * np.abs(mean[filled] - accuracy[filled])).sum() / counts.sum())
-    return Calibration(
+    return ConfidenceCalibration(
         error,
         float(confidences.mean()),
         tuple(binned.bin_edges.tolist()),

@@ -24,8 +24,8 @@ from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.hf.gate import NOT_ASKED, Gate
 from fliqs_hf.hf.private import last_part
 from fliqs_hf.report import statistics, validation_page
-from fliqs_hf.report.comparison import WARM_UP_BATCHES, Comparison, Example, compare
-from fliqs_hf.report.statistics import Calibration, ClassChange, Proportion
+from fliqs_hf.report.comparison import WARM_UP_BATCHES, Example, PairedPredictions, compare
+from fliqs_hf.report.statistics import ClassChange, ConfidenceCalibration, Proportion
 from fliqs_hf.report.validation_data import class_names, label_reader, read_batches
 from fliqs_hf.training.images import mode_of
 from fliqs_hf.training.labels import MatchLabels
@@ -68,7 +68,7 @@ class ModelResult:
     formats: str | None
     top1: Proportion
     top5: Proportion | None
-    calibration: Calibration
+    calibration: ConfidenceCalibration
     weights_bytes: int
     working_bytes: int | None
     checkpoint_bytes: int | None
@@ -248,7 +248,7 @@ class _Settings:
 
 def _result(
     models: tuple[nn.Module, nn.Module],
-    found: Comparison,
+    found: PairedPredictions,
     settings: _Settings,
     names: tuple[str, ...] | None,
     conditions: Mapping[str, Any],
@@ -286,11 +286,11 @@ def _result(
     )
 
 
-def _timed(found: Comparison) -> bool:
+def _timed(found: PairedPredictions) -> bool:
     return len(found.seconds[0]) >= FEWEST_TIMED_BATCHES
 
 
-def _model_result(model: nn.Module, found: Comparison, i: int, settings: _Settings) -> ModelResult:
+def _model_result(model: nn.Module, found: PairedPredictions, i: int, settings: _Settings) -> ModelResult:
     correct, images, confidence = found.correct[i], len(found.labels), settings.confidence
     latency = None
     if _timed(found):

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from fliqs_hf.hf.gate import Gate
 from fliqs_hf.optional import needed_for
-from fliqs_hf.report.statistics import Calibration
+from fliqs_hf.report.statistics import ConfidenceCalibration
 
 with needed_for("the figures of a validation"):
     import matplotlib as mpl
@@ -43,7 +43,7 @@ def drop_figure(drop: float, interval: tuple[float, float], gate: Gate | None) -
     return _svg(draw, (4.4, 1.1 if gate is None else 1.6), "drop")
 
 
-def calibration_figure(calibration: Calibration, model: str) -> Markup:
+def calibration_figure(calibration: ConfidenceCalibration, model: str) -> Markup:
     """Accuracy against confidence per bin, with the share of images; on the diagonal a model knows what it knows."""
 
     def draw(axes: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from fliqs_hf.cli.calibration import Calibration
+from fliqs_hf.cli.calibration import CalibrationImages
 from fliqs_hf.cli.data import to_validate
 from fliqs_hf.pipeline.job import load
 from fliqs_hf.training.arguments import parse
@@ -59,7 +59,7 @@ def photos(folder: Path, counts: dict[str, int]) -> str:
     return str(folder)
 
 
-def calibration(model: str, data: str, *more: str) -> Calibration:
+def calibration(model: str, data: str, *more: str) -> CalibrationImages:
     import argparse
 
     import fliqs_hf_cli
@@ -69,7 +69,7 @@ def calibration(model: str, data: str, *more: str) -> Calibration:
     args = parser.parse_args(["quantize", model, "out", "--calibration", data, *more])
     assert isinstance(args, argparse.Namespace)
     loaded = hf.AutoModelForImageClassification.from_pretrained(model)
-    return Calibration(args, loaded, hf.AutoImageProcessor.from_pretrained(model))
+    return CalibrationImages(args, loaded, hf.AutoImageProcessor.from_pretrained(model))
 
 
 @pytest.mark.parametrize("form", ["{}", "class_{:0>3}", "LABEL_{}"])

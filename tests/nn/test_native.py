@@ -7,93 +7,29 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from transformers import ViTForImageClassification, ViTImageProcessor, pipeline
 
-import fliqs_hf
-from fliqs_hf import Allocation, FLIQSConfig, LayerFormats
-from fliqs_hf.errors import ConfigError
-from fliqs_hf.formats import COMMON, code_values, round_to_format
-from fliqs_hf.nn import QuantizerSettings, pack_model
-from fliqs_hf.nn.kernels import ENVIRONMENT, kernels_of, set_kernels
-from fliqs_hf.nn.native import choice, codes, compiled, int8
-from fliqs_hf.nn.packed import PackedConv2d, PackedLayer
-from tests.models import tiny
+from fliqs_hf import Allocation
+from fliqs_hf.formats import COMMON, code_values
+from fliqs_hf.nn import pack_model
+from fliqs_hf.nn.kernels import set_kernels
+from fliqs_hf.nn.native import choice, codes, int8
+from tests.helpers.kernels import WAYS, assert_exact, choose_way, packed, some
 
 ROOT = Path(__file__).parents[2]
 WEIGHT = "int7"  # the widest integers that every CPU sums exactly
 CODABLE = [fmt for fmt in COMMON if codes.int8_shift(fmt) is not None]
-UNIT = 2.0**-24  # largest relative error of one float32 rounding
 
 
-@pytest.fixture(autouse=True, params=["eager", "compiled"])
+@pytest.fixture(autouse=True, params=WAYS)
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs without compiled code, and with it where there is a compiler."""
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
-    if request.param == "eager":
-        for module in (codes, int8):
-            monkeypatch.setattr(module, "library", lambda: None)
-    elif compiled.library() is None:
-        pytest.skip("no C++ compiler")
+    choose_way(request.param, monkeypatch)
     return str(request.param)
-
-
-def packed(layer: nn.Module, weight: str, activation: str | None, granularity: Any = "per_token") -> PackedLayer:
-    """One layer, packed, with its native kernel allowed."""
-    model = nn.Sequential(layer).eval()
-    clipped = granularity == "per_token_clipped"
-    if clipped:
-        fliqs_hf.make_searchable(model, [weight], settings=QuantizerSettings(activation_granularity=granularity))
-        with torch.no_grad():
-            model[0].input_clip.fill_(-0.01)  # type: ignore[union-attr, operator]
-    allocation = Allocation({"0": LayerFormats.of(weight, activation)})
-    static = granularity == "static"
-    pack_model(model, allocation, QuantizerSettings(activation_granularity="per_token" if static else granularity))
-    set_kernels(model)
-    if static:  # as after calibration
-        model[0].settings = QuantizerSettings(activation_granularity="static")
-        if activation not in (None, "bf16"):
-            model[0].input_scale = torch.tensor([0.01])
-    return model[0]  # type: ignore[return-value]
-
-
-def some(*shape: int, seed: int = 0) -> Tensor:
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return values * torch.logspace(-2, 2, shape[0])[(..., *[None] * (len(shape) - 1))]
-
-
-def exact(layer: PackedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer in float64 from the same codes and scales, and the bound on what a native kernel may differ by."""
-    fmt = layer.formats.activation
-    assert fmt is not None and layer.weight_scale is not None
-    scale = codes.input_scale(layer, x)
-    quantized = round_to_format(torch.div(x, scale), fmt).double()
-    weight = layer.code_values().double().view(layer.weight_shape)
-    shape = (1, -1, *[1] * (x.dim() - 2)) if isinstance(layer, PackedConv2d) else (-1,)
-    scales = layer.weight_scale.double().expand(layer.weight_shape[0]).view(shape) * scale.double()
-    if isinstance(layer, PackedConv2d):
-        product = nn.functional.conv2d(quantized, weight, stride=layer.geometry["stride"]) * scales
-    else:
-        product = quantized @ weight.T * scales
-    whole = product if layer.bias is None else product + layer.bias.double().view(shape)
-    # Second-order terms are far below a millionth of the first-order ones.
-    return whole, (3 * UNIT * product.abs() + UNIT * whole.abs()) * (1 + 1e-6)
-
-
-def assert_exact(layer: PackedLayer, x: Tensor) -> None:
-    assert layer.kernel.kernel == "int8", layer.kernel
-    with torch.no_grad():
-        found = layer(x)
-    expected, bound = exact(layer, x)
-    assert found.shape == expected.shape
-    assert bool(((found.double() - expected).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("fmt", [fmt for fmt in COMMON if fmt.bits <= 8], ids=str)
@@ -392,101 +328,3 @@ def test_a_weight_beyond_the_exact_ones_takes_the_reference_path(monkeypatch: py
         fmt: packed(nn.Linear(8, 8), fmt, "int8").kernel.kernel for fmt in ("int8", "int7", "e2m3", "e2m1", "int4")
     }
     assert kinds == {"int8": "decoded", "int7": "int8", "e2m3": "int8", "e2m1": "int8", "int4": "int8"}
-
-
-def test_models_run_with_it_from_loading_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = fliqs_hf.quantize(tiny("vit"), FLIQSConfig(weight_format="int4"))
-    model.save_pretrained(tmp_path / "one")
-    loaded = type(model).from_pretrained(tmp_path / "one")
-    assert {choice.kernel for choice in kernels_of(loaded).values()} == {"int8"}
-    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        native_logits = loaded(images).logits
-        assert torch.equal(native_logits, model(images).logits)  # reloading gives the same bits
-        assert torch.equal(native_logits[:1], loaded(images[:1]).logits)
-    loaded.save_pretrained(tmp_path / "two")
-    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
-    assert one.read_bytes() == two.read_bytes()
-    set_kernels(loaded, "reference")
-    with torch.no_grad():
-        reference = loaded(images).logits
-    assert not torch.equal(reference, native_logits)
-    monkeypatch.setenv(ENVIRONMENT, "reference")
-    loaded = type(model).from_pretrained(tmp_path / "one")
-    assert {choice.reason for choice in kernels_of(loaded).values()} == {"asked for"}
-    with torch.no_grad():
-        assert torch.equal(loaded(images).logits, reference)
-    monkeypatch.delenv(ENVIRONMENT)
-    loaded = type(model).from_pretrained(tmp_path / "one", quantization_config=FLIQSConfig(kernels="reference"))
-    assert {choice.reason for choice in kernels_of(loaded).values()} == {"asked for"}
-    assert "kernels" not in loaded.config.quantization_config.to_dict()
-
-
-def test_models_are_copied_moved_pickled_and_run_by_threads(tmp_path: Path) -> None:
-    formats = {"weight_format": "int4", "overrides": {"classifier": "e4m3"}}
-    model = fliqs_hf.quantize(tiny("vit"), FLIQSConfig(**formats))  # type: ignore[arg-type]
-    assert {choice.kernel for choice in kernels_of(model).values()} == {"int8", "decoded"}
-    inputs = [torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(n)) for n in (1, 7, 64)]
-    with torch.inference_mode():
-        expected = [model(x).logits for x in inputs]
-        torch.save(model, tmp_path / "whole.pt")
-        unpickled = torch.load(tmp_path / "whole.pt", weights_only=False)
-        for other in (copy.deepcopy(model), unpickled, copy.deepcopy(model).to("cpu")):
-            assert kernels_of(other) == kernels_of(model)
-            assert all(torch.equal(other(x).logits, y) for x, y in zip(inputs, expected, strict=True))
-        half = copy.deepcopy(model).to(torch.bfloat16)
-        assert half(inputs[0].bfloat16()).logits.dtype == torch.bfloat16
-        assert model(torch.rand(2, 3, 41, 35), interpolate_pos_encoding=True).logits.shape == (2, 5)
-
-    fresh, wrong = copy.deepcopy(model), []  # threads prepare the weights at the same time
-
-    def run(number: int) -> None:
-        with torch.no_grad():
-            same = [torch.equal(fresh(inputs[number]).logits, expected[number]) for _ in range(5)]
-        if not all(same):
-            wrong.append(number)
-
-    threads = [threading.Thread(target=run, args=(number % 2,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-def test_pipelines_and_device_maps(tmp_path: Path) -> None:
-    fliqs_hf.quantize(tiny("vit"), FLIQSConfig(weight_format="int4")).save_pretrained(tmp_path)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    image = Image.new("RGB", (50, 40), (90, 30, 200))
-    found = pipeline("image-classification", str(tmp_path))(image)
-    for device_map in ("cpu", "auto"):
-        mapped = ViTForImageClassification.from_pretrained(tmp_path, device_map=device_map)
-        if mapped.device.type == "cpu":
-            assert {choice.kernel for choice in kernels_of(mapped).values()} == {"int8"}
-            pixels = ViTImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")
-            with torch.no_grad():
-                assert mapped(**pixels).logits.softmax(-1).max().item() == pytest.approx(found[0]["score"], abs=1e-6)
-
-
-def test_no_weight_cache_keeps_nothing(tmp_path: Path) -> None:
-    fliqs_hf.quantize(tiny("vit"), FLIQSConfig(weight_format="e4m3")).save_pretrained(tmp_path)
-    few = FLIQSConfig(weight_cache="none")
-    kept, none = (
-        ViTForImageClassification.from_pretrained(tmp_path, **options)
-        for options in ({}, {"quantization_config": few})
-    )
-    assert {choice.kernel for choice in kernels_of(kept).values()} == {"decoded"}
-    assert {choice.kernel for choice in kernels_of(none).values()} == {"reference"}
-    x = torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(kept(x).logits, none(x).logits)
-    assert "weight_cache" not in kept.config.quantization_config.to_dict()
-
-
-def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = fliqs_hf.quantize(tiny("vit"), FLIQSConfig())
-    with pytest.raises(ConfigError, match="kernels='fast'"):
-        set_kernels(model, "fast")  # type: ignore[arg-type]
-    monkeypatch.setenv(ENVIRONMENT, "fast")
-    with pytest.raises(ConfigError, match=f"{ENVIRONMENT}='fast'"):
-        set_kernels(model)

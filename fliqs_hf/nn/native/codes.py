@@ -102,7 +102,7 @@ def _scaling(layer: PackedLayer) -> Scaling:
 
 
 @dataclass
-class _Reading:
+class _SharedInput:
     """What was made of one tensor, and the layers that have read it."""
 
     version: int
@@ -126,9 +126,9 @@ def _shared(layer: PackedLayer, x: Tensor, make: Callable[[PackedLayer, Tensor],
     # A write to the tensor changes its version, and a layer that reads it once more quantizes it once more: a buffer
     # that the caller fills again and again is never taken for what it held before.
     key = (make, layer.formats.activation, layer.kind, layer.settings.activation_granularity)
-    found: _Reading | None = _readings.get(x)
+    found: _SharedInput | None = _readings.get(x)
     if found is None or found.version != x._version or found.key != key or id(layer) in found.readers:
-        found = _readings[x] = _Reading(x._version, key, make(layer, x), readers=set())
+        found = _readings[x] = _SharedInput(x._version, key, make(layer, x), readers=set())
     found.readers.add(id(layer))
     made: T = found.made
     return made
