@@ -25,6 +25,7 @@ def arguments(parser: Parser) -> None:
         ("target_bops", "bit operations per image"),
         ("target_size_mb", "size of the checkpoint in 10^6 bytes, never exceeded"),
         ("target_ratio", "bit operations over those of fp32"),
+        ("target_energy_uj", "energy per image in microjoules, never exceeded"),
     ):
         parser.add_argument(f"--{name}", type=float, help=f"mixed formats: {text}")
     parser.add_argument("--target", action="append", metavar="NAME=VALUE",

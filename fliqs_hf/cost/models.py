@@ -21,7 +21,7 @@ SCALE_BYTES = 4  # one float32 per output channel
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer costs in its formats; the cost of a model is the sum over its layers.
+    """What a layer costs in its formats; the cost of a model is the sum over its layers, and `beside`.
 
     Attributes:
         name: of the cost in records and of its targets, such as "energy_uj": a word of Python, its unit at the end.
@@ -31,6 +31,7 @@ class Cost:
         at_bits: cost of layers whose weights and inputs all have so many bits, which may be a fraction; without it
             there are no uniform models between formats.
         of_file: counts bytes of the packed file; what is beside the layers in it counts too.
+        beside: what a model costs beside its layers, whatever their formats.
         show: a value as people read it.
         symbol: follows a change of so much, such as "B".
     """
@@ -40,6 +41,7 @@ class Cost:
     of_layer: Callable[[LayerInfo, LayerFormats | None], float | None]
     at_bits: Callable[[Sequence[LayerInfo], float], float] | None = None
     of_file: bool = False
+    beside: float = 0.0
     show: Callable[[float], str] = engineering
     symbol: str = ""
 
@@ -63,7 +65,7 @@ class Cost:
 
     def of(self, layers: Sequence[LayerInfo], allocation: Mapping[str, LayerFormats]) -> float:
         """Cost of a model. Raises: AllocationError: the allocation names a layer that is not among `layers`."""
-        return sum(self.layer(layer, formats) for layer, formats in paired(layers, allocation))
+        return self.beside + sum(self.layer(layer, formats) for layer, formats in paired(layers, allocation))
 
     def known(self, layers: Sequence[LayerInfo], allocation: Mapping[str, LayerFormats]) -> float | None:
         """As `of`, None where that of a layer is not known."""
@@ -80,6 +82,8 @@ def known_costs(layers: Sequence[LayerInfo], allocation: Mapping[str, LayerForma
     return {cost.name: cost.known(layers, allocation) for cost in registered()}
 
 
+#: Names of the costs that come with the package.
+OWN = ("bops", "weight_bytes", "energy_uj")
 _COSTS: dict[str, Cost] = {}
 
 
@@ -95,7 +99,7 @@ def register(cost: Cost) -> Cost:
 
 def unregister(name: str) -> None:
     """Forget a registered cost. Raises: ConfigError: it is none, or one of the package's own."""
-    if name not in _COSTS or name in (BOPS.name, WEIGHT_BYTES.name):
+    if name not in _COSTS or name in OWN:
         raise ConfigError(f"{name!r} is no cost that was registered from outside")
     del _COSTS[name]
 

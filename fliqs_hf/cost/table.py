@@ -29,6 +29,10 @@ class CostTable:
 
     All BOPs and bytes are whole numbers below 2**53, so float64 sums of them are exact.
 
+    Args:
+        alike: weights and inputs of a layer always have the same format, so that only such pairs need a known cost;
+            `table` then holds the same value for every input format.
+
     Raises: ConfigError: no layers, layers of one name, an unknown kind, or a bad `fixed_cost`.
         FormatError: no formats, unknown or repeated ones.
     """
@@ -40,6 +44,7 @@ class CostTable:
         kind: str | Cost = "bops",
         *,
         fixed_cost: float = 0.0,
+        alike: bool = False,
     ) -> None:
         self.measure = find(kind)
         if not is_number(fixed_cost, 0):
@@ -49,7 +54,8 @@ class CostTable:
             raise ConfigError("a cost table needs at least one layer that can be quantized")
         self.formats = tuple(parse(fmt) for fmt in formats)
         in_fp32 = [layer for layer in layers if not layer.quantizable]
-        self.fixed_cost = float(fixed_cost) + sum(self.measure.layer(layer, None) for layer in in_fp32)
+        self.fixed_cost = float(fixed_cost) + self.measure.beside
+        self.fixed_cost += sum(self.measure.layer(layer, None) for layer in in_fp32)
         check_unique([layer.name for layer in self.layers])
         if not self.formats or len(set(self.formats)) < len(self.formats):
             raise FormatError(f"a cost table needs formats, each once, not {[fmt.name for fmt in self.formats]}")
@@ -62,6 +68,8 @@ class CostTable:
             [LayerFormats(dearest if weight.for_inputs_only else weight, activation) for activation in self.formats]
             for weight in self.formats
         ]
+        if alike:  # of the other pairs nothing may be known, as in a table of what was measured
+            pairs = [[LayerFormats(fmt, fmt)] * len(self.formats) for fmt in self.formats]
         costs = [[[self.measure.layer(layer, formats) for formats in row] for row in pairs] for layer in self.layers]
         self.table = torch.tensor(costs, dtype=torch.float64)
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}

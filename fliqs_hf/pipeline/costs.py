@@ -35,8 +35,8 @@ def cost_table(
     if cost.of_file:
         fixed: float = _file_bytes(model, space, settings or QuantizerSettings())
     else:
-        fixed = cost.of([layer for layer in layers if layer.name not in searched], {})
-    return CostTable(space.layers, space.formats, cost, fixed_cost=fixed)
+        fixed = sum(cost.layer(layer, None) for layer in layers if layer.name not in searched)
+    return CostTable(space.layers, space.formats, cost, fixed_cost=fixed, alike=space.activation == "same")
 
 
 def _file_bytes(model: Any, space: SearchSpace, settings: QuantizerSettings) -> int:

@@ -139,6 +139,9 @@ class SearchArguments:
         default=None, metadata={"help": "most that the checkpoint's file may have, 10^6 bytes"}
     )
     target_ratio: list[float] | None = field(default=None, metadata={"help": "BOPs over those of fp32"})
+    target_energy_uj: list[float] | None = field(
+        default=None, metadata={"help": "most energy per image in microjoules, see docs/cost.md"}
+    )
     target: list[str] | None = field(
         default=None, metadata={"help": "or NAME=VALUE: any of these, or a cost that is registered"}
     )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fliqs_hf.allocation import Allocation, LayerFormats
-from fliqs_hf.cost import LayerInfo, bops, weight_bytes
+from fliqs_hf.cost import ENERGY, LayerInfo, bops, weight_bytes
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.formats import parse
 from fliqs_hf.report.explain import explain
@@ -52,10 +52,10 @@ def test_counterfactuals_are_differences_of_whole_allocations(activation: Any) -
             other = list(choice)
             other[index] = space.formats.index(step.format)
             changed = space.allocation(torch.tensor(other))
-            assert step.costs == {
-                "bops": bops(LAYERS, changed) - bops(LAYERS, allocation),
-                "weight_bytes": weight_bytes(LAYERS, changed) - weight_bytes(LAYERS, allocation),
-            }
+            assert step.costs["bops"] == bops(LAYERS, changed) - bops(LAYERS, allocation)
+            assert step.costs["weight_bytes"] == weight_bytes(LAYERS, changed) - weight_bytes(LAYERS, allocation)
+            energy = ENERGY.of(LAYERS, changed) - ENERGY.of(LAYERS, allocation)
+            assert step.costs["energy_uj"] == pytest.approx(energy, abs=1e-9)  # sums over all layers, and over some
             row = scores[entry.name]
             assert step.signal == row[other[index]] - row[choice[index]]
         assert (entry.down.format.name, entry.up.format.name) == ("int2", "int8")
