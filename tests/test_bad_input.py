@@ -30,16 +30,7 @@ from fliqs_hf.formats.packing import packed_bytes
 from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.pipeline.compare_methods import check_methods
 from fliqs_hf.ptq import static_scale
-from fliqs_hf.search import (
-    OneShotSearch,
-    SearchConfig,
-    SearchSpace,
-    best_choice,
-    choice_at_target,
-    fisher_scores,
-    pareto_front,
-    reachable_range,
-)
+from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace, fisher_scores
 from fliqs_hf.search.hook import SearchHook
 from tests.models import images, tiny
 from tests.search.networks import BLOCKS, LONE
@@ -79,13 +70,11 @@ SETTINGS: dict[Callable[[Any], Any], tuple[Any, ...]] = {
     },
     lambda v: DifferentiableConfig(cost_weight=v): (*NUMBERS, math.inf),
     lambda v: DifferentiableConfig(temperature_start=v): (*NUMBERS, math.inf, 0),
-    lambda v: best_choice(SPACE, TABLE, ZEROS, low=v, high=1e9): ("x", None, math.nan, HUGE, [1], 1j),
-    lambda v: best_choice(SPACE, TABLE, ZEROS, low=0, high=v): ("x", None, math.nan, HUGE, [1], 1j),
-    lambda v: choice_at_target(SPACE, TABLE, ZEROS, TARGET, v): ("x", None, math.nan, HUGE, [1], 1j),
-    lambda v: pareto_front(SPACE, TABLE, ZEROS, [v]): ("x", None, math.nan, HUGE, [1], 1j),
-    lambda v: random_allocation(SPACE, TABLE, v, 0): ("x", None, math.nan, HUGE, [1], 1j),
-    lambda v: sensitivity_front(SPACE, TABLE, ZEROS, v): (*NUMBERS, 1, 2.5),
-    lambda v: multi_trial(SPACE, TABLE, TARGET, lambda *_: 0.0, v): (*NUMBERS, 0, 1.5),
+    lambda v: SearchProblem(SPACE, TABLE).best_choice(ZEROS, low=v, high=1e9): ("x", None, math.nan, HUGE, [1], 1j),
+    lambda v: SearchProblem(SPACE, TABLE).best_choice(ZEROS, low=0, high=v): ("x", None, math.nan, HUGE, [1], 1j),
+    lambda v: SearchProblem(SPACE, TABLE, TARGET).choice_at_target(ZEROS, v): ("x", None, math.nan, HUGE, [1], 1j),
+    lambda v: sensitivity_front(SearchProblem(SPACE, TABLE), ZEROS, v): (*NUMBERS, 1, 2.5),
+    lambda v: multi_trial(SearchProblem(SPACE, TABLE, TARGET), lambda *_: 0.0, v): (*NUMBERS, 0, 1.5),
     lambda v: hessian_traces(tiny("vit"), [], lambda x: x, SPACE, probes=v): (*NUMBERS, 0),
     lambda v: static_scale(torch.ones(3), parse("int4"), v): ([1], None, 5),
     lambda v: static_scale(torch.ones(3), parse("int4"), "percentile", v): (*NUMBERS, 0, 101),
@@ -116,11 +105,10 @@ SCORES = {
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
 def test_scores_that_do_not_fit_are_named(scores: torch.Tensor) -> None:
     for call in (
-        lambda: best_choice(SPACE, TABLE, scores, low=0, high=1e9),
-        lambda: choice_at_target(SPACE, TABLE, scores, TARGET),
-        lambda: pareto_front(SPACE, TABLE, scores, [1e9]),
-        lambda: sensitivity_front(SPACE, TABLE, scores),
-        lambda: OneShotSearch(SPACE, TABLE, TARGET, SearchConfig(), 10).start_from(scores),
+        lambda: SearchProblem(SPACE, TABLE).best_choice(scores, low=0, high=1e9),
+        lambda: SearchProblem(SPACE, TABLE, TARGET).choice_at_target(scores),
+        lambda: sensitivity_front(SearchProblem(SPACE, TABLE), scores),
+        lambda: OneShotSearch(SearchProblem(SPACE, TABLE, TARGET), SearchConfig(), 10).start_from(scores),
     ):
         with pytest.raises(FliqsError, match=r"finite.*\[5, 3\]"):
             call()
@@ -137,12 +125,12 @@ TABLES = {
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_a_cost_table_of_another_space_is_named(table: CostTable) -> None:
     for call in (
-        lambda: reachable_range(SPACE, table),
-        lambda: best_choice(SPACE, table, ZEROS, low=0, high=1e9),
-        lambda: OneShotSearch(SPACE, table, TARGET, SearchConfig(), 10),
-        lambda: random_allocation(SPACE, table, 1e4, 0),
-        lambda: multi_trial(SPACE, table, TARGET, lambda *_: 0.0, 1),
-        lambda: DifferentiableSearch(SPACE, table, TARGET, DifferentiableConfig(), 10),
+        lambda: SearchProblem(SPACE, table).reachable,
+        lambda: SearchProblem(SPACE, table).best_choice(ZEROS, low=0, high=1e9),
+        lambda: OneShotSearch(SearchProblem(SPACE, table, TARGET), SearchConfig(), 10),
+        lambda: random_allocation(SearchProblem(SPACE, table, TARGET), 0),
+        lambda: multi_trial(SearchProblem(SPACE, table, TARGET), lambda *_: 0.0, 1),
+        lambda: DifferentiableSearch(SearchProblem(SPACE, table, TARGET), DifferentiableConfig(), 10),
     ):
         with pytest.raises(FliqsError, match="the cost table is of"):
             call()
@@ -156,8 +144,8 @@ def test_a_model_of_another_space_is_named() -> None:
 
 
 def test_a_hook_over_other_layers_or_formats_is_refused() -> None:
-    one_shot = OneShotSearch(SPACE, TABLE, TARGET, SearchConfig(), 10)
-    mixed = DifferentiableSearch(SPACE, TABLE, TARGET, DifferentiableConfig(), 10)
+    one_shot = OneShotSearch(SearchProblem(SPACE, TABLE, TARGET), SearchConfig(), 10)
+    mixed = DifferentiableSearch(SearchProblem(SPACE, TABLE, TARGET), DifferentiableConfig(), 10)
     model = tiny("vit")
     switch = make_searchable(model, ["int4"])
     for make in (lambda: SearchHook(one_shot, switch), lambda: DifferentiableHook(mixed, model, switch)):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.allocation import Allocation, LayerFormats
-from fliqs_hf.cost import CostTable, LayerInfo
+from fliqs_hf.cost import LayerInfo
 from fliqs_hf.formats import Format
-from fliqs_hf.search import SearchSpace, pareto_front
+from fliqs_hf.search import SearchProblem, SearchSpace
 
 
 def uniform(layers: Sequence[LayerInfo], fmt: str | Format) -> Allocation:
@@ -27,15 +27,14 @@ def manual(layers: Sequence[LayerInfo], inner: str | Format = "int4", outer: str
     )
 
 
-def random_allocation(
-    space: SearchSpace, table: CostTable, target: float, seed: int, band: float = 0.03
-) -> Allocation:
+def random_allocation(problem: SearchProblem, seed: int, band: float = 0.03) -> Allocation:
     """A random allocation within [1 − band, 1] of the target: the best one for random scores.
 
     Raises: TargetError: the target is out of reach.
     """
-    (choice,) = pareto_front(space, table, random_scores(space, seed), [target], band)
-    return space.allocation(choice)
+    cost = problem.target_cost
+    choice = problem.best_choice(random_scores(problem.space, seed), low=(1 - band) * cost, high=cost)
+    return problem.space.allocation(choice)
 
 
 def random_scores(space: SearchSpace, seed: int) -> Tensor:

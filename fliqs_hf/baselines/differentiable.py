@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from fliqs_hf.baselines.mixture import Mixture
 from fliqs_hf.checks import is_number
-from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
 from fliqs_hf.nn import FormatSwitch, QuantizerSettings, make_searchable
-from fliqs_hf.search import FinalChoice, SearchSpace, choice_at_target, reachable_range
+from fliqs_hf.search import FinalChoice, SearchProblem
 from fliqs_hf.search.oneshot import Gather
 from fliqs_hf.search.policy import Policy, step_generator
 from fliqs_hf.training import StepHook
@@ -70,9 +69,7 @@ class DifferentiableSearch:
 
     def __init__(
         self,
-        space: SearchSpace,
-        table: CostTable,
-        target: Target,
+        problem: SearchProblem,
         config: DifferentiableConfig,
         total_steps: int,
         *,
@@ -84,26 +81,25 @@ class DifferentiableSearch:
     ) -> None:
         """
         Args:
-            table: costs of the space's layers and formats, of the kind that `target` is measured by.
             total_steps: optimizer steps of the whole run.
             gather: [n] of every rank -> [world_size · n] on every rank, in the order of ranks.
         Raises: ConfigError: a space that decides weights and inputs apart: K² branches a layer would be needed.
             TargetError: the target is outside the range of the space, or in a gap of it.
         """
+        space = problem.space
         if space.activation != "same":
             raise ConfigError(
                 f"a differentiable search needs a space with activation='same', not {space.activation!r}; "
                 "use the one-shot search for formats of weights and inputs apart"
             )
-        self.space, self.table, self.target, self.config = space, table, target, config
-        self.target_cost = target.resolve(table, reachable_range(space, table))
+        self.problem, self.config = problem, config
         self.seed, self.rank, self.world_size, self.device = seed, rank, world_size, torch.device(device)
         self.gather: Gather = gather or (lambda values: values)
         self.search_end = max(1, round(config.explore_fraction * total_steps))
-        self.policy = Policy(space, device)
+        self.policy = Policy(problem, device)
         self.optimizer = torch.optim.Adam([self.policy.logits], lr=config.architecture_learning_rate)
         self.final: FinalChoice | None = None
-        choice_at_target(space, table, self.policy.logits, target)  # finds a gap now and not at the end
+        problem.choice_at_target(self.policy.logits)  # finds a gap now and not at the end
 
     def searching(self, step: int) -> bool:
         return step < self.search_end
@@ -125,7 +121,7 @@ class DifferentiableSearch:
         """Exact expected cost of the distribution that step `step` mixes or samples from: float64, with gradient."""
         temperature = self.temperature(step) if self.config.relaxation == "softmax" else 1.0
         p = torch.softmax(self.policy.log_probabilities / temperature, dim=-1)
-        return self.space.expected_cost(self.table, p)
+        return self.problem.expected_cost(p)
 
     def update(self, step: int) -> dict[str, Tensor]:
         """Add the gradient of the cost term to what backward passes have left in the logits, and take a step.
@@ -143,7 +139,7 @@ class DifferentiableSearch:
             )
         gathered = self.gather(logits.grad.flatten())
         logits.grad = gathered.view(self.world_size, *logits.shape).mean(0)
-        ratio = self.expected_cost(step) / self.target_cost
+        ratio = self.expected_cost(step) / self.problem.target_cost
         if self.config.cost_weight:
             (self.config.cost_weight * (ratio - 1).abs()).backward()
         self.optimizer.step()
@@ -154,11 +150,11 @@ class DifferentiableSearch:
         """The most probable allocation that meets the target, by the integer program of the one-shot search."""
         if self.final is None:
             # The logits are the log-probabilities up to a constant per decision, and finite where not allowed.
-            self.final = self._final_choice(choice_at_target(self.space, self.table, self.policy.logits, self.target))
+            self.final = self._final_choice(self.problem.choice_at_target(self.policy.logits))
         return self.final
 
     def _final_choice(self, choice: Tensor) -> FinalChoice:
-        return FinalChoice.of(self.space, self.table, choice, self.policy.argmax().cpu(), self.target_cost)
+        return FinalChoice.of(self.problem, choice, self.policy.argmax().cpu())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only, for safetensors. The final allocation is stored as its choice."""
@@ -166,7 +162,7 @@ class DifferentiableSearch:
         for key, value in self.optimizer.state.get(self.policy.logits, {}).items():
             state[f"adam.{key}"] = value
         if self.final is not None:
-            state["final"] = self.space.choice(self.final.allocation)
+            state["final"] = self.problem.space.choice(self.final.allocation)
         return {key: value.detach().clone().contiguous() for key, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -192,9 +188,9 @@ class DifferentiableHook:
         Args:
             model: searchable over the layers and formats of the search's space, in the same order, through `switch`.
         """
-        search.space.check_switch(switch)
+        search.problem.space.check_switch(switch)
         self.search, self.switch = search, switch
-        self.mixture = Mixture(model, search.space, switch)
+        self.mixture = Mixture(model, search.problem.space, switch)
         self._settled = False
 
     def begin_step(self, step: int) -> list[Callable[[], None]]:
@@ -231,9 +227,7 @@ class DifferentiableHook:
 
 def differentiable_search(
     model: nn.Module,
-    space: SearchSpace,
-    table: CostTable,
-    target: Target,
+    problem: SearchProblem,
     run: Callable[[StepHook], object],
     total_steps: int,
     config: DifferentiableConfig | None = None,
@@ -257,9 +251,10 @@ def differentiable_search(
     """
     device = next(model.parameters()).device
     search = DifferentiableSearch(
-        space, table, target, config or DifferentiableConfig(), total_steps,
+        problem, config or DifferentiableConfig(), total_steps,
         seed=seed, rank=rank, world_size=world_size, device=device, gather=gather,
     )  # fmt: skip
+    space = problem.space
     groups = {layer.name: layer.input_group for layer in space.layers}
     names = [layer.name for layer in space.layers]
     switch = make_searchable(model, space.formats, names=names, input_groups=groups, settings=settings)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.checks import is_whole
-from fliqs_hf.cost import CostTable
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.search import SearchSpace, pareto_front, reachable_range
+from fliqs_hf.search import SearchProblem
 
 
 class FrontPoint(NamedTuple):
@@ -27,27 +26,28 @@ class FrontPoint(NamedTuple):
     increase: float
 
 
-def sensitivity_front(space: SearchSpace, table: CostTable, scores: Tensor, points: int = 20) -> list[FrontPoint]:
+def sensitivity_front(problem: SearchProblem, scores: Tensor, points: int = 20) -> list[FrontPoint]:
     """The lowest total score under each of `points` budgets, from the cheapest allocation of the space to the dearest.
 
     Budgets are spaced by equal factors. Points that another one matches at no more cost are left out, so there may be
     fewer than `points`, cost rises and the expected increase falls strictly.
 
     Args:
+        problem: its target, if it has one, plays no part.
         scores: [D, K], lower is better, such as `fisher_scores(...).decision_scores`.
     Raises: ConfigError: fewer than 2 points. TargetError: the solver gave up.
     """
     if not is_whole(points, 2):
         raise ConfigError(f"points={points!r} must be a whole number, at least 2: the cheapest and the dearest budget")
-    low, high = reachable_range(space, table)
-    fixed = table.fixed_cost
+    low, high = problem.reachable
+    fixed = problem.costs.fixed_cost
     budgets = [low, *(np.geomspace(low - fixed, high - fixed, points)[1:-1] + fixed).tolist(), high]
-    choices = pareto_front(space, table, -scores, budgets, band=1.0)
+    choices = [problem.best_choice(-scores, low=0.0, high=budget) for budget in budgets]
     values = scores.detach().double().cpu()
     found = [
         FrontPoint(
-            space.allocation(choice),
-            float(space.cost_of(table, choice)),
+            problem.space.allocation(choice),
+            float(problem.cost(choice)),
             float(values.gather(1, choice[:, None]).sum()),
         )
         for choice in choices

@@ -19,12 +19,11 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.baselines.allocations import random_scores
 from fliqs_hf.checks import is_whole
 from fliqs_hf.checksums import sealed, unsealed
-from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
 from fliqs_hf.files import append_text, disk_errors, write_text
 from fliqs_hf.json_file import parse_json, read_text
 from fliqs_hf.optional import needed_for
-from fliqs_hf.search import SearchSpace, choice_at_target, reachable_range
+from fliqs_hf.search import SearchProblem, SearchSpace
 from fliqs_hf.training.seeds import derived_seed
 
 #: (allocation, number of the trial) -> score, higher is better; the same for the same arguments.
@@ -59,9 +58,7 @@ class MultiTrialResult:
 
 
 def multi_trial(
-    space: SearchSpace,
-    table: CostTable,
-    target: Target,
+    problem: SearchProblem,
     objective: Objective,
     trials: int,
     *,
@@ -69,7 +66,7 @@ def multi_trial(
     sampler: Sampler = "random",
     journal: Path | None = None,
 ) -> MultiTrialResult:
-    """Score `trials` allocations that all meet `target`, and keep the best. For one process.
+    """Score `trials` allocations that all meet the target, and keep the best. For one process.
 
     A proposal is a function of (seed, number of the trial) and, with Optuna, of the trials before: a search that goes
     on from its journal ends in the same result.
@@ -89,20 +86,21 @@ def multi_trial(
         raise ConfigError(f"trials={trials!r} must be a whole number of at least 1")
     if sampler not in get_args(Sampler):
         raise ConfigError(f"sampler={sampler!r} does not exist; choose from {', '.join(get_args(Sampler))}")
+    space = problem.space
     propose = _Random(space, seed) if sampler == "random" else _Optuna(space, seed)
     header = {
         "search": "multi-trial",
         "sampler": sampler,
         "seed": seed,
-        "target_cost": target.resolve(table, reachable_range(space, table)),
-        "cap": target.cap,
+        "target_cost": problem.target_cost,
+        "cap": problem.aim.cap,
         "formats": [fmt.name for fmt in space.formats],
         "decisions": [decision.name for decision in space.decisions],
     }
     done = _read(journal, header, space)[:trials] if journal is not None else []
     with tqdm(total=trials, initial=len(done), desc=f"multi-trial, {sampler}") as bar:
         while len(done) < trials:
-            choice = choice_at_target(space, table, propose(done), target)
+            choice = problem.choice_at_target(propose(done))
             start = time.perf_counter()
             score = float(objective(space.allocation(choice), len(done)))
             if not math.isfinite(score):
@@ -110,7 +108,7 @@ def multi_trial(
                     f"the objective gave {score} for trial {len(done)}: lower its learning rate, or exclude formats "
                     "that ruin the model through the search space"
                 )
-            cost, seconds = float(space.cost_of(table, choice)), round(time.perf_counter() - start, 3)
+            cost, seconds = float(problem.cost(choice)), round(time.perf_counter() - start, 3)
             done.append(Trial(len(done), tuple(choice.tolist()), cost, score, seconds))
             if journal is not None:
                 _append(journal, header, done[-1])

@@ -77,11 +77,7 @@ from fliqs_hf.pipeline.compare_summary import is_summary, summarise, write_summa
 from fliqs_hf.pipeline.compare_table import COLUMNS, Table, is_table, provenance
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, data_source
 from fliqs_hf.report.comparison import peak_memory
-from fliqs_hf.search import (
-    OneShotSearch,
-    SearchSpace,
-    choice_at_target,
-)
+from fliqs_hf.search import OneShotSearch, SearchProblem, SearchSpace
 from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.training import ImageData, StepHook, TrainConfig, evaluate, load_splits, train
 from fliqs_hf.training.data import labelled
@@ -127,13 +123,12 @@ class Comparison:
         self.table = CostTable(self.layers, self.space.formats)
         self.quantizers = QuantizerSettings(activation_granularity=arguments.activation_granularity)
         self.scores = Scores(
-            self.model, self.train, self.space, self.table, self.accelerator, arguments.batch_size,
-            arguments.prior_images,
-        )  # fmt: skip
+            self.model, self.train, self.space, self.accelerator, arguments.batch_size, arguments.prior_images
+        )
 
     def run(self, method: str, bits: float, seed: int) -> dict[str, Any]:
         """One row: choose formats, train in them, evaluate."""
-        target = Target.of(target_bits=bits)
+        problem = self.problem(method, bits)
         self.model.load_state_dict(self.original)
         steps = 0 if method.startswith("ptq-") else self.arguments.max_steps
         spent = 0.0
@@ -142,18 +137,18 @@ class Comparison:
         if name in SCORES:
             scores, spent = self.scores.of(name, seed)
         elif name.startswith("search"):
-            spent = self.scores.prior(search_config(name), target, seed)[1]  # kept for `one_shot`, outside its time
+            spent = self.scores.prior(search_config(name), problem, seed)[1]  # kept for `one_shot`, outside its time
         with peak_memory(self.accelerator.device) as peak:
             start = time.perf_counter()
             if name == "differentiable" or name == "gumbel":
-                choose = lambda: self.differentiable(name, target, seed, method)  # noqa: E731
+                choose = lambda: self.differentiable(name, problem, seed, method)  # noqa: E731
             elif name.startswith(("search", "paper")):
-                choose = lambda: self.one_shot(name, target, seed)  # noqa: E731
+                choose = lambda: self.one_shot(name, problem, seed)  # noqa: E731
             else:
                 if name in SCORES:
-                    allocation = self.space.allocation(choice_at_target(self.space, self.table, -scores, target))
+                    allocation = self.space.allocation(problem.choice_at_target(-scores))
                 else:
-                    allocation = self.fixed(name, bits, target, seed)
+                    allocation = self.fixed(name, bits, problem, seed)
                 choose = lambda: self.fixed_training(allocation, steps, method, seed)  # noqa: E731
             chosen = choose()
             seconds = time.perf_counter() - start
@@ -165,44 +160,44 @@ class Comparison:
             "seed": seed,
             "top1": round(accuracy.top1, 5),
             "loss": round(accuracy.loss, 5),
-            "cost_ratio": round(bops(self.layers, chosen) / self.wanted(method, target), 4),
+            "cost_ratio": round(bops(self.layers, chosen) / self.wanted(method, problem), 4),
             "steps": steps,
             "seconds": round(seconds + spent, 1),
             "peak_mb": round((peak.working_bytes or 0) / 1e6) or "",
             "allocation": chosen.summary(),
         }
 
-    def chosen_from(self, method: str) -> tuple[SearchSpace, CostTable]:
+    def problem(self, method: str, bits: float) -> SearchProblem:
         """The formats that a method chooses from, and what they cost. Raises: ConfigError: there are none."""
+        target = Target.of(target_bits=bits)
         if method.removeprefix("ptq-") != "random-no-int2":
-            return self.space, self.table
+            return SearchProblem(self.space, self.table, target)
         formats = [fmt for fmt in self.space.formats if fmt.name != "int2"]
         if not formats:
             raise ConfigError(f"{method} needs a format other than int2 in --search_space")
         space = SearchSpace(self.layers, formats, self.space.activation)
-        return space, CostTable(self.layers, space.formats)
+        return SearchProblem(space, CostTable(self.layers, space.formats), target)
 
     def check(self, method: str, bits: float) -> None:
         """Raises: TargetError: the method has no allocation of that cost, out of reach or in a gap of the space."""
-        target, name = Target.of(target_bits=bits), method.removeprefix("ptq-")
+        name = method.removeprefix("ptq-")
         if name in UNIFORM or uniform_format(method) is not None:
             return
-        space, table = self.chosen_from(method)
+        problem = self.problem(method, bits)
         try:
             if name in RANDOM:
-                random_allocation(space, table, target.resolve(table), seed=0)
+                random_allocation(problem, seed=0)
             else:
-                choice_at_target(space, table, torch.zeros(len(space.decisions), len(space.formats)), target)
+                problem.choice_at_target(torch.zeros(problem.space.allowed.shape))
         except TargetError as error:
             raise TargetError(f"{method}: {error}") from error
 
-    def wanted(self, method: str, target: Target) -> float:
+    def wanted(self, method: str, problem: SearchProblem) -> float:
         """What the row's target costs. A uniform model may cost what the search space cannot."""
         uniform = method.removeprefix("ptq-") in UNIFORM or uniform_format(method) is not None
-        reachable = (0.0, self.table.fp32) if uniform else None
-        return target.resolve(self.table, reachable)
+        return problem.aim.resolve(self.table, (0.0, self.table.fp32)) if uniform else problem.target_cost
 
-    def fixed(self, name: str, bits: float, target: Target, seed: int) -> Allocation:
+    def fixed(self, name: str, bits: float, problem: SearchProblem, seed: int) -> Allocation:
         """The allocation of a method that needs no training to choose one, or chooses by short trainings."""
         if (fmt := uniform_format(name)) is not None:
             return uniform(self.layers, fmt)
@@ -211,24 +206,14 @@ class Comparison:
         if name == "manual":
             return manual(self.layers, f"int{bits:g}")
         if name in RANDOM:
-            space, table = self.chosen_from(name)
-            return random_allocation(space, table, target.resolve(table), seed)
+            return random_allocation(problem, seed)
         objective = ShortTraining(
             self.model, self.layers, self.train, self.settings(seed, self.trial_steps), self.accelerator,
             settings=self.quantizers, teacher=self.teacher,
         )  # fmt: skip
         sampler: Any = name.removeprefix("multi-trial-")
-        journal = self.arguments.output.with_suffix(f".{name}-{target.value:g}-{seed}.jsonl")
-        found = multi_trial(
-            self.space,
-            self.table,
-            target,
-            objective,
-            self.arguments.trials,
-            seed=seed,
-            sampler=sampler,
-            journal=journal,
-        )
+        journal = self.arguments.output.with_suffix(f".{name}-{bits:g}-{seed}.jsonl")
+        found = multi_trial(problem, objective, self.arguments.trials, seed=seed, sampler=sampler, journal=journal)
         journal.unlink()
         return found.allocation
 
@@ -240,12 +225,12 @@ class Comparison:
             self.trained(self.settings(seed, steps), FixedFormats(switch, allocation), name)
         return allocation
 
-    def one_shot(self, name: str, target: Target, seed: int) -> Allocation:
+    def one_shot(self, name: str, problem: SearchProblem, seed: int) -> Allocation:
         config = search_config(name)
         steps, device = self.arguments.max_steps, self.accelerator.device
-        search = OneShotSearch(self.space, self.table, target, config, steps, seed=seed, device=device)
+        search = OneShotSearch(problem, config, steps, seed=seed, device=device)
         if config.prior == "fisher":
-            search.start_from(self.scores.prior(config, target, seed)[0])
+            search.start_from(self.scores.prior(config, problem, seed)[0])
             self.model.load_state_dict(self.original)
         switch = self.searchable(self.space.formats)
         self.trained(self.settings(seed, steps, config.quality), SearchHook(search, switch), name)
@@ -253,15 +238,13 @@ class Comparison:
         switch.set_allocation(allocation)
         return allocation
 
-    def differentiable(self, name: str, target: Target, seed: int, label: str) -> Allocation:
+    def differentiable(self, name: str, problem: SearchProblem, seed: int, label: str) -> Allocation:
         config = DifferentiableConfig()
         if name == "gumbel":
             config = DifferentiableConfig(relaxation="gumbel", temperature_start=5.0, temperature_end=0.5)
         steps = self.arguments.max_steps
         run = lambda hook: self.trained(self.settings(seed, steps), hook, label)  # noqa: E731
-        return differentiable_search(
-            self.model, self.space, self.table, target, run, steps, config, seed=seed
-        ).allocation
+        return differentiable_search(self.model, problem, run, steps, config, seed=seed).allocation
 
     def trained(self, config: TrainConfig, hook: StepHook, name: str) -> torch.nn.Module:
         """`train` for the model and data that are compared, with the teacher if there is one."""

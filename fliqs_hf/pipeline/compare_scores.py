@@ -12,8 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fliqs_hf.baselines import elementwise_scores, hessian_trace_scores, loss_delta_scores
-from fliqs_hf.cost import CostTable, Target
-from fliqs_hf.search import SearchConfig, SearchSpace, Sensitivity, fisher_scores, second_look
+from fliqs_hf.search import SearchConfig, SearchProblem, SearchSpace, Sensitivity, fisher_scores, second_look
 from fliqs_hf.training import ImageData
 from fliqs_hf.training.data import train_loader
 
@@ -30,7 +29,6 @@ class Scores:
         model: Any,
         data: ImageData,
         space: SearchSpace,
-        table: CostTable,
         accelerator: Accelerator,
         batch_size: int,
         images: int,
@@ -39,7 +37,7 @@ class Scores:
         Args:
             model: in fp32; what is measured are the weights that it has now.
         """
-        self.model, self.data, self.space, self.table = model, data, space, table
+        self.model, self.data, self.space = model, data, space
         self.accelerator, self.batch_size, self.images = accelerator, batch_size, images
         self.original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         self.known: dict[str, tuple[Tensor, float]] = {}
@@ -61,17 +59,17 @@ class Scores:
             self.known[key] = self._same_everywhere(scores), time.perf_counter() - start
         return self.known[key]
 
-    def prior(self, config: SearchConfig, target: Target, seed: int) -> tuple[Tensor, float]:
-        """Those that a search for `target` starts from."""
+    def prior(self, config: SearchConfig, problem: SearchProblem, seed: int) -> tuple[Tensor, float]:
+        """Those that a search starts from."""
         first, seconds = self.of("fisher", seed)
         if config.prior_passes == 1:
             return first, seconds
-        key = f"second look-{target.value:g}-{seed}"
+        key = f"second look-{problem.aim.value:g}-{seed}"
         if key not in self.known:
             self.model.load_state_dict(self.original)
             batches = self._bar(self._batches("fisher", seed), "fisher again")
             once = Sensitivity(first, 0, seconds)
-            twice = second_look(self.model, batches, self._logits, self.space, self.table, target, once, config.band)
+            twice = second_look(self.model, batches, self._logits, problem, once, config.band)
             self.known[key] = self._same_everywhere(twice.decision_scores), twice.seconds
         return self.known[key]
 

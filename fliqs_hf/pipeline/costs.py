@@ -9,34 +9,35 @@ from typing import Any
 from safetensors.torch import save
 
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cost import CostTable, LayerInfo, weight_bytes
-from fliqs_hf.cost.models import Cost, find
+from fliqs_hf.cost import CostTable, LayerInfo, Target, weight_bytes
+from fliqs_hf.cost.models import find
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.nn import QuantizerSettings, make_searchable
-from fliqs_hf.search import SearchSpace
+from fliqs_hf.search import SearchProblem, SearchSpace
 
 
-def cost_table(
+def search_problem(
     model: Any,
     layers: Sequence[LayerInfo],
     space: SearchSpace,
-    kind: str | Cost,
+    target: Target,
     settings: QuantizerSettings | None = None,
-) -> CostTable:
-    """Costs of the layers of `space`, on top of a fixed cost.
+) -> SearchProblem:
+    """What is searched, with the costs that the target is measured by.
 
     Args:
         model: the fp32 model. layers: all that were traced; those outside of the space stay in fp32.
-    Returns: a table whose `fixed_cost` is that of the layers in fp32; in bytes, that of everything else in the file of
+    Returns: costs whose `fixed_cost` is that of the layers in fp32; in bytes, that of everything else in the file of
         the packed model, header included.
     """
-    cost = find(kind)
+    cost = find(target.cost_kind)
     searched = {layer.name for layer in space.layers}
     if cost.of_file:
         fixed: float = _file_bytes(model, space, settings or QuantizerSettings())
     else:
         fixed = sum(cost.layer(layer, None) for layer in layers if layer.name not in searched)
-    return CostTable(space.layers, space.formats, cost, fixed_cost=fixed, alike=space.activation == "same")
+    costs = CostTable(space.layers, space.formats, cost, fixed_cost=fixed, alike=space.activation == "same")
+    return SearchProblem(space, costs, target)
 
 
 def _file_bytes(model: Any, space: SearchSpace, settings: QuantizerSettings) -> int:

@@ -20,8 +20,16 @@ from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.hf.quantizer import refuse_packed, require_transformers
 from fliqs_hf.nn import QuantizerSettings, make_searchable, quantizable_layers
 from fliqs_hf.nn.finite import check_finite
-from fliqs_hf.pipeline.costs import cost_table
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace, Sensitivity, fisher_scores, second_look
+from fliqs_hf.pipeline.costs import search_problem
+from fliqs_hf.search import (
+    OneShotSearch,
+    SearchConfig,
+    SearchProblem,
+    SearchSpace,
+    Sensitivity,
+    fisher_scores,
+    second_look,
+)
 from fliqs_hf.search.hook import SearchHook
 from fliqs_hf.search.space import ActivationMode
 from fliqs_hf.training.losses import check_problem, logits_of
@@ -116,10 +124,10 @@ class Search:
         names = quantizable_layers(model, list(modules_to_not_convert) if modules_to_not_convert else None)
         self.model, self.layers, self.steps_done = model, trace_layers(model), 0
         space = SearchSpace([layer for layer in self.layers if layer.name in names], search_space, activation, tie)
-        table = cost_table(model, self.layers, space, target.cost_kind, self.settings)
-        self._search = OneShotSearch(space, table, target, self.config, steps, seed=seed, device=model.device)
+        problem = search_problem(model, self.layers, space, target, self.settings)
+        self._search = OneShotSearch(problem, self.config, steps, seed=seed, device=model.device)
         if self.config.prior != "none":
-            self._search.start_from(self._scores(images, space).decision_scores)
+            self._search.start_from(self._scores(images, problem).decision_scores)
         groups = {layer.name: layer.input_group for layer in space.layers}
         switch = make_searchable(model, space.formats, names=list(groups), input_groups=groups, settings=self.settings)
         self._hook = SearchHook(self._search, switch)
@@ -159,7 +167,7 @@ class Search:
             allocation=final.allocation,
             model=self.model,
             cost=final.cost,
-            target_cost=self._search.target_cost,
+            target_cost=self._search.problem.target_cost,
             repaired=final.repaired,
             layers=self.layers,
             activation_granularity=self.settings.activation_granularity,
@@ -175,7 +183,7 @@ class Search:
         measured = -loss if self.config.quality == "loss" else (logits.argmax(-1) == labels).float().mean()
         return measured.detach()
 
-    def _scores(self, images: Iterable[Any] | None, space: SearchSpace) -> Sensitivity:
+    def _scores(self, images: Iterable[Any] | None, problem: SearchProblem) -> Sensitivity:
         if images is None:
             raise ConfigError(
                 "the search starts from sensitivities: give images=, the DataLoader of the training, or "
@@ -187,14 +195,12 @@ class Search:
         def forward(batch: Tensor) -> Tensor:
             return logits_of(self.model(batch))
 
-        first = fisher_scores(self.model, self._prior(images), forward, space, self.settings)
+        first = fisher_scores(self.model, self._prior(images), forward, problem.space, self.settings)
         if self.config.prior_passes == 1:
             return first
-        search = self._search
         return second_look(
-            self.model, self._prior(images), forward, space, search.table, search.target, first, self.config.band,
-            settings=self.settings,
-        )  # fmt: skip
+            self.model, self._prior(images), forward, problem, first, self.config.band, settings=self.settings
+        )
 
     def _prior(self, images: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """The first `prior_images` of them, or all if there are fewer."""

@@ -13,8 +13,8 @@ from fliqs_hf.cost import LayerInfo, Target, trace_layers
 from fliqs_hf.formats import Format
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.nn.finite import check_finite
-from fliqs_hf.pipeline.costs import cost_table
-from fliqs_hf.search import SearchSpace, Sensitivity, choice_at_target, fisher_scores, reachable_range
+from fliqs_hf.pipeline.costs import search_problem
+from fliqs_hf.search import SearchSpace, Sensitivity, fisher_scores
 from fliqs_hf.search.space import ActivationMode
 from fliqs_hf.training.losses import check_problem, logits_of
 
@@ -64,17 +64,17 @@ def allocate(
     names = quantizable_layers(model, list(modules_to_not_convert) if modules_to_not_convert else None)
     layers = trace_layers(model)
     space = SearchSpace([layer for layer in layers if layer.name in names], search_space, activation, tie)
-    table = cost_table(model, layers, space, target.cost_kind)
-    wanted = target.resolve(table, reachable_range(space, table))
+    problem = search_problem(model, layers, space, target)
+    wanted = problem.target_cost  # out of reach, it fails before the images are run
     sensitivity = fisher_scores(model, batches(), lambda images: logits_of(model(images)), space)
     scores = sensitivity.decision_scores
-    choice = choice_at_target(space, table, -scores, target)
+    choice = problem.choice_at_target(-scores)
     return Found(
         allocation=space.allocation(choice),
         layers=layers,
         space=space,
         sensitivity=sensitivity,
-        cost=float(space.cost_of(table, choice)),
+        cost=float(problem.cost(choice)),
         target_cost=wanted,
         loss_increase=float(scores.gather(1, choice[:, None]).sum()),
     )

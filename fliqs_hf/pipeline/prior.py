@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import TrainingError
 from fliqs_hf.pipeline.job import Job
 from fliqs_hf.runs.folder import RunFolder
-from fliqs_hf.search import OneShotSearch, SearchSpace, Sensitivity, fisher_scores, second_look
+from fliqs_hf.search import OneShotSearch, SearchProblem, Sensitivity, fisher_scores, second_look
 from fliqs_hf.training.data import train_loader
 
 #: Images at a time, at most: the pass is not checkpointed and in float32, unlike the training.
@@ -26,30 +25,29 @@ class Prior:
     Each process measures its share of the images, and all get the same scores.
     """
 
-    def __init__(self, job: Job, space: SearchSpace, table: CostTable, original: dict[str, Tensor]) -> None:
+    def __init__(self, job: Job, original: dict[str, Tensor]) -> None:
         """
         Args:
             original: the fp32 weights, which `job.model` is given before each pass.
         """
-        self.job, self.space, self.table, self.original = job, space, table, original
+        self.job, self.original = job, original
         self.first: Sensitivity | None = None
 
-    def scores(self, run: RunFolder, target: Target) -> Sensitivity | None:
-        """What a search for `target` starts from; of a run that is resumed, what it has recorded."""
+    def scores(self, run: RunFolder, problem: SearchProblem) -> Sensitivity | None:
+        """What a search starts from; of a run that is resumed, what it has recorded."""
         job, config = self.job, self.job.search
         if config.prior == "none":
             return None
-        if job.args.resume and (recorded := run.sensitivity(self.space)) is not None:
+        if job.args.resume and (recorded := run.sensitivity(problem.space)) is not None:
             return recorded
         job.model.load_state_dict(self.original)
         if self.first is None:
             batches = self._batches("sensitivity")
-            self.first = fisher_scores(job.model, batches, self._logits, self.space, combine=self._sum)
+            self.first = fisher_scores(job.model, batches, self._logits, problem.space, combine=self._sum)
         if config.prior_passes == 1:
             return self.first
         return second_look(
-            job.model, self._batches("sensitivity again"), self._logits, self.space, self.table, target, self.first,
-            config.band, self._sum,
+            job.model, self._batches("sensitivity again"), self._logits, problem, self.first, config.band, self._sum,
         )  # fmt: skip
 
     def _logits(self, images: Tensor) -> Tensor:

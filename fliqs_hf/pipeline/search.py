@@ -6,7 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification
 
 from fliqs_hf import checksums
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers, unlisted_bytes
+from fliqs_hf.cost import LayerInfo, Target, trace_layers, unlisted_bytes
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.failures import explain, trace
 from fliqs_hf.formats import parse as parse_format
@@ -26,14 +26,14 @@ from fliqs_hf.lock import locked
 from fliqs_hf.nn import format_switch, make_searchable, quantizable_layers, restore
 from fliqs_hf.pipeline.checks import check_arguments, search_space, targets_of, uniform_formats
 from fliqs_hf.pipeline.completion import complete
-from fliqs_hf.pipeline.costs import cost_table
+from fliqs_hf.pipeline.costs import search_problem
 from fliqs_hf.pipeline.job import Job, load
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
 from fliqs_hf.pipeline.statistics import settle_batchnorm
 from fliqs_hf.runs.folder import RunFolder, cost_summary, write_front
-from fliqs_hf.search import OneShotSearch, SearchSpace
+from fliqs_hf.search import OneShotSearch, SearchProblem, SearchSpace
 from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.training import Accuracy, train
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, parse
@@ -49,6 +49,7 @@ class Start:
 
     Attributes:
         layers: all that were traced; those of `space` are searched, the others stay in fp32.
+        problems: of one space, by target.
         original: the fp32 weights. fp32: their accuracy.
         other_bytes, fp32_bytes: of the checkpoint, beside the layers' weights, and of the whole in fp32.
         prior: sensitivity scores.
@@ -58,14 +59,17 @@ class Start:
     folder: RunFolder
 
     layers: tuple[LayerInfo, ...]
-    space: SearchSpace
-    table: CostTable
+    problems: dict[Target, SearchProblem]
     original: dict[str, Tensor]
     fp32: Accuracy
     prior: Prior
     other_bytes: int
     fp32_bytes: int
     uniform: list[str]
+
+    @property
+    def space(self) -> SearchSpace:
+        return next(iter(self.problems.values())).space
 
 
 def main(argv: list[str] | None = None, description: str | None = None) -> list[dict[str, Any]]:
@@ -98,7 +102,7 @@ def _run(
     """`main` with folders that no other process writes to."""
     check_output((folder, *runs.values()), parts[2])
     job = load(*parts)
-    layers, space, table = searched(job, parts[3], list(runs))
+    layers, problems = searched(job, parts[3], list(runs))
     if job.args.resume:
         for run in (folder, *runs.values()):
             run.check(job.settings, job.search)
@@ -117,10 +121,10 @@ def _run(
     job.accelerator.print(f"fp32 accuracy: {fp32.top1:.2%} of {fp32.n} images")
     state = {name: tensor.detach().clone() for name, tensor in job.model.state_dict().items()}
     start = Start(
-        folder, layers, space, table,
+        folder, layers, problems,
         original=state,
         fp32=fp32,
-        prior=Prior(job, space, table, state),
+        prior=Prior(job, state),
         other_bytes=unlisted_bytes(job.model, layers),
         fp32_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
         uniform=uniform,
@@ -155,8 +159,8 @@ def script(argv: list[str] | None = None, description: str | None = None) -> int
 
 def searched(
     job: Job, search_args: SearchArguments, targets: list[Target]
-) -> tuple[tuple[LayerInfo, ...], SearchSpace, CostTable]:
-    """The layers, the space and its costs. What cannot work, such as a target out of reach, fails before training."""
+) -> tuple[tuple[LayerInfo, ...], dict[Target, SearchProblem]]:
+    """The layers, and a problem per target. What cannot work, such as a target out of reach, fails before training."""
     job.train_config(job.steps, job.args.learning_rate)
     wanted = quantizable_layers(job.model, search_args.modules_to_not_convert)
     layers = trace_layers(job.model, job.eval_data[0][0][None].to(job.accelerator.device))
@@ -166,12 +170,13 @@ def searched(
         search_args.activation,
         search_args.tie or (),
     )
-    table = cost_table(job.model, layers, space, targets[0].cost_kind, job.quantizers)
-    for target in targets:
-        search = OneShotSearch(space, table, target, job.search, job.steps)
+    first = search_problem(job.model, layers, space, targets[0], job.quantizers)
+    problems = {target: replace(first, target=target) for target in targets}  # of one kind of cost
+    for problem in problems.values():
+        search = OneShotSearch(problem, job.search, job.steps)
         if job.args.load_best_model_at_end and search.phase(job.steps - 1) != "final":
             raise ConfigError(UNSETTLED)
-    return layers, space, table
+    return layers, problems
 
 
 def sources_of(model_args: ModelArguments, data_args: DataArguments) -> dict[str, str | None]:
@@ -257,11 +262,11 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
     """Policy and weights together, then the final allocation, packed, saved, loaded and evaluated; the result last."""
     accelerator, args = job.accelerator, job.args
     search = OneShotSearch(
-        start.space, start.table, target, job.search, job.steps, seed=args.seed,
+        start.problems[target], job.search, job.steps, seed=args.seed,
         rank=accelerator.process_index, world_size=accelerator.num_processes, device=accelerator.device,
         gather=accelerator.gather if accelerator.num_processes > 1 else None,
     )  # fmt: skip
-    if (sensitivity := start.prior.scores(run, target)) is not None:
+    if (sensitivity := start.prior.scores(run, search.problem)) is not None:
         search.start_from(sensitivity.decision_scores)
     check_one_policy(accelerator, search)
     if accelerator.is_main_process:
@@ -285,7 +290,7 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
     others = {f"uniform_{name}": train_uniform(job, start, name) for name in start.uniform}
     seconds = run.seconds()
     result = {
-        "target": {target.kind: target.value, "cost": search.target_cost, "cap": target.cap},
+        "target": {target.kind: target.value, "cost": search.problem.target_cost, "cap": target.cap},
         "cost": {
             **cost_summary(start.layers, final.allocation, start.other_bytes), "target_ratio": final.cost_ratio,
         },

@@ -3,8 +3,8 @@
 from fliqs_hf.search.config import PRESETS, SearchConfig
 from fliqs_hf.search.oneshot import FinalChoice, OneShotSearch
 from fliqs_hf.search.policy import Policy
+from fliqs_hf.search.problem import SearchProblem
 from fliqs_hf.search.sensitivity import Sensitivity, fisher_scores, second_look
-from fliqs_hf.search.solver import best_choice, choice_at_target, pareto_front, reachable_range
 from fliqs_hf.search.space import Decision, SearchSpace
 
 __all__ = [
@@ -14,12 +14,9 @@ __all__ = [
     "OneShotSearch",
     "Policy",
     "SearchConfig",
+    "SearchProblem",
     "SearchSpace",
     "Sensitivity",
-    "best_choice",
-    "choice_at_target",
     "fisher_scores",
-    "pareto_front",
-    "reachable_range",
     "second_look",
 ]

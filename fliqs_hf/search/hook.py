@@ -27,7 +27,7 @@ class SearchHook:
             history: `policy.jsonl`, appended to.
         Raises: ConfigError: a switch over other layers or formats.
         """
-        search.space.check_switch(switch)
+        search.problem.space.check_switch(switch)
         self.search, self.switch, self.history = search, switch, history
 
     def begin_step(self, step: int) -> list[Callable[[], None]]:
@@ -47,7 +47,7 @@ class SearchHook:
         if self.history is None or self.search.phase(step - 1) == "final":
             return
         probabilities = self.search.probabilities().cpu().tolist()
-        decisions = self.search.space.decisions
+        decisions = self.search.problem.space.decisions
         entry = {
             "step": step,
             "probabilities": {d.name: [round(v, 5) for v in p] for d, p in zip(decisions, probabilities, strict=True)},

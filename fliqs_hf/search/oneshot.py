@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.search.config import SearchConfig
 from fliqs_hf.search.objective import (
@@ -25,8 +24,7 @@ from fliqs_hf.search.objective import (
     policy_loss,
 )
 from fliqs_hf.search.policy import Policy, step_generator
-from fliqs_hf.search.solver import choice_at_target, reachable_range
-from fliqs_hf.search.space import SearchSpace
+from fliqs_hf.search.problem import SearchProblem
 
 Gather = Callable[[Tensor], Tensor]
 
@@ -48,16 +46,14 @@ class FinalChoice:
     repaired: bool
 
     @classmethod
-    def of(
-        cls, space: SearchSpace, table: CostTable, choice: Tensor, argmax: Tensor, target_cost: float
-    ) -> FinalChoice:
+    def of(cls, problem: SearchProblem, choice: Tensor, argmax: Tensor) -> FinalChoice:
         """From the chosen and the most probable format of every decision, int64 [D] each, on the CPU."""
-        cost, argmax_cost = (float(space.cost_of(table, one)) for one in (choice, argmax))
+        cost, argmax_cost = (float(problem.cost(one)) for one in (choice, argmax))
         return cls(
-            allocation=space.allocation(choice),
+            allocation=problem.space.allocation(choice),
             cost=cost,
-            cost_ratio=cost / target_cost,
-            argmax_cost_ratio=argmax_cost / target_cost,
+            cost_ratio=cost / problem.target_cost,
+            argmax_cost_ratio=argmax_cost / problem.target_cost,
             repaired=not torch.equal(choice, argmax),
         )
 
@@ -74,9 +70,7 @@ class OneShotSearch:
 
     def __init__(
         self,
-        space: SearchSpace,
-        table: CostTable,
-        target: Target,
+        problem: SearchProblem,
         config: SearchConfig,
         total_steps: int,
         *,
@@ -88,20 +82,17 @@ class OneShotSearch:
     ) -> None:
         """
         Args:
-            table: costs of the space's layers and formats, of the kind that `target` is measured by.
             total_steps: optimizer steps of the whole run, both phases.
             gather: [n] of every rank -> [world_size · n] on every rank, in the order of ranks.
         Raises: TargetError: the target is outside the range of the space, or in a gap of it. This is found out here
-            and not when the allocation is derived, hours later.
+            and not when the allocation is derived, hours later. ConfigError: a problem without a target.
         """
-        self.space, self.table, self.config = space, table, config
-        self.target = target
-        self.target_cost = target.resolve(table, reachable_range(space, table))
+        self.problem, self.config = problem, config
         self.seed, self.rank, self.world_size, self.device = seed, rank, world_size, torch.device(device)
         self.gather: Gather = gather or (lambda values: values)
         self.search_start = round(config.warmup_fraction * total_steps)
         self.search_end = round(config.explore_fraction * total_steps)
-        self.policy = Policy(space, device)
+        self.policy = Policy(problem, device)
         self.optimizer = torch.optim.Adam([self.policy.logits], lr=config.policy_learning_rate)
         self.baseline = torch.zeros((), device=device)
         self.started = torch.zeros((), device=device)
@@ -142,7 +133,7 @@ class OneShotSearch:
     def _set_prior(self, relative: Tensor, strength: float) -> float:
         """Returns: the mean entropy of the policy, nats."""
         self.policy.logits.copy_((-strength * relative).to(self.policy.logits))
-        self.policy.tilt_to(self.table, self.target_cost)
+        self.policy.tilt_to(self.problem.target_cost)
         return float(self.policy.entropy())
 
     def phase(self, step: int) -> str:
@@ -160,12 +151,12 @@ class OneShotSearch:
         phase = self.phase(step)
         if phase == "final":
             if not self._final_formats:
-                choice = self.space.choice(self.finalize().allocation).to(self.device)
-                self._final_formats = [self.space.indices(choice)]
+                choice = self.problem.space.choice(self.finalize().allocation).to(self.device)
+                self._final_formats = [self.problem.space.indices(choice)]
             return self._final_formats
         everyone = [self._sample(step, rank, phase) for rank in range(self.world_size)]
         self._choices = torch.cat(everyone)
-        return [self.space.indices(choice) for choice in everyone[self.rank]]
+        return [self.problem.space.indices(choice) for choice in everyone[self.rank]]
 
     def end_step(self, step: int, quality: Tensor) -> None:
         """Learn from step `step`.
@@ -177,7 +168,7 @@ class OneShotSearch:
         if phase == "final":
             return
         quality = self.gather(quality.detach().float())
-        ratio = (self.space.cost_of(self.table, self._choices) / self.target_cost).float()
+        ratio = (self.problem.cost(self._choices) / self.problem.target_cost).float()
         reward = self._reward(quality, ratio)
         advantage = self._advantage(reward)
         self.baseline = moving_baseline(self.baseline, reward, self.config.baseline_momentum, self.started)
@@ -187,7 +178,7 @@ class OneShotSearch:
             weight = entropy_coefficient(step, self.search_start, self.search_end, self.config.entropy_weight)
             loss = policy_loss(self.policy.log_prob(self._choices), advantage, entropy, weight)
             if self.config.cost_weight:
-                excess = self.policy.expected_cost(self.table) / self.target_cost - 1
+                excess = self.policy.expected_cost() / self.problem.target_cost - 1
                 loss = loss + self.config.cost_weight * excess.square().float()
             self.optimizer.zero_grad()
             loss.backward()
@@ -210,14 +201,14 @@ class OneShotSearch:
         if self.final is not None:
             return self.final
         argmax = self.policy.argmax().cpu()
-        argmax_cost = float(self.space.cost_of(self.table, argmax))
-        keep = self.config.derive == "argmax" and self.target.is_met(argmax_cost, self.target_cost)
+        argmax_cost = float(self.problem.cost(argmax))
+        keep = self.config.derive == "argmax" and self.problem.aim.is_met(argmax_cost, self.problem.target_cost)
         choice = argmax if keep else self._program()
         self.final = self._final_choice(choice)
         return self.final
 
     def _final_choice(self, choice: Tensor) -> FinalChoice:
-        return FinalChoice.of(self.space, self.table, choice, self.policy.argmax().cpu(), self.target_cost)
+        return FinalChoice.of(self.problem, choice, self.policy.argmax().cpu())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only, for safetensors. The final allocation is stored as its choice."""
@@ -225,7 +216,7 @@ class OneShotSearch:
         for key, value in self.optimizer.state.get(self.policy.logits, {}).items():
             state[f"adam.{key}"] = value
         if self.final is not None:
-            state["final"] = self.space.choice(self.final.allocation)
+            state["final"] = self.problem.space.choice(self.final.allocation)
         return {key: value.detach().clone().contiguous() for key, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -272,4 +263,4 @@ class OneShotSearch:
 
         Scores are the learned logits: the tilt, a price on cost, has no say where cost is a constraint.
         """
-        return choice_at_target(self.space, self.table, self.policy.logits, self.target, self.config.band)
+        return self.problem.choice_at_target(self.policy.logits, self.config.band)

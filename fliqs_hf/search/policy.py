@@ -7,9 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from fliqs_hf.cost import CostTable
 from fliqs_hf.errors import CheckpointError
-from fliqs_hf.search.space import SearchSpace
+from fliqs_hf.search.problem import SearchProblem
 
 
 def step_generator(seed: int, step: int, rank: int, purpose: str = "policy") -> torch.Generator:
@@ -31,9 +30,10 @@ class Policy:
         tilt: a price on cost that keeps the expected cost of samples at the target, not learned; float32 [D, K].
     """
 
-    def __init__(self, space: SearchSpace, device: torch.device | str = "cpu") -> None:
+    def __init__(self, problem: SearchProblem, device: torch.device | str = "cpu") -> None:
+        space = problem.space
         shape = (len(space.decisions), len(space.formats))
-        self.space = space
+        self.problem = problem
         self.logits = torch.zeros(shape, device=device, requires_grad=True)
         self.tilt = torch.zeros(shape, device=device)
         self._mask = torch.zeros(shape).masked_fill(~space.allowed, _FORBIDDEN).to(device)
@@ -65,38 +65,38 @@ class Policy:
         log_p = self.log_probabilities
         return -(log_p.exp() * log_p).sum(-1).mean()
 
-    def expected_cost(self, table: CostTable) -> Tensor:
+    def expected_cost(self) -> Tensor:
         """Exact expected cost of a sample, float64, with gradient."""
-        return self.space.expected_cost(table, self.log_probabilities.exp())
+        return self.problem.expected_cost(self.log_probabilities.exp())
 
     def argmax(self) -> Tensor:
         """The most probable choice of every decision, int64 [D]."""
         return self.log_probabilities.argmax(-1)
 
     @torch.no_grad()
-    def tilt_to(self, table: CostTable, target: float) -> float:
+    def tilt_to(self, target: float) -> float:
         """Set `tilt` = −λ·marginal cost such that the expected cost is `target`, by bisection on λ.
 
         Returns: expected cost / target afterwards: 1 where the target is within the range of the space.
         """
-        prices = marginal_costs(self.space, table).to(self.logits.device) / target
+        prices = marginal_costs(self.problem).to(self.logits.device) / target
         bound = 4 * (1 + float(self.logits.abs().max()))
         low, high = -bound / float(prices.abs().max()), bound / float(prices.abs().max())
-        while float(self._tilted(high, prices, table)) > target and high < 1e30:
+        while float(self._tilted(high, prices)) > target and high < 1e30:
             high *= 4
-        while float(self._tilted(low, prices, table)) < target and low > -1e30:
+        while float(self._tilted(low, prices)) < target and low > -1e30:
             low *= 4
         for _ in range(60):
             middle = (low + high) / 2
-            if float(self._tilted(middle, prices, table)) > target:
+            if float(self._tilted(middle, prices)) > target:
                 low = middle
             else:
                 high = middle
-        return float(self._tilted(high, prices, table)) / target
+        return float(self._tilted(high, prices)) / target
 
-    def _tilted(self, multiplier: float, prices: Tensor, table: CostTable) -> Tensor:
+    def _tilted(self, multiplier: float, prices: Tensor) -> Tensor:
         self.tilt = (-multiplier * prices).float()
-        return self.expected_cost(table)
+        return self.expected_cost()
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"logits": self.logits.detach().clone(), "tilt": self.tilt.clone()}
@@ -115,13 +115,14 @@ class Policy:
             self.tilt.copy_(state["tilt"])
 
 
-def marginal_costs(space: SearchSpace, table: CostTable) -> Tensor:
+def marginal_costs(problem: SearchProblem) -> Tensor:
     """What each choice of each decision costs when every other decision is uniform: float64 [D, K].
 
     Exact up to a constant per decision where weights and inputs have one format; for products of two decisions it is
     the mean over the other one.
     """
-    uniform = (space.allowed.double() / space.allowed.sum(-1, keepdim=True)).requires_grad_(True)
+    allowed = problem.space.allowed
+    uniform = (allowed.double() / allowed.sum(-1, keepdim=True)).requires_grad_(True)
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(space.expected_cost(table, uniform), uniform)
+        (gradient,) = torch.autograd.grad(problem.expected_cost(uniform), uniform)
     return gradient.detach()

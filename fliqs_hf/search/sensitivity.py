@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import AllocationError, DataError
 from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
 from fliqs_hf.nn.evaluation import evaluation
 from fliqs_hf.search.probes import Probes, Reduction
-from fliqs_hf.search.solver import choice_at_target
+from fliqs_hf.search.problem import SearchProblem
 from fliqs_hf.search.space import SearchSpace
 from fliqs_hf.training.losses import ClassLoss
 
@@ -141,9 +140,7 @@ def second_look(
     model: nn.Module,
     batches: Iterable[tuple[Any, Tensor]],
     forward: Forward,
-    space: SearchSpace,
-    table: CostTable,
-    target: Target,
+    problem: SearchProblem,
     first: Sensitivity,
     band: float = 0.03,
     combine: Combine | None = None,
@@ -159,11 +156,12 @@ def second_look(
     Args:
         model: plain; quantized meanwhile and left as it was. batches, forward, combine, settings: as for
             `fisher_scores`.
-        first: scores of the plain model. band: as for `choice_at_target`.
+        first: scores of the plain model. band: as for `SearchProblem.choice_at_target`.
     Returns: the mean, with the images of one pass and the seconds of both.
     Raises: DataError: as `fisher_scores`. TargetError: the target is out of reach.
     """
-    allocation = space.allocation(choice_at_target(space, table, -first.decision_scores, target, band))
+    space = problem.space
+    allocation = space.allocation(problem.choice_at_target(-first.decision_scores, band))
     groups, settings = {layer.name: layer.input_group for layer in space.layers}, settings or QuantizerSettings()
     switch = make_searchable(model, space.formats, names=list(groups), input_groups=groups, settings=settings)
     try:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,10 +9,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, csr_array, vstack
 from torch import Tensor
 
-from fliqs_hf.cost import CostTable, Target
+from fliqs_hf.cost import CostTable
 from fliqs_hf.errors import ConfigError, TargetError
 from fliqs_hf.search.space import SearchSpace
-from fliqs_hf.wording import figure
 
 Array = npt.NDArray[np.float64]
 
@@ -31,79 +27,12 @@ _MARGIN = 2e-6
 _SCORE_RANGE = 1e4
 
 
-def reachable_range(space: SearchSpace, table: CostTable) -> tuple[float, float]:
-    """Cost of the cheapest and of the dearest allocation of the space, exactly."""
-    problem = _Problem(space, table)
-    cheapest, dearest = (problem.extreme(sign) for sign in (-1.0, 1.0))
-    return float(space.cost_of(table, cheapest)), float(space.cost_of(table, dearest))
-
-
-def best_choice(space: SearchSpace, table: CostTable, scores: Tensor, *, low: float, high: float) -> Tensor:
-    """The choice of highest total score whose cost is within [low, high].
-
-    The bounds hold exactly: costs are recomputed, and a choice that only the solver's tolerance admits is cut off.
-    The score is optimal to about 1e-10 of the range of `scores` per decision.
-
-    Args:
-        scores: [D, K], finite, such as log-probabilities or −sensitivities; the total is summed over decisions.
-        low, high: in the unit of `table`; `low` may be −inf.
-    Returns: int64 [D], on the CPU.
-    Raises: TargetError: no choice has a cost in that range (it names the range of the space), or the solver gave up.
-        ConfigError: scores of another shape or not finite, bounds that are no numbers, a table of another space.
-    """
-    return _Problem(space, table).solve(scores, low, high)
-
-
-def choice_at_target(
-    space: SearchSpace, table: CostTable, scores: Tensor, target: Target, band: float = 0.03
-) -> Tensor:
-    """The choice of highest total score that meets `target`.
-
-    It costs between 1 − `band` and 1 times the target, and a two-sided target is met within its tolerance. Where no
-    choice lies in that band, it is widened to what the target allows.
-
-    Args:
-        scores: [D, K], as for `best_choice`.
-    Returns: int64 [D], on the CPU.
-    Raises: TargetError: the target is outside the range of the space, or in a gap of it.
-    """
-    cost, band = target.resolve(table, reachable_range(space, table)), _number("band", band)
-    tolerance = Target.TOLERANCE - 1e-9  # rounding of cost / target must not exceed it
-    band = band if target.cap else min(band, tolerance)
-    try:
-        return best_choice(space, table, scores, low=(1 - band) * cost, high=cost)
-    except TargetError:
-        low, high = (0.0, 1.0) if target.cap else (1 - tolerance, 1 + tolerance)
-        return best_choice(space, table, scores, low=low * cost, high=high * cost)
-
-
-def pareto_front(
-    space: SearchSpace, table: CostTable, scores: Tensor, targets: Sequence[float], band: float = 0.03
-) -> list[Tensor]:
-    """`best_choice` for several targets, each within [1 − band, 1] of its target."""
-    problem, share = _Problem(space, table), 1 - _number("band", band)
-    costs = [_number("target", target) for target in targets]
-    return [problem.solve(scores, share * cost, cost) for cost in costs]
-
-
-def _number(name: str, value: object) -> float:
-    """Raises: ConfigError: `value` is no number."""
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if math.isnan(number):
-        raise ConfigError(f"{name}={value!r} must be a number")
-    return number
-
-
-class _Problem:
+class IntegerProgram:
     """Variables: x[d, k] ∈ {0, 1}, one per decision and format; and where a layer's weight and input are decided
     apart, z[p, w, a] ≥ 0 per pair p of decisions with Σ_a z[p, w, a] = x[weight, w] and Σ_w z[p, w, a] = x[input, a],
     which makes z the product of the two exactly: the bilinear cost becomes linear."""
 
     def __init__(self, space: SearchSpace, table: CostTable) -> None:
-        space.check_table(table)
         self.space, self.table = space, table
         self.decisions, self.formats = len(space.decisions), len(space.formats)
         costs = table.table.numpy()
@@ -129,8 +58,12 @@ class _Problem:
         assert choice is not None, "every decision has a format"
         return choice
 
-    def solve(self, scores: Tensor, low: float, high: float) -> Tensor:
-        values, low, high = self._scaled(scores), _number("low", low), _number("high", high)
+    def solve(self, scores: Tensor, low: float, high: float) -> Tensor | None:
+        """The choice of highest total score whose cost is within [low, high]: int64 [D]; None where there is none.
+
+        Raises: ConfigError: scores [D, K] of another shape or not finite. TargetError: the solver gave up.
+        """
+        values = self._scaled(scores)
         gain = np.zeros(len(self.costs))
         gain[: self.decisions * self.formats] = values.ravel()
         unit = max(abs(high - self.table.fixed_cost), 1.0)
@@ -142,19 +75,10 @@ class _Problem:
                 choice = self._milp(gain, constraints, allowed)
                 if choice is None:
                     break
-                if low <= float(self.space.cost_of(self.table, choice)) <= high:
+                if low <= float(self.table.cost(*self.space.indices(choice))) <= high:
                     return choice
                 constraints.append(self._other_than(choice))
-        cheapest, dearest = reachable_range(self.space, self.table)
-        reason = (
-            "the space has a gap there: widen the range, tie fewer layers or add formats"
-            if cheapest <= high and low <= dearest
-            else "choose a target within that"
-        )
-        raise TargetError(
-            f"no allocation costs between {figure(low)} and {figure(high)}; the space reaches "
-            f"from {figure(cheapest)} to {figure(dearest)}; {reason}"
-        )
+        return None
 
     def _milp(self, gain: Array, constraints: list[LinearConstraint], allowed: npt.NDArray[np.bool_]) -> Tensor | None:
         """The choice of highest Σ gain·(x, z) among the `allowed`; None where the constraints leave none."""

@@ -97,7 +97,7 @@ class SearchSpace:
 
     def indices(self, choice: Tensor) -> tuple[Tensor, Tensor]:
         """Choices [..., D] -> indices into `formats` of each layer's weight and input, [..., L] each."""
-        weight, activation = self._decisions_on(choice.device)
+        weight, activation = self.decisions_on(choice.device)
         return choice[..., weight], choice[..., activation]
 
     def allocation(self, choice: Tensor) -> Allocation:
@@ -125,24 +125,6 @@ class SearchSpace:
                     raise ConfigError(f"{layer.name}: {formats or 'fp32'} is not in the search space")
                 choice[decision] = index
         return torch.tensor(choice)
-
-    def cost_of(self, table: CostTable, choice: Tensor) -> Tensor:
-        """Cost of choices [..., D]: float64 [...], on their device."""
-        return table.cost(*self.indices(choice))
-
-    def expected_cost(self, table: CostTable, probabilities: Tensor) -> Tensor:
-        """Expected cost when decisions are drawn independently from `probabilities` [D, K]: float64 scalar.
-
-        Exact and differentiable. Layers whose two decisions are one cost Σ_k p_k T[k, k], others Σ_wa p_w p_a T[w, a].
-        """
-        costs, _ = table.on(probabilities.device)
-        p = probabilities.double()
-        weight_decision, activation_decision = self._decisions_on(p.device)
-        weight, activation = p[weight_decision], p[activation_decision]
-        tied = weight_decision == activation_decision
-        diagonal = (weight * costs.diagonal(dim1=1, dim2=2)).sum(1)
-        pairs = torch.einsum("lw,la,lwa->l", weight, activation, costs)
-        return torch.where(tied, diagonal, pairs).sum() + table.fixed_cost
 
     def check_table(self, table: CostTable) -> None:
         """Raises: ConfigError: a cost table of other layers or formats."""
@@ -173,7 +155,7 @@ class SearchSpace:
             decisions.append(entry)
         return {"formats": names, "activation": self.activation, "decisions": decisions}
 
-    def _decisions_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def decisions_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`weight_decision` and `activation_decision` on `device`, copied there once."""
         if device not in self._on_device:
             self._on_device[device] = (self.weight_decision.to(device), self.activation_decision.to(device))

@@ -244,7 +244,7 @@ class Table:
         """One of ModelOpt's results, in our quantizers and in its own, and ours at no more than its cost."""
         from fliqs_hf.allocation import Allocation, LayerFormats
         from fliqs_hf.cost import CostTable
-        from fliqs_hf.search import SearchSpace, best_choice
+        from fliqs_hf.search import SearchProblem, SearchSpace
 
         head = {
             "formats": " ".join(result["formats"]),
@@ -256,10 +256,10 @@ class Table:
         rows.append(rows[-1] | {"quantizers": "modelopt", **result["own"]})
         part = SearchSpace(self.layers, result["formats"])
         columns = [self.space.formats.index(fmt) for fmt in part.formats]
-        table = CostTable(self.layers, part.formats)
+        problem = SearchProblem(part, CostTable(self.layers, part.formats))
         for name, (values, seconds) in self.scores.items():
             start = time.perf_counter()
-            choice = best_choice(part, table, -values[:, columns], low=-torch.inf, high=table.of(theirs))
+            choice = problem.best_choice(-values[:, columns], low=-torch.inf, high=problem.costs.of(theirs))
             solve = time.perf_counter() - start
             rows.append(self.row(head, name, ours := part.allocation(choice), seconds, solve))
             if name == "fisher" and result["granularity"] == "per-token" and len(part.formats) == len(CANDIDATES):

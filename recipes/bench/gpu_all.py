@@ -35,7 +35,7 @@ from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.files import write_text
 from fliqs_hf.nn import make_searchable
 from fliqs_hf.nn.kernels import kernels_of
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace
+from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace
 from fliqs_hf.search.hook import SearchHook
 
 ROOT = Path(__file__).parents[2]
@@ -107,8 +107,8 @@ def _step(path: str, name: str, compiled: bool, images: torch.Tensor, labels: to
         groups = {layer.name: layer.input_group for layer in layers}
         switch = make_searchable(model, space.formats, names=list(groups), input_groups=groups)
         settings = SearchConfig(prior="none", explore_fraction=1.0)
-        table = CostTable(layers, space.formats)
-        hook = SearchHook(OneShotSearch(space, table, Target.of(target_bits=4), settings, 1000, device="cuda"), switch)
+        problem = SearchProblem(space, CostTable(layers, space.formats), Target.of(target_bits=4))
+        hook = SearchHook(OneShotSearch(problem, settings, 1000, device="cuda"), switch)
     run: Any = torch.compile(model, dynamic=False) if compiled else model
     steps = iter(range(1000))
 

@@ -28,7 +28,7 @@ from fliqs_hf.files import write_text
 from fliqs_hf.formats import COMMON
 from fliqs_hf.nn import make_searchable
 from fliqs_hf.pipeline.outputs import check_result_file
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace
+from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace
 from fliqs_hf.search.hook import SearchHook
 from fliqs_hf.training import StepHook
 
@@ -43,13 +43,13 @@ def build(path: str, kind: str, formats: int) -> tuple[torch.nn.Module, StepHook
         return model, None
     layers = trace_layers(model)
     space = SearchSpace(layers, SPACES[formats])
-    table, target = CostTable(layers, space.formats), Target.of(target_bits=5)
+    problem = SearchProblem(space, CostTable(layers, space.formats), Target.of(target_bits=5))
     groups = {layer.name: layer.input_group for layer in layers}
     switch = make_searchable(model, space.formats, names=[layer.name for layer in layers], input_groups=groups)
     if kind == "one-shot":
         config = SearchConfig(prior="none", explore_fraction=1.0)
-        return model, SearchHook(OneShotSearch(space, table, target, config, STEPS), switch)
-    search = DifferentiableSearch(space, table, target, DifferentiableConfig(explore_fraction=1.0), STEPS)
+        return model, SearchHook(OneShotSearch(problem, config, STEPS), switch)
+    search = DifferentiableSearch(problem, DifferentiableConfig(explore_fraction=1.0), STEPS)
     return model, DifferentiableHook(search, model, switch)
 
 

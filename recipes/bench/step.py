@@ -35,7 +35,7 @@ from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.files import write_text
 from fliqs_hf.nn import QuantizerSettings, make_searchable, quantizable_layers
 from fliqs_hf.pipeline.outputs import check_result_file
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace
+from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace
 from fliqs_hf.search.hook import FixedFormats, SearchHook
 from fliqs_hf.training import StepHook
 
@@ -67,7 +67,8 @@ class Case:
             self.hook = FixedFormats(switch, Allocation.uniform(switch.names, name))
             return
         config = SearchConfig(prior="none", explore_fraction=1.0, samples_per_step=1 + (name == "pairs"))
-        search = OneShotSearch(space, CostTable(layers, space.formats), Target.of(target_bits=4), config, STEPS)
+        problem = SearchProblem(space, CostTable(layers, space.formats), Target.of(target_bits=4))
+        search = OneShotSearch(problem, config, STEPS)
         self.hook = SearchHook(search, switch)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from torch.nn import functional
 
 from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.baselines import loss_delta_scores, manual, random_allocation, uniform
-from fliqs_hf.cost import CostTable, bops, trace_layers
+from fliqs_hf.cost import CostTable, Target, bops, trace_layers
 from fliqs_hf.errors import TargetError
 from fliqs_hf.formats import parse
 from fliqs_hf.nn import make_searchable
-from fliqs_hf.search import SearchSpace
+from fliqs_hf.search import SearchProblem, SearchSpace
 from tests.models import images, tiny
 
 MODEL = tiny("vit")
@@ -33,12 +34,13 @@ def test_uniform_and_manual() -> None:
 
 def test_random_allocations_meet_the_target_and_differ() -> None:
     target = TABLE.uniform("int4")
-    found = [random_allocation(SPACE, TABLE, target, seed) for seed in range(5)]
+    problem = SearchProblem(SPACE, TABLE, Target.of(target_bits=4))
+    found = [random_allocation(problem, seed) for seed in range(5)]
     assert all(0.97 <= TABLE.of(allocation) / target <= 1 for allocation in found)
     assert len({allocation.summary() for allocation in found}) > 1
-    assert random_allocation(SPACE, TABLE, target, 3) == found[3]
+    assert random_allocation(problem, 3) == found[3]
     with pytest.raises(TargetError):
-        random_allocation(SPACE, TABLE, target / 100, 0)
+        random_allocation(replace(problem, target=Target("bops", target / 100)), 0)
 
 
 def test_loss_deltas_are_differences_of_losses() -> None:

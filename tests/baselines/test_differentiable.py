@@ -19,7 +19,7 @@ from fliqs_hf.baselines.mixture import Mixture
 from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.errors import CheckpointError, ConfigError, TargetError
 from fliqs_hf.nn import FormatSwitch, QuantizerSettings, make_searchable
-from fliqs_hf.search import SearchSpace
+from fliqs_hf.search import SearchProblem, SearchSpace
 from fliqs_hf.training import TrainConfig, train
 from tests.models import images, tiny
 from tests.search.networks import LONE
@@ -82,7 +82,9 @@ def test_a_mixture_of_two_formats_is_the_mean_of_the_outputs() -> None:
 
 def test_excluded_formats_are_not_computed() -> None:
     model, space, _, mixture = mixed("vit", exclude={"*": ["int2"]})
-    search = DifferentiableSearch(space, CostTable(space.layers, space.formats), TARGET, DifferentiableConfig(), 10)
+    search = DifferentiableSearch(
+        SearchProblem(space, CostTable(space.layers, space.formats), TARGET), DifferentiableConfig(), 10
+    )
     p = search.probabilities(0)
     assert torch.equal(p[:, 0], torch.zeros(len(p))) and torch.allclose(p.sum(-1), torch.ones(len(p)))
     with torch.no_grad():
@@ -114,7 +116,9 @@ def test_gradients_of_the_logits(relaxation: str) -> None:
     model, space, _, mixture = mixed("vit")
     model.double()
     config = DifferentiableConfig(relaxation=relaxation, temperature_start=2.0, temperature_end=0.5)  # type: ignore[arg-type]
-    search = DifferentiableSearch(space, CostTable(space.layers, space.formats), TARGET, config, 10, seed=3)
+    search = DifferentiableSearch(
+        SearchProblem(space, CostTable(space.layers, space.formats), TARGET), config, 10, seed=3
+    )
     with torch.no_grad():
         search.policy.logits.copy_(torch.randn(search.policy.logits.shape))
     step, decision = 1, len(space.decisions) - 1  # the classifier: logits of the model are linear in its p
@@ -146,7 +150,7 @@ def test_expected_cost_is_the_mean_over_all_allocations() -> None:
     space = SearchSpace(layers, FORMATS)
     table = CostTable(layers, space.formats)
     config = DifferentiableConfig(temperature_start=3.0, temperature_end=3.0)
-    search = DifferentiableSearch(space, table, TARGET, config, 10)
+    search = DifferentiableSearch(SearchProblem(space, table, TARGET), config, 10)
     with torch.no_grad():
         search.policy.logits.copy_(torch.randn(search.policy.logits.shape))
     p = torch.softmax(search.policy.logits.detach() / 3.0, -1).double()
@@ -161,7 +165,7 @@ def test_the_cost_term_is_added_to_the_loss() -> None:
     """One update against Adam on the whole loss, for a loss that is linear in the probabilities."""
     space = SearchSpace(LONE, FORMATS)
     table = CostTable(LONE, space.formats)
-    search = DifferentiableSearch(space, table, TARGET, DifferentiableConfig(cost_weight=0.7), 10)
+    search = DifferentiableSearch(SearchProblem(space, table, TARGET), DifferentiableConfig(cost_weight=0.7), 10)
     v = torch.randn(len(space.decisions), len(FORMATS))
     logits = torch.zeros_like(v, requires_grad=True)
     adam = torch.optim.Adam([logits], lr=search.config.architecture_learning_rate)
@@ -169,7 +173,7 @@ def test_the_cost_term_is_added_to_the_loss() -> None:
         (search.probabilities(step) * v).sum().backward()
         search.update(step)
         p = torch.softmax(logits, -1)
-        excess = (space.expected_cost(table, p) / search.target_cost - 1).abs()
+        excess = (search.problem.expected_cost(p) / search.problem.target_cost - 1).abs()
         ((p * v).sum() + 0.7 * excess).backward()
         adam.step()
         adam.zero_grad()
@@ -187,9 +191,9 @@ def test_gradients_are_averaged_over_ranks() -> None:
 
     config = DifferentiableConfig(cost_weight=0.0)
     search = DifferentiableSearch(
-        space, CostTable(LONE, space.formats), TARGET, config, 10, world_size=2, gather=gather
+        SearchProblem(space, CostTable(LONE, space.formats), TARGET), config, 10, world_size=2, gather=gather
     )
-    alone = DifferentiableSearch(space, CostTable(LONE, space.formats), TARGET, config, 10)
+    alone = DifferentiableSearch(SearchProblem(space, CostTable(LONE, space.formats), TARGET), config, 10)
     (search.probabilities(0) * torch.randn(other.shape)).sum().backward()
     alone.policy.logits.grad = (search.policy.logits.grad + other) / 2
     search.update(0)
@@ -205,13 +209,17 @@ def test_gumbel_noise_depends_on_seed_step_and_rank_and_anneals() -> None:
 
     def at(step: int, **arguments: Any) -> Tensor:
         table = CostTable(LONE, space.formats)
-        return DifferentiableSearch(space, table, TARGET, config, 100, **arguments).probabilities(step).detach()
+        return (
+            DifferentiableSearch(SearchProblem(space, table, TARGET), config, 100, **arguments)
+            .probabilities(step)
+            .detach()
+        )
 
     assert torch.equal(at(3, seed=1), at(3, seed=1))
     for other in (at(4, seed=1), at(3, seed=2), at(3, seed=1, rank=1)):
         assert not torch.equal(at(3, seed=1), other)
     assert at(99).amax(-1).mean() > 0.95 > 0.5 > at(0).amax(-1).mean()
-    search = DifferentiableSearch(space, CostTable(LONE, space.formats), TARGET, config, 100)
+    search = DifferentiableSearch(SearchProblem(space, CostTable(LONE, space.formats), TARGET), config, 100)
     assert [search.temperature(step) for step in (0, 50, 100)] == pytest.approx([5.0, 0.5, 0.05])
 
 
@@ -240,7 +248,7 @@ def searched(
         train(model, data, settings, accelerator, hook=hook, state_folder=folder, resume=resume, on_log=stop)
 
     table = CostTable(layers, space.formats)
-    final = differentiable_search(model, space, table, TARGET, run, settings.max_steps, config, seed=1)
+    final = differentiable_search(model, SearchProblem(space, table, TARGET), run, settings.max_steps, config, seed=1)
     return model, final, hooks[0].search.policy.logits.detach()
 
 
@@ -269,7 +277,9 @@ def test_an_interrupted_search_ends_in_the_same_bits(accelerator: Accelerator, t
 
 def test_a_state_of_another_space_is_refused() -> None:
     space = SearchSpace(LONE, FORMATS)
-    search = DifferentiableSearch(space, CostTable(LONE, space.formats), TARGET, DifferentiableConfig(), 10)
+    search = DifferentiableSearch(
+        SearchProblem(space, CostTable(LONE, space.formats), TARGET), DifferentiableConfig(), 10
+    )
     with pytest.raises(CheckpointError, match="logits is missing"):
         search.load_state_dict({})
     with pytest.raises(CheckpointError, match="optimizer"):
@@ -296,9 +306,11 @@ def test_what_it_cannot_search() -> None:
     separate = SearchSpace(LONE, FORMATS, activation="separate")
     table = CostTable(LONE, separate.formats)
     with pytest.raises(ConfigError, match="not 'separate'; use the one-shot search"):
-        DifferentiableSearch(separate, table, TARGET, DifferentiableConfig(), 10)
+        DifferentiableSearch(SearchProblem(separate, table, TARGET), DifferentiableConfig(), 10)
     with pytest.raises(TargetError, match="below the cheapest"):
-        DifferentiableSearch(SearchSpace(LONE, FORMATS), table, Target.of(target_bits=1), DifferentiableConfig(), 10)
+        DifferentiableSearch(
+            SearchProblem(SearchSpace(LONE, FORMATS), table, Target.of(target_bits=1)), DifferentiableConfig(), 10
+        )
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:

@@ -11,7 +11,7 @@ import torch
 from fliqs_hf.baselines import sensitivity_front
 from fliqs_hf.cost import CostTable, trace_layers
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.search import SearchSpace, best_choice, reachable_range
+from fliqs_hf.search import SearchProblem, SearchSpace
 from tests.models import tiny
 
 LAYERS = trace_layers(tiny("vit"))
@@ -29,16 +29,17 @@ def random_scores(space: SearchSpace) -> torch.Tensor:
 def test_the_front_is_monotone_and_each_point_is_the_best_at_its_cost(kind: Any, activation: Any) -> None:
     space = SearchSpace(LAYERS, ["int2", "int3", "e2m1", "int4", "int8"], activation)
     table = CostTable(LAYERS, space.formats, kind, fixed_cost=1000.0)
+    problem = SearchProblem(space, table)
     scores = random_scores(space)
-    front = sensitivity_front(space, table, scores, points=8)
+    front = sensitivity_front(problem, scores, points=8)
     assert 6 <= len(front) <= 8
     assert all(a.cost < b.cost and a.increase > b.increase for a, b in pairwise(front))
     for allocation, cost, increase in front:
         assert table.of(allocation) == cost
-        best = best_choice(space, table, -scores, low=-torch.inf, high=cost)
+        best = problem.best_choice(-scores, low=-torch.inf, high=cost)
         expected = scores.gather(1, best[:, None]).double().sum().item()
         assert increase == pytest.approx(expected, rel=1e-8)
-    low, high = reachable_range(space, table)
+    low, high = problem.reachable
     assert front[0].cost == low
     assert front[-1].cost <= high
     assert front[-1].increase == pytest.approx(scores.amin(1).double().sum().item())
@@ -49,13 +50,15 @@ def test_dominated_points_are_dropped() -> None:
     space = SearchSpace(LAYERS, ["int2", "int8"])
     scores = torch.tensor([[0.0, 1.0]]).expand(len(space.decisions), 2)
     table = CostTable(LAYERS, space.formats)
-    (point,) = sensitivity_front(space, table, scores)
+    problem = SearchProblem(space, table)
+    (point,) = sensitivity_front(problem, scores)
     assert (point.cost, point.increase) == (table.uniform("int2"), 0.0)
 
 
 def test_one_format_is_one_point_and_one_budget_none() -> None:
     space = SearchSpace(LAYERS, ["int4"])
     table, scores = CostTable(LAYERS, space.formats), torch.ones(len(space.decisions), 1)
-    assert len(sensitivity_front(space, table, scores)) == 1
+    problem = SearchProblem(space, table)
+    assert len(sensitivity_front(problem, scores)) == 1
     with pytest.raises(ConfigError, match="points=1"):
-        sensitivity_front(space, table, scores, points=1)
+        sensitivity_front(problem, scores, points=1)

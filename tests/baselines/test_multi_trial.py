@@ -16,7 +16,7 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.baselines import MultiTrialResult, ShortTraining, multi_trial, random_allocation
 from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers
 from fliqs_hf.errors import CheckpointError, ConfigError, DependencyError, TargetError, TrainingError
-from fliqs_hf.search import SearchSpace, best_choice
+from fliqs_hf.search import SearchProblem, SearchSpace
 from fliqs_hf.training import TrainConfig
 from fliqs_hf.training.seeds import derived_seed
 from tests.models import tiny
@@ -41,7 +41,7 @@ def worth(allocation: Allocation, number: int) -> float:
 
 
 def search(trials: int = 14, objective: Any = worth, **arguments: Any) -> MultiTrialResult:
-    return multi_trial(SPACE, TABLE, TARGET, objective, trials, **arguments)
+    return multi_trial(SearchProblem(SPACE, TABLE, TARGET), objective, trials, **arguments)
 
 
 def outcome(result: MultiTrialResult) -> list[tuple[Any, ...]]:
@@ -65,7 +65,7 @@ def test_every_proposal_meets_the_target_and_the_best_is_kept(sampler: Any) -> N
 def test_weights_and_inputs_decided_apart(sampler: Any) -> None:
     space = SearchSpace(BLOCKS, FORMATS, "separate")
     table = CostTable(BLOCKS, space.formats)
-    result = multi_trial(space, table, TARGET, lambda allocation, number: number, 3, sampler=sampler)
+    result = multi_trial(SearchProblem(space, table, TARGET), lambda allocation, number: number, 3, sampler=sampler)
     assert all(0.97 <= trial.cost / TARGET.resolve(table) <= 1 for trial in result.trials)
     assert any(pair.weight != pair.activation for pair in result.allocation.values())
 
@@ -78,16 +78,16 @@ def test_the_same_seed_gives_the_same_result(sampler: Any) -> None:
 
 
 def test_random_proposals_are_random_allocations() -> None:
-    target = TARGET.resolve(TABLE)
+    problem = SearchProblem(SPACE, TABLE, TARGET)
     for number, trial in enumerate(search(4, seed=3).trials):
-        expected = random_allocation(SPACE, TABLE, target, derived_seed("multi-trial", 3, number), band=0.02 - 1e-9)
+        expected = random_allocation(problem, derived_seed("multi-trial", 3, number), band=0.02 - 1e-9)
         assert SPACE.allocation(torch.tensor(trial.choice)) == expected
 
 
 def test_optuna_learns_from_the_scores() -> None:
     """Its later trials are better than its first, which are random; random ones do not improve."""
     target = TARGET.resolve(TABLE)
-    best = worth(SPACE.allocation(best_choice(SPACE, TABLE, WORTH, low=0.97 * target, high=target)), 0)
+    best = worth(SPACE.allocation(SearchProblem(SPACE, TABLE).best_choice(WORTH, low=0.97 * target, high=target)), 0)
     gains = []
     for seed in range(3):
         scores = torch.tensor([trial.score for trial in search(50, sampler="optuna", seed=seed).trials])
@@ -151,7 +151,7 @@ def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="sampler='random', this one has 'optuna'"):
         search(2, journal=journal, sampler="optuna")
     with pytest.raises(CheckpointError, match="target_cost="):
-        multi_trial(SPACE, TABLE, Target.of(target_bits=5), worth, 2, journal=journal)
+        multi_trial(SearchProblem(SPACE, TABLE, Target.of(target_bits=5)), worth, 2, journal=journal)
     lines = journal.read_text().splitlines()
     for damaged in (lines[1].replace('"choice": [', '"choice": [99, '), "{", "[]", lines[2], '{"number": 0}'):
         journal.write_text("\n".join([lines[0], damaged]) + "\n")
@@ -166,7 +166,7 @@ def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="sampler='grid' does not exist; choose from random, optuna"):
         search(sampler="grid")
     with pytest.raises(TargetError, match="above the dearest"):
-        multi_trial(SPACE, TABLE, Target.of(target_bits=16), worth, 1)
+        multi_trial(SearchProblem(SPACE, TABLE, Target.of(target_bits=16)), worth, 1)
     with pytest.raises(TrainingError, match="gave nan for trial 0"):
         search(objective=lambda allocation, number: float("nan"))
     monkeypatch.setitem(sys.modules, "optuna", None)
@@ -193,7 +193,7 @@ def test_short_training_scores_on_images_that_it_does_not_train_with(accelerator
     first = objective(fine, 0)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert [type(module) for module in model.modules()] == kinds and not model.training
-    result = multi_trial(space, table, TARGET, objective, 2)
+    result = multi_trial(SearchProblem(space, table, TARGET), objective, 2)
     assert all(trial.score < 0 for trial in result.trials)
     assert objective(fine, 7) == first  # whatever was tried in between
     untrained = ShortTraining(

@@ -22,7 +22,7 @@ from fliqs_hf.pipeline.compare_table import Table
 from fliqs_hf.report.run_report import write_report
 from fliqs_hf.runs.finished import FinishedRun
 from fliqs_hf.runs.folder import RunFolder
-from fliqs_hf.search import SearchSpace
+from fliqs_hf.search import SearchProblem, SearchSpace
 from fliqs_hf.training.models import read_classifier
 from fliqs_hf.training.state import Best, load_state, save_state
 from fliqs_hf_cli import main
@@ -225,7 +225,10 @@ def test_the_journal_of_trials(tmp_path: Path, damage: Callable[[Path], object])
 
     def search() -> None:
         multi_trial(
-            space, CostTable(LONE, space.formats), Target.of(target_bits=4), lambda *_: 0.0, 1, journal=journal
+            SearchProblem(space, CostTable(LONE, space.formats), Target.of(target_bits=4)),
+            lambda *_: 0.0,
+            1,
+            journal=journal,
         )
 
     search()

@@ -18,7 +18,7 @@ from fliqs_hf.cost.target import given_targets
 from fliqs_hf.errors import ConfigError, TargetError
 from fliqs_hf.hf.card import model_card
 from fliqs_hf.report.run_report import write_report
-from fliqs_hf.search import SearchSpace, choice_at_target
+from fliqs_hf.search import SearchProblem, SearchSpace
 from fliqs_hf.training.arguments import SearchArguments
 from tests.hf.runs import write_run
 from tests.models import tiny
@@ -47,9 +47,9 @@ def test_a_table_and_a_target_of_it(energy: Cost) -> None:
     assert Target.of(target_energy_pj=600).cost_kind == "energy_pj"
     target = Target.of(target_energy_pj=900, cap=True)
     scores = torch.rand(len(space.decisions), 2, generator=torch.Generator().manual_seed(0))
-    found = choice_at_target(space, table, scores, target)
+    found = SearchProblem(space, table, target).choice_at_target(scores)
     options = [torch.tensor(c) for c in itertools.product(range(2), repeat=len(space.decisions))]
-    within = [c for c in options if 0.97 * 900 <= float(space.cost_of(table, c)) <= 900]
+    within = [c for c in options if 0.97 * 900 <= float(SearchProblem(space, table).cost(c)) <= 900]
     best = max(float(scores.gather(1, c[:, None]).sum()) for c in within)
     assert float(scores.gather(1, found[:, None]).sum()) == pytest.approx(best, abs=1e-6)  # float32 sums
     with pytest.raises(TargetError, match=r"target_energy_pj=1 is below the cheapest.*from 600 to 1200"):

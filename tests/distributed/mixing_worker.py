@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from fliqs_hf.baselines.differentiable import DifferentiableConfig, DifferentiableHook, differentiable_search
 from fliqs_hf.cost import CostTable, Target, trace_layers
-from fliqs_hf.search import SearchSpace
+from fliqs_hf.search import SearchProblem, SearchSpace
 from fliqs_hf.training import StepHook, TrainConfig, train
 from tests.models import tiny
 from tests.training.test_loop import Blobs
@@ -34,8 +34,9 @@ def main(folder: Path) -> None:
         train(model, data, training, accelerator, hook=hook)
         tensors["logits"] = hook.search.policy.logits.detach()
 
+    problem = SearchProblem(space, CostTable(layers, space.formats), Target.of(target_bits=4.5))
     final = differentiable_search(
-        model, space, CostTable(layers, space.formats), Target.of(target_bits=4.5), run, training.max_steps, config,
+        model, problem, run, training.max_steps, config,
         rank=accelerator.process_index, world_size=2, gather=accelerator.gather,
     )  # fmt: skip
     tensors["choice"] = space.choice(final.allocation)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace
+from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace
 from fliqs_hf.search.hook import SearchHook
 from fliqs_hf.training import TrainConfig, train
 from fliqs_hf.training.shards import is_sharded
@@ -56,7 +56,7 @@ def main(folder: Path, die_at: int, resume: bool, sharded: bool, clipped: bool) 
     config = SearchConfig(prior="none", explore_fraction=0.6)
     ranks = {"rank": accelerator.process_index, "world_size": 2, "gather": accelerator.gather}
     table = CostTable(layers, space.formats)
-    search = OneShotSearch(space, table, Target.of(target_bits=4.5), config, 20, seed=1, **ranks)
+    search = OneShotSearch(SearchProblem(space, table, Target.of(target_bits=4.5)), config, 20, seed=1, **ranks)
     settings = QuantizerSettings(activation_granularity="per_token_clipped" if clipped else "per_token")
     hook = Recording(search, make_searchable(model, space.formats, settings=settings))
     hook.die_at = die_at

@@ -23,7 +23,7 @@ from fliqs_hf.errors import FliqsError
 from fliqs_hf.nn import make_searchable, restore
 from fliqs_hf.pipeline import job as recipe_job
 from fliqs_hf.pipeline.search import main as recipe
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace
+from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace
 from fliqs_hf.search.hook import SearchHook
 from fliqs_hf.training import TrainConfig, train
 from tests.models import tiny
@@ -71,7 +71,7 @@ def search(
     settings: dict[str, Any] = {"max_steps": 5, "batch_size": 4, "learning_rate": 1e-3, "save_steps": 3}
     training = TrainConfig(**settings | {"logging_steps": 2} | changes)
     table, target = CostTable(layers, space.formats), Target.of(target_bits=4.5)
-    found = OneShotSearch(space, table, target, config, training.max_steps, seed=1, **ranks)
+    found = OneShotSearch(SearchProblem(space, table, target), config, training.max_steps, seed=1, **ranks)
     hook = Crashing(found, make_searchable(model, space.formats))
     hook.at = crash_at
     trained = train(model, data, training, accelerator, hook=hook, state_folder=state, resume=resume)

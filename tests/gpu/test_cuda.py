@@ -18,7 +18,7 @@ from fliqs_hf.formats.packing import pack, unpack
 from fliqs_hf.formats.rounding import decode, encode, round_to_format
 from fliqs_hf.nn import FormatSwitch, make_searchable, pack_model, quantizable_layers
 from fliqs_hf.quant import quantize_activation, quantize_weight
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace, fisher_scores, second_look
+from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace, fisher_scores, second_look
 from fliqs_hf.search.hook import SearchHook
 from fliqs_hf.training import TrainConfig, train
 from tests.models import images, tiny
@@ -55,14 +55,14 @@ def test_sensitivities_are_those_of_the_cpu(architecture: str) -> None:
     """First and second look. Convolutions may use TF32, whose factors keep 10 bits, and scores are squares of sums."""
     labels = torch.arange(16) % 5
     space = SearchSpace(trace_layers(tiny(architecture), images(1)), "mixed")
-    table, target = CostTable(space.layers, space.formats), Target.of(target_bits=4)
+    problem = SearchProblem(space, CostTable(space.layers, space.formats), Target.of(target_bits=4))
     found = []
     for device in ("cpu", "cuda"):
         model = tiny(architecture).to(device)
         batches = [(images(16).to(device), labels.to(device))]
         first = fisher_scores(model, batches, lambda x, model=model: model(x).logits, space)
         once = found[0][0] if found else first  # the second look depends on an allocation: let it be the same
-        again = second_look(model, batches, lambda x, model=model: model(x).logits, space, table, target, once)
+        again = second_look(model, batches, lambda x, model=model: model(x).logits, problem, once)
         found.append((first, again))
     for cpu, cuda in zip(*found, strict=True):
         largest = cpu.decision_scores.amax(1, keepdim=True)
@@ -80,7 +80,7 @@ def test_a_search_by_the_loop_ends_and_resumes(precision: str, tmp_path: Path) -
         layers = trace_layers(model)
         space = SearchSpace(layers, ["int3", "int4", "e2m1", "int8"])
         table, config = CostTable(layers, space.formats), SearchConfig(explore_fraction=0.5, samples_per_step=2)
-        search = OneShotSearch(space, table, Target.of(target_bits=4), config, 12, device="cuda")
+        search = OneShotSearch(SearchProblem(space, table, Target.of(target_bits=4)), config, 12, device="cuda")
         search.start_from(torch.rand(len(space.decisions), 4, generator=torch.Generator().manual_seed(0)))
         groups = {layer.name: layer.input_group for layer in layers}
         switch = make_searchable(model, space.formats, names=list(groups), input_groups=groups)
@@ -121,7 +121,7 @@ def test_a_search_step_does_not_wait_for_the_device() -> None:
     space = SearchSpace(layers, "mixed")
     config = SearchConfig(prior="none", explore_fraction=1.0)
     table = CostTable(layers, space.formats)
-    search = OneShotSearch(space, table, Target.of(target_bits=4), config, 10, device="cuda")
+    search = OneShotSearch(SearchProblem(space, table, Target.of(target_bits=4)), config, 10, device="cuda")
     groups = {layer.name: layer.input_group for layer in layers}
     switch = make_searchable(model, space.formats, names=[layer.name for layer in layers], input_groups=groups)
     hook = SearchHook(search, switch)

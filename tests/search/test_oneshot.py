@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import CheckpointError, ConfigError, TargetError
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchSpace, best_choice
+from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace
 from fliqs_hf.search.objective import entropy_coefficient
 from tests.search.networks import BLOCKS, LONE
 
@@ -24,7 +24,7 @@ def search_for(config: SearchConfig | None = None, target: Target | None = None,
     space = SearchSpace(BLOCKS, FORMATS, activation)
     target = target or Target.of(target_bits=4)
     table = CostTable(BLOCKS, space.formats, target.cost_kind)
-    return OneShotSearch(space, table, target, config or SearchConfig(), STEPS, **arguments)
+    return OneShotSearch(SearchProblem(space, table, target), config or SearchConfig(), STEPS, **arguments)
 
 
 def scores(search: OneShotSearch, seed: int = 0) -> Tensor:
@@ -33,8 +33,8 @@ def scores(search: OneShotSearch, seed: int = 0) -> Tensor:
 
 def made_up_quality(search: OneShotSearch, weight: Tensor, activation: Tensor) -> Tensor:
     """Float formats are good, in proportion to the layer's size."""
-    good = torch.tensor([fmt.name.startswith("e") for fmt in search.space.formats]).float()
-    macs = torch.tensor([layer.macs for layer in search.space.layers]).float()
+    good = torch.tensor([fmt.name.startswith("e") for fmt in search.problem.space.formats]).float()
+    macs = torch.tensor([layer.macs for layer in search.problem.space.layers]).float()
     return ((good[weight] + good[activation]) * macs).sum() / macs.sum()
 
 
@@ -65,7 +65,7 @@ def test_the_policy_learns_only_in_the_search_phase() -> None:
     final = run(search, range(20, STEPS))
     assert torch.equal(search.policy.logits, learned)
     assert all(torch.equal(formats, final[0]) for formats in final)
-    chosen = search.space.indices(search.space.choice(search.finalize().allocation))
+    chosen = search.problem.space.indices(search.problem.space.choice(search.finalize().allocation))
     assert torch.equal(final[0][0], torch.stack(chosen))
 
 
@@ -83,16 +83,16 @@ def test_an_update_is_the_paper_equation(activation: str) -> None:
         search.end_step(step, quality[None])
 
         cost = sum(
-            layer.macs * search.space.formats[w].bits * search.space.formats[a].bits
+            layer.macs * search.problem.space.formats[w].bits * search.problem.space.formats[a].bits
             for layer, w, a in zip(BLOCKS, weight.tolist(), activations.tolist(), strict=True)
         )
         reward = quality - 0.5 * abs(cost / sum(layer.macs * 16 for layer in BLOCKS) - 1)
         if step >= STEPS // 4:
-            choice = search.space.choice(
-                search.space.allocation(
-                    torch.zeros(len(search.space.decisions), dtype=torch.long)
-                    .index_put((search.space.weight_decision,), weight)
-                    .index_put((search.space.activation_decision,), activations)
+            choice = search.problem.space.choice(
+                search.problem.space.allocation(
+                    torch.zeros(len(search.problem.space.decisions), dtype=torch.long)
+                    .index_put((search.problem.space.weight_decision,), weight)
+                    .index_put((search.problem.space.activation_decision,), activations)
                 )
             )
             log_p = torch.log_softmax(logits, -1)
@@ -114,9 +114,9 @@ def test_what_is_rewarded_becomes_probable() -> None:
     search = search_for(config)
     run(search, range(STEPS))
     p = search.probabilities()
-    floats = torch.tensor([fmt.name.startswith("e") for fmt in search.space.formats])
+    floats = torch.tensor([fmt.name.startswith("e") for fmt in search.problem.space.formats])
     assert p[:, floats].sum(-1).min() > 0.9
-    assert search.policy.expected_cost(search.table).item() / search.target_cost == pytest.approx(1, abs=0.3)
+    assert search.policy.expected_cost().item() / search.problem.target_cost == pytest.approx(1, abs=0.3)
     assert {fmt.weight.name for fmt in search.finalize().allocation.values()} <= {"e2m1", "e4m3", "int2"}
 
 
@@ -125,9 +125,7 @@ def test_the_prior_orders_formats_and_starts_at_the_target() -> None:
     prior = scores(search)
     search.start_from(prior)
     torch.testing.assert_close(search.policy.logits, -50 * (prior - prior.amin(1, keepdim=True)))
-    assert search.policy.expected_cost(search.table).item() == pytest.approx(
-        search.target_cost, rel=1e-5
-    )  # float32 tilt
+    assert search.policy.expected_cost().item() == pytest.approx(search.problem.target_cost, rel=1e-5)  # float32 tilt
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
@@ -137,7 +135,7 @@ def test_the_prior_has_the_entropy_that_is_asked_for_whatever_the_scores_are_wor
         search = search_for(SearchConfig(prior_entropy=0.4))
         search.start_from(scores(search) * factor)
         assert search.policy.entropy().item() == pytest.approx(0.4, abs=1e-3)  # 24 halvings of log κ
-        assert search.policy.expected_cost(search.table).item() == pytest.approx(search.target_cost, rel=1e-4)
+        assert search.policy.expected_cost().item() == pytest.approx(search.problem.target_cost, rel=1e-4)
         probabilities.append(search.probabilities())
     torch.testing.assert_close(*probabilities, rtol=1e-2, atol=1e-3)  # the entropy's tolerance
 
@@ -147,9 +145,9 @@ def test_without_exploration_the_result_is_the_integer_program_over_the_prior() 
     prior = scores(search)
     search.start_from(prior)
     search.begin_step(0)
-    low, high = 0.98 * search.target_cost, search.target_cost
-    best = best_choice(search.space, search.table, -prior, low=low, high=high)
-    assert search.finalize().allocation == search.space.allocation(best)
+    low, high = 0.98 * search.problem.target_cost, search.problem.target_cost
+    best = search.problem.best_choice(-prior, low=low, high=high)
+    assert search.finalize().allocation == search.problem.space.allocation(best)
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(2, 2), torch.full((4, 4), torch.nan)])
@@ -173,18 +171,18 @@ def test_the_result_meets_the_target(target: Target, preset: str, seed: int) -> 
     with torch.no_grad():
         search.policy.logits.copy_(5 * scores(search, seed))
     final = search.finalize()
-    cost = search.table.of(final.allocation)
+    cost = search.problem.costs.of(final.allocation)
     assert cost == final.cost
-    assert final.cost_ratio == cost / search.target_cost
-    assert cost <= search.target_cost if target.cap else abs(cost / search.target_cost - 1) <= 0.02
-    argmax = search.space.allocation(search.policy.logits.argmax(-1))
-    assert final.argmax_cost_ratio == search.table.of(argmax) / search.target_cost
+    assert final.cost_ratio == cost / search.problem.target_cost
+    assert cost <= search.problem.target_cost if target.cap else abs(cost / search.problem.target_cost - 1) <= 0.02
+    argmax = search.problem.space.allocation(search.policy.logits.argmax(-1))
+    assert final.argmax_cost_ratio == search.problem.costs.of(argmax) / search.problem.target_cost
     assert final.repaired == (final.allocation != argmax)
 
 
 def test_the_arg_max_is_kept_where_it_meets_the_target() -> None:
     search = search_for(SearchConfig.preset("paper"))
-    int4 = search.space.choice(search.space.allocation(torch.full((4,), 2)))
+    int4 = search.problem.space.choice(search.problem.space.allocation(torch.full((4,), 2)))
     with torch.no_grad():
         search.policy.logits[torch.arange(4), int4] = 1.0
     final = search.finalize()
@@ -200,15 +198,21 @@ def test_the_arg_max_is_kept_where_it_meets_the_target() -> None:
 def test_a_target_out_of_reach_fails_at_once(formats: tuple[str, ...], bits: float) -> None:
     space = SearchSpace(LONE, formats)
     with pytest.raises(TargetError, match="the search space, which reaches from"):
-        OneShotSearch(space, CostTable(LONE, space.formats), Target.of(target_bits=bits), SearchConfig(), 10)
+        OneShotSearch(
+            SearchProblem(space, CostTable(LONE, space.formats), Target.of(target_bits=bits)), SearchConfig(), 10
+        )
 
 
 def test_a_target_in_a_gap_of_the_space_fails_at_once() -> None:
     space = SearchSpace(LONE, ("int2", "int8"), tie=["model"])
     with pytest.raises(TargetError, match="the space has a gap there"):
-        OneShotSearch(space, CostTable(LONE, space.formats), Target.of(target_bits=5), SearchConfig(), 10)
+        OneShotSearch(
+            SearchProblem(space, CostTable(LONE, space.formats), Target.of(target_bits=5)), SearchConfig(), 10
+        )
     # a cap has no lower bound
-    cap = OneShotSearch(space, CostTable(LONE, space.formats), Target.of(target_bits=5, cap=True), SearchConfig(), 10)
+    cap = OneShotSearch(
+        SearchProblem(space, CostTable(LONE, space.formats), Target.of(target_bits=5, cap=True)), SearchConfig(), 10
+    )
     assert cap.finalize().cost_ratio == pytest.approx(4 / 25)
 
 
@@ -306,7 +310,8 @@ def test_metrics_are_those_of_the_samples() -> None:
     quality = torch.tensor([1.0, 2.0, 6.0])
     search.end_step(0, quality)
     metrics = search.metrics()
-    costs = [search.table.cost(*pair).item() for pair in formats]
+    costs = [search.problem.costs.cost(*pair).item() for pair in formats]
+    mean = sum(costs) / 3 / search.problem.target_cost
     assert metrics["reward"].item() == 3.0
-    assert metrics["cost_ratio"].item() == pytest.approx(sum(costs) / 3 / search.target_cost, rel=1e-6)  # float32
+    assert metrics["cost_ratio"].item() == pytest.approx(mean, rel=1e-6)  # float32
     assert metrics["entropy"].item() == pytest.approx(torch.tensor(4.0).log().item(), rel=1e-6)

@@ -10,22 +10,26 @@ import torch
 
 from fliqs_hf.cost import CostTable
 from fliqs_hf.errors import CheckpointError
-from fliqs_hf.search import Policy, SearchSpace, reachable_range
+from fliqs_hf.search import Policy, SearchProblem, SearchSpace
 from fliqs_hf.search.policy import marginal_costs, step_generator
 from tests.search.networks import BLOCKS, LONE
 
 FORMATS = ("int2", "int4", "e2m1", "int8")
 
 
-def policy_with(space: SearchSpace, seed: int = 0, scale: float = 1.0) -> Policy:
-    policy = Policy(space)
+def problem_of(space: SearchSpace) -> SearchProblem:
+    return SearchProblem(space, CostTable(space.layers, space.formats))
+
+
+def policy_with(space: SearchSpace, seed: int = 0, scale: float = 1.0, table: CostTable | None = None) -> Policy:
+    policy = Policy(problem_of(space) if table is None else SearchProblem(space, table))
     with torch.no_grad():
         policy.logits.copy_(torch.randn(policy.logits.shape, generator=torch.Generator().manual_seed(seed)) * scale)
     return policy
 
 
 def test_a_new_policy_is_uniform() -> None:
-    policy = Policy(SearchSpace(LONE, FORMATS))
+    policy = Policy(problem_of(SearchSpace(LONE, FORMATS)))
     # one float32 rounding each of log, softmax and sum
     assert policy.entropy().item() == pytest.approx(math.log(4), rel=1e-6)
     assert policy.log_prob(torch.zeros(1, 5, dtype=torch.long)).item() == pytest.approx(-5 * math.log(4), rel=1e-6)
@@ -78,13 +82,14 @@ def test_a_generator_depends_on_seed_step_and_rank_only() -> None:
 def test_the_tilt_makes_the_expected_cost_the_target(activation: str, kind: str, fixed: float) -> None:
     space = SearchSpace(BLOCKS, FORMATS, activation)  # type: ignore[arg-type]
     table = CostTable(BLOCKS, space.formats, kind, fixed_cost=fixed)  # type: ignore[arg-type]
-    cheapest, dearest = reachable_range(space, table)
+    problem = SearchProblem(space, table)
+    cheapest, dearest = problem.reachable
     for fraction in (0.001, 0.3, 0.8, 0.999):
         target = cheapest + fraction * (dearest - cheapest)
-        policy = policy_with(space, scale=3)
+        policy = policy_with(space, scale=3, table=table)
         before = policy.logits.detach().clone()
-        assert policy.tilt_to(table, target) == pytest.approx(1, abs=1e-5)  # the tilt is float32
-        assert policy.expected_cost(table).item() == pytest.approx(target, rel=1e-5)
+        assert policy.tilt_to(target) == pytest.approx(1, abs=1e-5)  # the tilt is float32
+        assert policy.expected_cost().item() == pytest.approx(target, rel=1e-5)
         assert torch.equal(policy.logits, before)  # only the tilt has moved
 
 
@@ -93,7 +98,7 @@ def test_the_tilt_is_a_price_on_cost_alone() -> None:
     space = SearchSpace(LONE, FORMATS)
     table = CostTable(LONE, space.formats)
     policy = policy_with(space)
-    policy.tilt_to(table, table.uniform("int4") * 0.6)
+    policy.tilt_to(table.uniform("int4") * 0.6)
     int4, e2m1 = FORMATS.index("int4"), FORMATS.index("e2m1")
     log_p = policy.log_probabilities
     torch.testing.assert_close(log_p[:, int4] - log_p[:, e2m1], policy.logits[:, int4] - policy.logits[:, e2m1])
@@ -102,12 +107,12 @@ def test_the_tilt_is_a_price_on_cost_alone() -> None:
 def test_marginal_costs_of_unpaired_decisions_are_their_costs() -> None:
     space = SearchSpace(LONE, FORMATS)
     expected = [[layer.macs * fmt.bits**2 for fmt in space.formats] for layer in LONE]
-    assert marginal_costs(space, CostTable(LONE, space.formats)).tolist() == expected
+    assert marginal_costs(problem_of(space)).tolist() == expected
 
 
 def test_marginal_costs_are_means_over_what_the_other_decision_may_take() -> None:
     space = SearchSpace(LONE, "int2,int4,int8", "separate", exclude={"layer1": ["int8"]})
-    costs = marginal_costs(space, CostTable(LONE, space.formats))
+    costs = marginal_costs(problem_of(space))
     for row, layer in enumerate(LONE):
         mean = (2 + 4) / 2 if layer.name == "layer1" else (2 + 4 + 8) / 3
         expected = torch.tensor([2, 4, 8], dtype=torch.float64) * mean * layer.macs
@@ -119,11 +124,11 @@ def test_excluded_formats_have_probability_zero_and_finite_gradients() -> None:
     space = SearchSpace(LONE, FORMATS, exclude={"layer0": ["int2", "int8"], "layer3": ["int2", "int4", "e2m1"]})
     table = CostTable(LONE, space.formats)
     policy = policy_with(space)
-    policy.tilt_to(table, table.uniform("int4") * 2)
+    policy.tilt_to(table.uniform("int4") * 2)
     assert torch.equal(policy.log_probabilities.exp() > 0, space.allowed)
     sample = policy.sample(500, torch.Generator().manual_seed(0))
     assert bool(space.allowed[torch.arange(5), sample].all())
-    (policy.log_prob(sample).mean() + policy.entropy() + policy.expected_cost(table).float()).backward()
+    (policy.log_prob(sample).mean() + policy.entropy() + policy.expected_cost().float()).backward()
     assert policy.logits.grad is not None
     assert bool(policy.logits.grad.isfinite().all())
     assert not policy.logits.grad[~space.allowed].any()
@@ -136,11 +141,11 @@ def test_excluded_formats_have_probability_zero_and_finite_gradients() -> None:
 def test_a_saved_policy_continues_exactly_and_only_in_its_space() -> None:
     space = SearchSpace(LONE, FORMATS)
     policy = policy_with(space)
-    policy.tilt_to(CostTable(LONE, space.formats), 9000)
-    other = Policy(space)
+    policy.tilt_to(9000)
+    other = Policy(problem_of(space))
     other.load_state_dict(policy.state_dict())
     assert torch.equal(other.log_probabilities, policy.log_probabilities)
     with pytest.raises(CheckpointError, match=r"logits is \[5, 4\], this search space needs \[5, 2\]"):
-        Policy(SearchSpace(LONE, "int2,int4")).load_state_dict(policy.state_dict())
+        Policy(problem_of(SearchSpace(LONE, "int2,int4"))).load_state_dict(policy.state_dict())
     with pytest.raises(CheckpointError, match="tilt is missing"):
         other.load_state_dict({"logits": policy.logits})

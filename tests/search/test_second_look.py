@@ -13,7 +13,7 @@ from torch.nn import functional
 from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.errors import DataError
 from fliqs_hf.nn import make_searchable
-from fliqs_hf.search import SearchSpace, Sensitivity, choice_at_target, fisher_scores, second_look, sensitivity
+from fliqs_hf.search import SearchProblem, SearchSpace, Sensitivity, fisher_scores, second_look, sensitivity
 from tests.models import images, tiny
 from tests.search.test_sensitivity import FORMATS, JOINT_BITS, LABELS, apply, logits_of, rounded
 
@@ -22,7 +22,7 @@ def test_processes_share_the_images() -> None:
     """Each of two measures its part; both get the scores of all images, of the first pass and of the second."""
     model, pixels = tiny("vit"), images(len(LABELS))
     space = SearchSpace(trace_layers(model), FORMATS)
-    table, target = CostTable(space.layers, space.formats), Target.of(target_bits=4)
+    problem = SearchProblem(space, CostTable(space.layers, space.formats), Target.of(target_bits=4))
     parts = [[(pixels[part], LABELS[part])] for part in (slice(0, 2), slice(2, None))]
 
     def both(measure: Any) -> list[Sensitivity]:
@@ -37,9 +37,7 @@ def test_processes_share_the_images() -> None:
     whole = first(parts[0] + parts[1])
 
     def second(batches: Any, combine: Any = None) -> Sensitivity:
-        return second_look(
-            model, batches, lambda x: model(x).logits, space, table, target, whole, combine=combine
-        )  # fmt: skip
+        return second_look(model, batches, lambda x: model(x).logits, problem, whole, combine=combine)
 
     for measure in (first, second):
         everything = measure(parts[0] + parts[1])
@@ -54,16 +52,16 @@ def test_a_second_look_is_the_mean_of_scores_before_and_after_quantization() -> 
     goes through its quantized weight, as there its gradient does."""
     model, pixels = tiny("vit"), images(len(LABELS))
     space = SearchSpace(trace_layers(model), ("int2", "e2m1", "int8"))
-    table, target = CostTable(space.layers, space.formats), Target.of(target_bits=5)
+    problem = SearchProblem(space, CostTable(space.layers, space.formats), Target.of(target_bits=5))
     batches = list(zip(pixels.split(2), LABELS.split(2), strict=True))
     first = fisher_scores(model, batches, lambda x: model(x).logits, space)
     before = copy.deepcopy(model.state_dict())
-    found = second_look(model, iter(batches), lambda x: model(x).logits, space, table, target, first)
+    found = second_look(model, iter(batches), lambda x: model(x).logits, problem, first)
     assert (found.images, found.seconds > first.seconds) == (len(LABELS), True)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert not any(hasattr(module, "switch") or module._forward_hooks for module in model.modules())
 
-    allocation = space.allocation(choice_at_target(space, table, -first.decision_scores, target))
+    allocation = space.allocation(problem.choice_at_target(-first.decision_scores))
     assert len({formats.weight for formats in allocation.values()}) > 1
     make_searchable(model, space.formats, names=list(allocation)).set_allocation(allocation)
     second = torch.zeros(len(space.decisions), len(space.formats), dtype=torch.float64)
@@ -105,14 +103,14 @@ def test_a_layer_that_dies_when_quantized_is_not_free(monkeypatch: pytest.Monkey
     that the first look found; scores whose product float32 cannot hold keep their mean."""
     model = tiny("vit")
     space = SearchSpace(trace_layers(model), FORMATS)
-    table, target = CostTable(space.layers, space.formats), Target.of(target_bits=4)
+    problem = SearchProblem(space, CostTable(space.layers, space.formats), Target.of(target_bits=4))
     first = torch.rand(len(space.decisions), len(FORMATS)) + 0.1
     first[1] = 1e-30
     second = first.clone()
     second[0] = 0
     found = Sensitivity(second, 5, 1.0)
     monkeypatch.setattr(sensitivity, "_measured", lambda *_, **__: found)
-    twice = second_look(model, [], logits_of, space, table, target, Sensitivity(first, 5, 1.0)).decision_scores
+    twice = second_look(model, [], logits_of, problem, Sensitivity(first, 5, 1.0)).decision_scores
     torch.testing.assert_close(twice[0], first[0] * 1e-3**0.5)
     torch.testing.assert_close(twice[1:], first[1:])
 
@@ -123,5 +121,5 @@ def test_a_second_look_that_fails_leaves_the_model_plain() -> None:
     table = CostTable(space.layers, space.formats)
     first = Sensitivity(torch.rand(len(space.decisions), len(space.formats)), 5, 0.0)
     with pytest.raises(DataError, match="no images"):
-        second_look(model, [], lambda x: model(x).logits, space, table, Target.of(target_bits=4), first)
+        second_look(model, [], lambda x: model(x).logits, SearchProblem(space, table, Target.of(target_bits=4)), first)
     assert not any(hasattr(module, "switch") for module in model.modules())

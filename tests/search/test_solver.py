@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.cost import CostTable, LayerInfo, Target
-from fliqs_hf.errors import TargetError
-from fliqs_hf.search import SearchSpace, best_choice, choice_at_target, pareto_front, reachable_range
+from fliqs_hf.errors import ConfigError, TargetError
+from fliqs_hf.search import SearchProblem, SearchSpace
 from tests.search.networks import BLOCKS, LONE
 
 FORMATS = ("int2", "e2m0", "e2m1", "int4", "int8")
@@ -42,6 +42,7 @@ def test_no_allocation_is_better(name: str, kind: str) -> None:
     rest tiny), and of nothing but ties."""
     space = SPACES[name]()
     table = CostTable(space.layers, space.formats, kind, fixed_cost=17)  # type: ignore[arg-type]
+    problem = SearchProblem(space, table)
     generator = torch.Generator().manual_seed(0)
     shape = (len(space.decisions), len(FORMATS))
     choices, costs, _ = enumerate_all(space, table, torch.zeros(shape))
@@ -57,9 +58,9 @@ def test_no_allocation_is_better(name: str, kind: str) -> None:
                 inside = (costs >= low) & (costs <= high)
                 if not inside.any():
                     with pytest.raises(TargetError):
-                        best_choice(space, table, scores, low=low, high=high)
+                        problem.best_choice(scores, low=low, high=high)
                     continue
-                found = best_choice(space, table, scores, low=low, high=high)
+                found = problem.best_choice(scores, low=low, high=high)
                 cost = table.of(space.allocation(found))
                 assert low <= cost <= high
                 best = total[inside].max().item()
@@ -74,8 +75,9 @@ def test_the_reachable_range_is_that_of_all_allocations(name: str) -> None:
     space = SPACES[name]()
     for kind in ("bops", "weight_bytes"):
         table = CostTable(space.layers, space.formats, kind, fixed_cost=17)  # type: ignore[arg-type]
+        problem = SearchProblem(space, table)
         _, costs, _ = enumerate_all(space, table, torch.zeros(len(space.decisions), len(FORMATS)))
-        assert reachable_range(space, table) == (costs.min().item(), costs.max().item())
+        assert problem.reachable == (costs.min().item(), costs.max().item())
 
 
 def test_a_cap_one_operation_below_an_allocation_excludes_it() -> None:
@@ -83,14 +85,15 @@ def test_a_cap_one_operation_below_an_allocation_excludes_it() -> None:
     layers = [LayerInfo(f"layer{i}", "linear", 10**9 + 1, 1, 1, i) for i in range(3)]
     space = SearchSpace(layers, "int2,int4")
     table = CostTable(layers, space.formats)
+    problem = SearchProblem(space, table)
     scores = torch.tensor([[0.0, 1.0]] * 3)
     two_of_three = (10**9 + 1) * (4 + 16 + 16)
-    assert best_choice(space, table, scores, low=0, high=two_of_three).sum() == 2
-    assert best_choice(space, table, scores, low=0, high=two_of_three - 1).sum() == 1
-    assert best_choice(space, table, -scores, low=two_of_three, high=1e12).sum() == 2
-    assert best_choice(space, table, -scores, low=two_of_three + 1, high=1e12).sum() == 3
+    assert problem.best_choice(scores, low=0, high=two_of_three).sum() == 2
+    assert problem.best_choice(scores, low=0, high=two_of_three - 1).sum() == 1
+    assert problem.best_choice(-scores, low=two_of_three, high=1e12).sum() == 2
+    assert problem.best_choice(-scores, low=two_of_three + 1, high=1e12).sum() == 3
     with pytest.raises(TargetError, match="the space has a gap there"):
-        best_choice(space, table, scores, low=two_of_three - 1000, high=two_of_three - 1)
+        problem.best_choice(scores, low=two_of_three - 1000, high=two_of_three - 1)
 
 
 def test_a_choice_at_the_cap_is_found_behind_one_that_only_the_tolerance_admits() -> None:
@@ -98,8 +101,9 @@ def test_a_choice_at_the_cap_is_found_behind_one_that_only_the_tolerance_admits(
     layers = [LayerInfo("dear", "linear", 10**9 + 1, 1, 1, 0), LayerInfo("exact", "linear", 10**9, 1, 1, 1)]
     space = SearchSpace(layers, "int2,int4")
     table = CostTable(layers, space.formats)
+    problem = SearchProblem(space, table)
     high = (10**9 + 1) * 4 + 10**9 * 16
-    assert best_choice(space, table, torch.tensor([[0.0, 1.0], [0.0, 0.9]]), low=0, high=high).tolist() == [0, 1]
+    assert problem.best_choice(torch.tensor([[0.0, 1.0], [0.0, 0.9]]), low=0, high=high).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -110,6 +114,7 @@ def test_nothing_is_better_among_more_allocations_than_can_be_enumerated(seed: i
     layers = [LayerInfo(f"layer{i}", "linear", macs[i], 9, 1, i) for i in range(24)]
     space = SearchSpace(layers, "int2,int3,int4,int5,int6,int8")
     table = CostTable(layers, space.formats)
+    problem = SearchProblem(space, table)
     hurt = torch.tensor([1.0, 0.5, 0.2, 0.1, 0.05, 0.01]).double()
     scores = -(hurt + 0.02 * torch.rand(24, 6, generator=generator)) * (0.2 + torch.rand(24, 1, generator=generator))
     high = int(table.uniform_bits(3.7))
@@ -121,7 +126,7 @@ def test_nothing_is_better_among_more_allocations_than_can_be_enumerated(seed: i
             for s, cost in zip(row, costs, strict=True)
         ]
         best = np.maximum.reduce(longer)
-    found = best_choice(space, table, scores, low=0, high=high)
+    found = problem.best_choice(scores, low=0, high=high)
     # both are float64 sums of 24 scores of at most 1.2
     assert float(scores.gather(1, found[:, None]).sum()) == pytest.approx(best.max(), abs=1e-7)
 
@@ -131,28 +136,31 @@ def test_many_choices_within_the_tolerance_of_a_cap() -> None:
     layers = [LayerInfo(f"layer{i}", "linear", 10**9 + 1, 1, 1, i) for i in range(12)]
     space = SearchSpace(layers, "int2,int4")
     table = CostTable(layers, space.formats)
+    problem = SearchProblem(space, table)
     high = (10**9 + 1) * (6 * 4 + 6 * 16) - 1
-    assert best_choice(space, table, torch.tensor([[0.0, 1.0]] * 12), low=0, high=high).sum() == 5
+    assert problem.best_choice(torch.tensor([[0.0, 1.0]] * 12), low=0, high=high).sum() == 5
 
 
 def test_a_decision_for_the_whole_model_is_possible() -> None:
     space = SearchSpace(LONE, FORMATS, tie=["model"])
     table = CostTable(LONE, space.formats)
+    problem = SearchProblem(space, table)
     scores = torch.tensor([[0.0, 1.0, 3.0, 2.0, 9.0]])
-    choice = best_choice(space, table, scores, low=0, high=table.uniform("int4"))
+    choice = problem.best_choice(scores, low=0, high=table.uniform("int4"))
     assert choice.tolist() == [2]
 
 
 def test_an_unreachable_range_names_what_is_reachable() -> None:
     space = SearchSpace(LONE, "int2,int4")
     table = CostTable(LONE, space.formats)
+    problem = SearchProblem(space, table)
     scores = torch.zeros(5, 2)
     with pytest.raises(
         TargetError, match="between 1 and 2; the space reaches from 4800 to 19200; choose a target within"
     ):
-        best_choice(space, table, scores, low=1, high=2)
+        problem.best_choice(scores, low=1, high=2)
     with pytest.raises(TargetError, match="reaches from 4800 to 19200"):
-        best_choice(space, table, scores, low=19201, high=1e9)
+        problem.best_choice(scores, low=19201, high=1e9)
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:
@@ -160,18 +168,7 @@ def test_scores_that_are_not_finite_are_refused() -> None:
     scores = torch.zeros(5, 2)
     scores[0, 0] = -torch.inf
     with pytest.raises(ValueError, match="finite"):
-        best_choice(space, CostTable(LONE, space.formats), scores, low=0, high=1e9)
-
-
-def test_a_pareto_front_is_the_best_choice_of_each_target() -> None:
-    space = SearchSpace(LONE, FORMATS)
-    table = CostTable(LONE, space.formats)
-    scores = torch.randn(5, 5, generator=torch.Generator().manual_seed(3))
-    targets = [table.uniform_bits(bits) for bits in (2.5, 3, 4, 5)]
-    front = pareto_front(space, table, scores, targets, band=0.2)
-    for target, choice in zip(targets, front, strict=True):
-        assert torch.equal(choice, best_choice(space, table, scores, low=0.8 * target, high=target))
-        assert 0.8 * target <= space.cost_of(table, choice).item() <= target
+        SearchProblem(space, CostTable(LONE, space.formats)).best_choice(scores, low=0, high=1e9)
 
 
 @pytest.mark.parametrize("cap", [False, True])
@@ -190,9 +187,18 @@ def test_a_target_between_allocations_is_met_within_its_tolerance(cap: bool) -> 
                 break
         if not inside.any():
             with pytest.raises(TargetError, match="no allocation costs between"):
-                choice_at_target(space, table, scores, target, band=0.01)
+                SearchProblem(space, table, target).choice_at_target(scores, band=0.01)
             continue
         widened += low < 0.99
-        found = choice_at_target(space, table, scores, target, band=0.01)
+        found = SearchProblem(space, table, target).choice_at_target(scores, band=0.01)
         assert found.tolist() == choices[inside][total[inside].argmax()].tolist(), cost
     assert widened > 1
+
+
+def test_a_problem_without_a_target_says_so_where_one_is_needed() -> None:
+    space = SearchSpace(LONE, FORMATS)
+    problem = SearchProblem(space, CostTable(LONE, space.formats))
+    assert problem.reachable == (4800, 76800)
+    for use in (lambda: problem.target_cost, lambda: problem.choice_at_target(torch.zeros(5, 5))):
+        with pytest.raises(ConfigError, match="has no target"):
+            use()

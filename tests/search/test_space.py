@@ -10,7 +10,7 @@ import torch
 from fliqs_hf import Allocation
 from fliqs_hf.cost import CostTable, trace_layers
 from fliqs_hf.errors import ConfigError, FormatError
-from fliqs_hf.search import SearchSpace
+from fliqs_hf.search import SearchProblem, SearchSpace
 from tests.models import tiny
 from tests.search.networks import BLOCKS, LONE
 
@@ -106,11 +106,12 @@ def test_a_choice_travels_to_an_allocation_and_back() -> None:
 def test_cost_of_a_batch_of_choices_is_the_cost_of_each_allocation() -> None:
     space = SearchSpace(BLOCKS, "mixed", "separate")
     table = CostTable(BLOCKS, space.formats, fixed_cost=5)
+    problem = SearchProblem(space, table)
     choices = torch.randint(
         len(space.formats), (2, 3, len(space.decisions)), generator=torch.Generator().manual_seed(0)
     )
     expected = [[table.of(space.allocation(choice)) for choice in row] for row in choices]
-    assert space.cost_of(table, choices).tolist() == expected
+    assert problem.cost(choices).tolist() == expected
 
 
 @pytest.mark.parametrize("activation", ["same", "separate"])
@@ -119,14 +120,13 @@ def test_expected_cost_equals_the_sum_over_all_allocations(activation: str, kind
     layers = BLOCKS[:4]
     space = SearchSpace(layers, "int2,e2m1,bf16", activation)  # type: ignore[arg-type]
     table = CostTable(layers, space.formats, kind, fixed_cost=11)  # type: ignore[arg-type]
+    problem = SearchProblem(space, table)
     p = torch.rand(len(space.decisions), 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     p /= p.sum(-1, keepdim=True)
     every = torch.tensor(list(itertools.product(range(3), repeat=len(space.decisions))))
     weights = p[torch.arange(len(space.decisions)), every].prod(-1)
     # float64 sums in different orders
-    assert space.expected_cost(table, p).item() == pytest.approx(
-        (weights * space.cost_of(table, every)).sum().item(), rel=1e-12
-    )
+    assert problem.expected_cost(p).item() == pytest.approx((weights * problem.cost(every)).sum().item(), rel=1e-12)
 
 
 def test_excluded_formats() -> None:

@@ -1,0 +1,133 @@
+"""`SearchProblem`: what is chosen, what it costs, and what it may cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fliqs_hf.cost import CostTable, Target
+from fliqs_hf.errors import ConfigError, TargetError
+from fliqs_hf.search.solver import IntegerProgram
+from fliqs_hf.search.space import SearchSpace
+from fliqs_hf.wording import figure
+
+
+@dataclass(frozen=True)
+class SearchProblem:
+    """The decisions of a search with their costs and the target that they must meet, for every way of choosing.
+
+    Attributes:
+        costs: of the layers and formats of `space`, of the kind that `target` is measured by.
+        target: None where only costs matter, as for a whole front.
+
+    Raises: ConfigError: a table of costs of other layers or formats.
+    """
+
+    space: SearchSpace
+    costs: CostTable
+    target: Target | None = None
+
+    def __post_init__(self) -> None:
+        self.space.check_table(self.costs)
+
+    @property
+    def aim(self) -> Target:
+        """The target. Raises: ConfigError: there is none."""
+        if self.target is None:
+            raise ConfigError("this search problem has no target: give one, SearchProblem(space, costs, target)")
+        return self.target
+
+    @cached_property
+    def reachable(self) -> tuple[float, float]:
+        """Cost of the cheapest and of the dearest allocation of the space, exactly."""
+        cheapest, dearest = (self._program.extreme(sign) for sign in (-1.0, 1.0))
+        return float(self.cost(cheapest)), float(self.cost(dearest))
+
+    @cached_property
+    def target_cost(self) -> float:
+        """The target in the unit of `costs`. Raises: TargetError: out of reach of the space. ConfigError: none."""
+        return self.aim.resolve(self.costs, self.reachable)
+
+    def cost(self, choice: Tensor) -> Tensor:
+        """Cost of choices [..., D]: float64 [...], on their device."""
+        return self.costs.cost(*self.space.indices(choice))
+
+    def expected_cost(self, probabilities: Tensor) -> Tensor:
+        """Expected cost when decisions are drawn independently from `probabilities` [D, K]: float64 scalar.
+
+        Exact and differentiable. Layers whose two decisions are one cost Σ_k p_k T[k, k], others Σ_wa p_w p_a T[w, a].
+        """
+        costs, _ = self.costs.on(probabilities.device)
+        p = probabilities.double()
+        weight_decision, activation_decision = self.space.decisions_on(p.device)
+        weight, activation = p[weight_decision], p[activation_decision]
+        tied = weight_decision == activation_decision
+        diagonal = (weight * costs.diagonal(dim1=1, dim2=2)).sum(1)
+        pairs = torch.einsum("lw,la,lwa->l", weight, activation, costs)
+        return torch.where(tied, diagonal, pairs).sum() + self.costs.fixed_cost
+
+    def best_choice(self, scores: Tensor, *, low: float, high: float) -> Tensor:
+        """The choice of highest total score whose cost is within [low, high], whatever the target.
+
+        The bounds hold exactly: costs are recomputed, and a choice that only the solver's tolerance admits is cut
+        off. The score is optimal to about 1e-10 of the range of `scores` per decision.
+
+        Args:
+            scores: [D, K], finite, such as log-probabilities or −sensitivities; the total is summed over decisions.
+            low, high: in the unit of `costs`; `low` may be −inf.
+        Returns: int64 [D], on the CPU.
+        Raises: TargetError: no choice has a cost in that range (it names the range of the space), or the solver gave
+            up. ConfigError: scores of another shape or not finite, or bounds that are no numbers.
+        """
+        low, high = _number("low", low), _number("high", high)
+        if (choice := self._program.solve(scores, low, high)) is not None:
+            return choice
+        cheapest, dearest = self.reachable
+        reason = (
+            "the space has a gap there: widen the range, tie fewer layers or add formats"
+            if cheapest <= high and low <= dearest
+            else "choose a target within that"
+        )
+        raise TargetError(
+            f"no allocation costs between {figure(low)} and {figure(high)}; the space reaches "
+            f"from {figure(cheapest)} to {figure(dearest)}; {reason}"
+        )
+
+    def choice_at_target(self, scores: Tensor, band: float = 0.03) -> Tensor:
+        """The choice of highest total score that meets the target.
+
+        It costs between 1 − `band` and 1 times the target, and a two-sided target is met within its tolerance. Where
+        no choice lies in that band, it is widened to what the target allows.
+
+        Args:
+            scores: [D, K], as for `best_choice`.
+        Returns: int64 [D], on the CPU.
+        Raises: TargetError: the target is outside the range of the space, or in a gap of it.
+        """
+        target, cost, band = self.aim, self.target_cost, _number("band", band)
+        tolerance = Target.TOLERANCE - 1e-9  # rounding of cost / target must not exceed it
+        band = band if target.cap else min(band, tolerance)
+        try:
+            return self.best_choice(scores, low=(1 - band) * cost, high=cost)
+        except TargetError:
+            low, high = (0.0, 1.0) if target.cap else (1 - tolerance, 1 + tolerance)
+            return self.best_choice(scores, low=low * cost, high=high * cost)
+
+    @cached_property
+    def _program(self) -> IntegerProgram:
+        return IntegerProgram(self.space, self.costs)
+
+
+def _number(name: str, value: object) -> float:
+    """Raises: ConfigError: `value` is no number."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if math.isnan(number):
+        raise ConfigError(f"{name}={value!r} must be a number")
+    return number
