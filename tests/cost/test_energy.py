@@ -9,7 +9,7 @@ from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.cost import ENERGY, CostTable, LayerInfo, Target, unregister
 from fliqs_hf.cost.energy import DRAM_READ, multiply_pj
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.search import SearchSpace, best_choice
+from fliqs_hf.search import SearchProblem, SearchSpace
 
 LAYER = LayerInfo("fc", "linear", 1000, 100, 10, 0)
 
@@ -48,7 +48,7 @@ def test_it_is_a_cost_like_any_other() -> None:
     target = Target.of(target_energy_uj=0.05, cap=True)
     assert target.cost_kind == "energy_uj"
     scores = torch.rand(len(space.decisions), 2, generator=torch.Generator().manual_seed(0))
-    found = best_choice(space, table, scores, low=0, high=target.resolve(table))
+    found = SearchProblem(space, table, target).choice_at_target(scores)
     assert table.of(space.allocation(found)) <= 0.05
     with pytest.raises(ConfigError, match="no cost that was registered from outside"):
         unregister("energy_uj")
