@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from torch.nn import functional
 
-from fliqs_hf.nn import FormatSwitch, SearchableConv2d, SearchableLinear
-from fliqs_hf.nn.searchable import SharedInput
+from fliqs_hf.nn import FormatSwitch
+from fliqs_hf.nn.searchable import SearchableLayer, SharedInput
 from fliqs_hf.search import SearchSpace
 
 
@@ -45,7 +44,7 @@ class Mixture:
             if group is not None and groups.count(group) > 1:
                 shared = inputs.setdefault(group, [SharedInput(groups.count(group)) for _ in space.formats])
             allowed = tuple(space.allowed[decision].nonzero().flatten().tolist())
-            layer.__class__ = _MIXED[type(layer)]
+            layer.__class__ = _mixed_class(type(layer))  # type: ignore[arg-type]
             layer.__dict__.update(mixture=self, decision=decision, allowed=allowed, shared_inputs=shared)
 
     def set(self, probabilities: Tensor | None) -> None:
@@ -62,24 +61,36 @@ class Mixture:
                     del layer.__dict__[attribute]
 
 
-class _Mixed(nn.Module):
-    """What both layer types share. `Mixture` gives a searchable layer this class and these attributes."""
+if TYPE_CHECKING:
+    _Base = SearchableLayer
+else:
+    _Base = nn.Module
+
+
+class _Mixed(_Base):
+    """What comes before the searchable class of any kind of layer. `Mixture` gives a searchable layer such a class and
+    these attributes."""
 
     searchable: type[nn.Module]
-    kind: str
-    weight: Tensor
-    switch: FormatSwitch
     mixture: Mixture
     decision: int
     allowed: tuple[int, ...]
     shared_inputs: list[SharedInput] | None
 
-    def mixed(self, x: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Σ_k p_k · `compute`(Q_k(x), Q_k(weight))."""
+    def forward(self, input: Tensor) -> Tensor:
+        if self.mixture.probabilities is None:
+            return super().forward(input)
+        return self.mixed(input)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """Σ_k p_k · layer(Q_k(x), Q_k(weight))."""
         probabilities = self.mixture.probabilities
         assert probabilities is not None
+        kind, rows = self.kind, self.kind.rows(self, self.weight)
+        weights = ((k, self.switch.weights(rows, self.mixture.formats[k])) for k in self.allowed)
         branches = (
-            probabilities[self.decision][k] * compute(self._input(x, k), self._weight(k)) for k in self.allowed
+            probabilities[self.decision][k] * kind.multiply(self, self._input(x, k), weight, self.bias)
+            for k, weight in weights
         )
         total = next(branches)
         for branch in branches:
@@ -87,33 +98,12 @@ class _Mixed(nn.Module):
         return total
 
     def _input(self, x: Tensor, k: int) -> Tensor:
-        make = partial(self.switch.inputs[self.kind], x, self.mixture.formats[k])
+        make = partial(self.input_quantizer, x, self.mixture.formats[k])
         return make() if self.shared_inputs is None else self.shared_inputs[k].get(x, make)
 
-    def _weight(self, k: int) -> Tensor:
-        return self.switch.weights(self.weight, self.mixture.formats[k])
 
-
-class MixedLinear(_Mixed, SearchableLinear):
-    """`SearchableLinear` that mixes formats where its mixture has probabilities."""
-
-    searchable = SearchableLinear
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.mixture.probabilities is None:
-            return super().forward(input)
-        return self.mixed(input, lambda x, weight: functional.linear(x, weight, self.bias))
-
-
-class MixedConv2d(_Mixed, SearchableConv2d):
-    """`SearchableConv2d` that mixes formats where its mixture has probabilities."""
-
-    searchable = SearchableConv2d
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.mixture.probabilities is None:
-            return super().forward(input)
-        return self.mixed(input, lambda x, weight: self._conv_forward(x, weight, self.bias))
-
-
-_MIXED: dict[type[nn.Module], type[nn.Module]] = {SearchableLinear: MixedLinear, SearchableConv2d: MixedConv2d}
+@cache
+def _mixed_class(searchable: type[SearchableLayer]) -> type[nn.Module]:
+    """`searchable`, which mixes formats where its mixture has probabilities."""
+    name = searchable.__name__.replace("Searchable", "Mixed")
+    return type(name, (_Mixed, searchable), {"searchable": searchable, "__module__": __name__})

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from fliqs_hf.cost.products import WeightProducts
 from fliqs_hf.errors import AllocationError, ConfigError, FliqsError
 from fliqs_hf.fields import check_fields
 from fliqs_hf.nn.evaluation import evaluation
+from fliqs_hf.nn.kinds import find_kind, kind_of, kinds, known_classes
 from fliqs_hf.nn.select import quantizable_layers, why_not
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_IMAGE_SIZE = 224
 
 
-Kind = Literal["linear", "conv2d", "fp32"]
+#: What cannot be quantized, as the kind of a layer.
+FP32 = "fp32"
 
 #: Of a model in which more than this part of the MACs stays in fp32 we warn: quantization cannot do much for it.
 LARGE_FP32_SHARE = 0.5
@@ -40,9 +41,9 @@ class LayerInfo:
 
     Attributes:
         name: as `model.named_modules()` gives it; the parameter's name where its module has several that compute.
-        kind: "fp32" for what cannot be quantized (subclasses with a forward pass of their own, transposed and 1-D
-            convolutions, fused projections of attention, tied or normalized weights, bare parameters): it costs its
-            MACs at 32 × 32 bits in every allocation, and none may name it.
+        kind: the name of a registered kind of layer, such as "conv2d", or "fp32" for what cannot be quantized
+            (modules of no known kind, fused projections of attention, tied or normalized weights, bare parameters): it
+            costs its MACs at 32 × 32 bits in every allocation, and none may name it.
         macs: multiply-accumulates per image, summed over the calls of one forward pass; products with padding count,
             bias additions do not.
         weight_numel: elements of the weight.
@@ -54,7 +55,7 @@ class LayerInfo:
     """
 
     name: str
-    kind: Kind
+    kind: str
     macs: int
     weight_numel: int
     out_channels: int
@@ -64,20 +65,22 @@ class LayerInfo:
         check_fields(self, ConfigError)
         if not self.name:
             raise ConfigError("a layer needs a name, as named_modules() gives it")
+        if self.kind not in (known := [*(kind.name for kind in kinds()), FP32]):
+            raise ConfigError(f"layer {self.name!r}: kind={self.kind!r} must be one of {', '.join(map(repr, known))}")
         for attribute in ("macs", "weight_numel", "out_channels"):
             if not is_whole(value := getattr(self, attribute), 1):
                 raise ConfigError(f"layer {self.name!r}: {attribute}={value!r} must be a whole number, at least 1")
 
     @property
     def quantizable(self) -> bool:
-        return self.kind != "fp32"
+        return self.kind != FP32
 
 
 @dataclass
 class _Seen:
     """Calls of one layer during the trace, or products of one weight outside of all layers."""
 
-    shape: tuple[Kind, int, int]  # kind, elements of the weight, outputs
+    shape: tuple[str, int, int]  # kind, elements of the weight, outputs
     macs: int = 0
     inputs: list[tuple[int, int]] = field(default_factory=list)  # (identity, version) of the input of each call
 
@@ -117,7 +120,7 @@ def trace_layers(
             f"leave it out of `names`, or give `inputs` that reach it"
         )
     if not seen:
-        raise ConfigError(f"the forward pass of {type(model).__name__} calls no Linear or Conv2d layer")
+        raise ConfigError(f"the forward pass of {type(model).__name__} calls no layer that is {known_classes('or')}")
     if missing:
         logger.warning("%d layers are never called and have no cost: %s", len(missing), ", ".join(missing))
 
@@ -127,8 +130,8 @@ def trace_layers(
         if names is not None and name not in names:
             continue
         kind, weight_numel, out_channels = record.shape
-        # The kind is part of the key: a Linear and a convolution quantize one tensor along different dimensions.
-        key = (kind, *record.inputs) if kind != "fp32" else (name,)
+        # Tokens are part of the key: a Linear and a convolution quantize one tensor along different dimensions.
+        key = (find_kind(kind).tokens, *record.inputs) if kind != FP32 else (name,)
         group = groups.setdefault(key, len(groups))
         macs = -(-record.macs // batch)  # rounded up where a layer's work does not depend on the batch
         result.append(LayerInfo(name, kind, macs, weight_numel, out_channels, group))
@@ -143,7 +146,7 @@ def _warn_of_fp32(model: nn.Module, layers: list[LayerInfo]) -> None:
     if share > LARGE_FP32_SHARE:
         logger.warning(
             "%.1f %% of the multiply-accumulates of %s stay in fp32, whatever its formats: %d weights belong to no "
-            "Linear or Conv2d layer that can be quantized, such as %s",
+            "layer that can be quantized, such as %s",
             100 * share, type(model).__name__, len(rest), ", ".join(layer.name for layer in rest[:3]),
         )  # fmt: skip
 
@@ -209,8 +212,8 @@ def _watch(
     alive: list[Tensor] = []  # inputs are kept, so that no identity is used twice
 
     def multiplied(name: str, weight: Tensor, macs: int) -> None:
-        record = seen.setdefault(name, _Seen(("fp32", weight.numel(), len(weight))))
-        record.shape = ("fp32", *record.shape[1:])  # a layer that is called, but whose weight is read as well
+        record = seen.setdefault(name, _Seen((FP32, weight.numel(), len(weight))))
+        record.shape = (FP32, *record.shape[1:])  # a layer that is called, but whose weight is read as well
         record.macs += macs
 
     products = WeightProducts(model, multiplied)
@@ -218,11 +221,12 @@ def _watch(
     def hook_of(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             products.leave(output)
-            x: Tensor = args[0] if args else kwargs["input"]
-            _, weight_numel, out_channels = shape = _geometry(module)
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            kind = kind_of(module)
+            shape = kind.weight_shape(module)
             alive.append(x)
-            record = seen.setdefault(name, _Seen(shape))
-            record.macs += output.numel() // out_channels * weight_numel
+            record = seen.setdefault(name, _Seen((kind.name, shape.numel(), shape[0])))
+            record.macs += kind.macs(module, x, output)
             record.inputs.append((id(x), 0 if x.is_inference() else x._version))
 
         return hook
@@ -273,14 +277,6 @@ def _arguments(model: nn.Module, inputs: Tensor | Mapping[str, Any] | None) -> t
 
 def _is_fliqs_layer(module: nn.Module) -> bool:
     return getattr(module, "is_fliqs_layer", False) is True
-
-
-def _geometry(layer: Any) -> tuple[Literal["linear", "conv2d"], int, int]:
-    """Kind, elements of the weight, outputs. From the layer's attributes: packed layers hold no plain weight."""
-    if hasattr(layer, "kernel_size"):
-        numel = layer.out_channels * (layer.in_channels // layer.groups) * prod(layer.kernel_size)
-        return "conv2d", numel, layer.out_channels
-    return "linear", layer.out_features * layer.in_features, layer.out_features
 
 
 def _first(configs: Iterable[Any], attribute: str) -> Any:

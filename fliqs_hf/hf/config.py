@@ -35,7 +35,7 @@ LOADING_ATTRIBUTES = ("check_integrity", "kernels", "weight_cache")
 @register_quantization_config(METHOD)
 @dataclass(repr=False)
 class FLIQSConfig(QuantizationConfigMixin):
-    """Quantization of a vision model's Linear and Conv2d layers in integer and floating-point formats.
+    """Quantization of the layers of a vision model (see `fliqs_hf.nn.kinds`) in integer and floating-point formats.
 
     Three uses, by what is given:
         nothing, or formats   quantize an fp32 checkpoint while it loads; the default is uniform W8A8
@@ -211,7 +211,7 @@ class FLIQSConfig(QuantizationConfigMixin):
         if self.allocation is not None:
             return _renamed(self.allocation, model, layers)
         if not layers:
-            raise ConfigError(f"{type(model).__name__} has no Linear or Conv2d layer left to quantize")
+            raise ConfigError(f"{type(model).__name__} has no layer left to quantize")
         default = LayerFormats.of(self.weight_format, self.activation_format)
         formats = dict.fromkeys(layers, default)
         for pattern, value in (self.overrides or {}).items():

@@ -254,7 +254,7 @@ class PackWeight(ConversionOps):
                 continue
             packed = packed_like(layer, quantizer.allocation[name], quantizer.quantization_config.settings)
             try:
-                packed.pack_(weight)
+                packed.pack_(packed.kind.rows(layer, weight))
             except FliqsError as error:
                 quantizer.failure = quantizer.failure or type(error)(f"{key}: {error}")
             quantizer.places.replace(name, packed)
@@ -280,7 +280,7 @@ def searched_layers(model: Any, modules_to_not_convert: list[str] | None) -> tup
     """
     names = list(quantizable_layers(model, modules_to_not_convert))
     if not names:
-        raise ConfigError(f"{type(model).__name__} has no Linear or Conv2d layer left to quantize")
+        raise ConfigError(f"{type(model).__name__} has no layer left to quantize")
     try:
         traced = {layer.name: layer for layer in trace_layers(model)}
     except ConfigError as error:

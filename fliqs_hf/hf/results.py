@@ -66,7 +66,7 @@ class Result:
     """One row of the table of results; None where it was not measured, or where no layer shapes were recorded.
 
     Attributes:
-        costs: by the name of the cost, all that are registered; of the Linear and Conv2d layers.
+        costs: by the name of the cost, all that are registered; of the layers that can be quantized.
     """
 
     name: str

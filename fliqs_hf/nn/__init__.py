@@ -1,7 +1,15 @@
 """Quantized layers: searchable (training) and packed (storage, inference), and how they get into a model."""
 
-from fliqs_hf.nn.packed import PackedConv2d, PackedLinear
-from fliqs_hf.nn.searchable import FormatSwitch, QuantizerSettings, SearchableConv2d, SearchableLinear
+from fliqs_hf.nn.kinds import (
+    LayerKind,
+    PackedConv2d,
+    PackedLinear,
+    SearchableConv2d,
+    SearchableLinear,
+    register_kind,
+    unregister_kind,
+)
+from fliqs_hf.nn.searchable import FormatSwitch, QuantizerSettings
 from fliqs_hf.nn.select import quantizable_layers
 from fliqs_hf.nn.swap import (
     format_switch,
@@ -14,6 +22,7 @@ from fliqs_hf.nn.swap import (
 
 __all__ = [
     "FormatSwitch",
+    "LayerKind",
     "PackedConv2d",
     "PackedLinear",
     "QuantizerSettings",
@@ -24,6 +33,8 @@ __all__ = [
     "pack_model",
     "packed_layers",
     "quantizable_layers",
+    "register_kind",
     "restore",
     "unpack_model",
+    "unregister_kind",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.nn.packed import PackedConv2d, PackedLayer, PackedLinear
+from fliqs_hf.nn.packed import PackedLayer
 
 #: Ways to initialise an adapter that leave the weight as it is; others move a part of it into the adapter.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
@@ -31,15 +31,20 @@ def register_peft() -> None:
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
         layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(layer, PackedLayer):
-            _check(config)
-            return classes[type(layer)](target, adapter_name, config=config, **kwargs)
+            _check(layer, config)
+            return classes[layer.kind.lora](target, adapter_name, config=config, **kwargs)
         return default(target, adapter_name, config=config, **kwargs)
 
     model.dispatch_default = dispatch
 
 
-def _check(config: Any) -> None:
-    """Raises: ConfigError: a kind of LoRA that changes the weight below it."""
+def _check(layer: PackedLayer, config: Any) -> None:
+    """Raises: ConfigError: a layer that peft has no adapter for, or a LoRA that changes the weight below it."""
+    if not layer.kind.lora:
+        raise ConfigError(
+            f"target_modules reaches a packed {layer.kind.plain.__name__} layer, for which there is no LoRA adapter: "
+            "leave it out of target_modules"
+        )
     if config.init_lora_weights not in _INITIALISATIONS:
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} moves a part of the weight into the adapter, but packed "
@@ -47,8 +52,8 @@ def _check(config: Any) -> None:
         )
 
 
-def _adapters() -> dict[type[PackedLayer], type[nn.Module]]:
-    """The class of an adapter for each class of packed layers."""
+def _adapters() -> dict[str, type[nn.Module]]:
+    """The class of an adapter for each `lora` of a kind of layers."""
     from peft.tuners import lora
 
     class _OnPacked:
@@ -57,8 +62,8 @@ def _adapters() -> dict[type[PackedLayer], type[nn.Module]]:
         base_layer: nn.Module
 
         def _get_in_out_features(self, module: Any) -> tuple[int, int]:
-            linear = isinstance(module, PackedLinear)
-            return (module.in_features, module.out_features) if linear else (module.in_channels, module.out_channels)
+            outputs, inputs = module.weight_shape[:2]
+            return (inputs, outputs) if module.kind.matrix else (module.in_channels, module.out_channels)
 
         def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
             if (variant := super().resolve_lora_variant(config=config, **kwargs)) is not None:  # type: ignore[misc]
@@ -75,19 +80,19 @@ def _adapters() -> dict[type[PackedLayer], type[nn.Module]]:
             )
 
     class LoraPackedLinear(_OnPacked, lora.Linear):
-        """A LoRA adapter on `PackedLinear`."""
+        """A LoRA adapter on packed layers that are a matrix."""
 
     class LoraPackedConv2d(_OnPacked, lora.Conv2d):
-        """A LoRA adapter on `PackedConv2d`."""
+        """A LoRA adapter on packed convolutions."""
 
         def update_layer(self, *args: Any, **kwargs: Any) -> None:
             packed: Any = self.base_layer
             # peft makes the adapter's convolutions of the class of the layer below.
-            geometry = {**packed.geometry, "device": packed.weight_codes.device, "dtype": packed.dtype}
-            self.base_layer = nn.Conv2d(**geometry, bias=packed.bias is not None)
+            plain = packed.kind.make_plain(packed, packed.bias is not None)
+            self.base_layer = plain.to_empty(device=packed.weight_codes.device).to(packed.dtype)
             try:
                 super().update_layer(*args, **kwargs)
             finally:
                 self.base_layer = packed
 
-    return {PackedLinear: LoraPackedLinear, PackedConv2d: LoraPackedConv2d}
+    return {"Linear": LoraPackedLinear, "Conv2d": LoraPackedConv2d}

@@ -22,7 +22,8 @@ from fliqs_hf.errors import ConfigError, FliqsError
 from fliqs_hf.formats.packing import pack
 from fliqs_hf.formats.rounding import encode
 from fliqs_hf.nn.evaluation import evaluation
-from fliqs_hf.nn.packed import PackedConv2d
+from fliqs_hf.nn.kinds import kind_of, plain_kind
+from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.replace import replace
 from fliqs_hf.nn.select import left_out
 
@@ -93,7 +94,7 @@ def convolutions_before(model: nn.Module, inputs: Mapping[str, Any]) -> Pairs:
     """
     norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     convolutions = {
-        name: module for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, PackedConv2d))
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d) or _convolves(module)
     }
     readers, calls, before = _Readers(), Counter[str](), dict[str, str | None]()
     handles: list[Any] = []
@@ -171,6 +172,12 @@ def _pairs(
     return pairs
 
 
+def _convolves(module: nn.Module) -> bool:
+    """Whether a layer of a known kind has images as inputs, so that a BatchNorm2d can follow it."""
+    kind = kind_of(module) if isinstance(module, PackedLayer) else plain_kind(module)
+    return kind is not None and len(kind.tokens.dims) == 3
+
+
 def factor_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """g and h of y·g + h, float64 [channels]."""
     assert norm.running_mean is not None and norm.running_var is not None
@@ -182,7 +189,7 @@ def factor_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 class _Change:
     """Of one packed convolution: the tensors that it gets."""
 
-    conv: PackedConv2d
+    conv: PackedLayer
     codes: Tensor
     scale: Tensor | None
     bias: nn.Parameter
@@ -204,7 +211,7 @@ def fold_packed(model: nn.Module, pairs: Pairs) -> tuple[dict[str, str], dict[st
     for name, norm_name in pairs.norms.items():
         conv, norm = model.get_submodule(name), model.get_submodule(norm_name)
         assert isinstance(norm, nn.BatchNorm2d)
-        if not isinstance(conv, PackedConv2d):
+        if not isinstance(conv, PackedLayer):
             kept[norm_name] = f"{name!r}, which it follows, is not quantized"
             continue
         change = _change(conv, norm)
@@ -220,7 +227,7 @@ def fold_packed(model: nn.Module, pairs: Pairs) -> tuple[dict[str, str], dict[st
     return folded, kept
 
 
-def _change(conv: PackedConv2d, norm: nn.BatchNorm2d) -> _Change | str:
+def _change(conv: PackedLayer, norm: nn.BatchNorm2d) -> _Change | str:
     """What the convolution gets, or why it cannot take in the norm: a scale of another shape, or out of range."""
     factor, shift = factor_and_shift(norm)
     values = (shift if conv.bias is None else shift + conv.bias.double() * factor).to(conv.dtype)
@@ -255,15 +262,16 @@ def fold_plain(model: nn.Module, pairs: Pairs) -> tuple[dict[str, str], dict[str
     folded, kept = dict[str, str](), dict(pairs.others)
     for name, norm_name in pairs.norms.items():
         conv, norm = model.get_submodule(name), model.get_submodule(norm_name)
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(norm, nn.BatchNorm2d)
         if name in reasons:
             kept[norm_name] = f"of {name!r}, which it follows: {reasons[name]}"
             continue
         factor, shift = factor_and_shift(norm)
-        conv.weight.copy_(conv.weight.double() * factor.view(-1, 1, 1, 1))
-        if conv.bias is not None:
-            shift += conv.bias.double() * factor
-            conv.bias.zero_()
+        kind, weight, bias = kind_of(conv), conv.get_parameter("weight"), conv.bias
+        weight.copy_(kind.parameter(conv, kind.rows(conv, weight).double() * factor.view(-1, 1, 1, 1)))
+        if isinstance(bias, Tensor):
+            shift += bias.double() * factor
+            bias.zero_()
         _only_adds(norm, shift)
         folded[name] = norm_name
     return folded, kept
@@ -290,7 +298,7 @@ def expect_folded(model: nn.Module, packed: Mapping[str, nn.Module], folded: Map
     replacements: dict[str, nn.Module] = {}
     for name, norm_name in folded.items():
         conv, norm = packed.get(name), modules.get(norm_name)
-        if not isinstance(conv, PackedConv2d):
+        if not (isinstance(conv, PackedLayer) and _convolves(conv)):
             raise ConfigError(f"folded: {name!r} is no packed convolution of {type(model).__name__}")
         if type(norm) is not nn.BatchNorm2d or norm.num_features != conv.weight_shape[0]:
             raise ConfigError(
@@ -310,10 +318,10 @@ def unfold(model: nn.Module, folded: Mapping[str, str]) -> None:
     replacements: dict[str, nn.Module] = {}
     for name, norm_name in folded.items():
         conv, old = model.get_submodule(name), model.get_submodule(norm_name)
-        assert isinstance(conv, nn.Conv2d) and isinstance(old, Folded) and conv.bias is not None
+        assert isinstance(old, Folded) and isinstance(conv.bias, Tensor)
         norm = nn.BatchNorm2d(old.num_features, old.eps, old.momentum, device=conv.bias.device, dtype=conv.bias.dtype)
         _only_adds(norm, torch.zeros_like(conv.bias) if old.biased else conv.bias)
         if not old.biased:
-            conv.bias = None
+            conv.register_parameter("bias", None)
         replacements[norm_name] = norm.train(old.training)
     replace(model, replacements)

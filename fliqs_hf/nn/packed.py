@@ -8,7 +8,8 @@ rounds.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.quant import InputQuantizer, fake_quantize, format_data, round_to_grid
 from fliqs_hf.quant.block import decode_scales, encode_scales, from_blocks, to_blocks
 from fliqs_hf.quant.scale import CALIBRATED
+
+if TYPE_CHECKING:
+    from fliqs_hf.nn.kinds.kind import LayerKind
 
 #: What multiplies. `torch.einsum`, `@` and the rest arrive as these.
 _PRODUCTS = frozenset({
@@ -58,7 +62,7 @@ class DecodedWeight(Tensor):
 
 
 class PackedLayer(nn.Module):
-    """Bit-packed weight of one layer.
+    """Bit-packed weight of one layer, [out, ...] whatever the layout of its kind's parameter.
 
     Buffers:
         weight_codes: uint8 [`packed_bytes(weight_numel, bits)`], see `formats/packing.py` for the layout.
@@ -73,7 +77,7 @@ class PackedLayer(nn.Module):
     """
 
     is_fliqs_layer = True
-    kind: str
+    kind: LayerKind
     weight_codes: Tensor
     weight_scale: Tensor | None
     weight_scale_codes: Tensor | None
@@ -91,8 +95,16 @@ class PackedLayer(nn.Module):
         bias: nn.Parameter | None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        geometry: Mapping[str, Any] | None = None,
     ) -> None:
+        """
+        Args:
+            weight_shape: [out, ...].
+            geometry: what else the kind's `multiply` reads, set as attributes.
+        """
         super().__init__()
+        self.geometry = dict(geometry or {})
+        self.__dict__.update(self.geometry)
         self.weight_shape = torch.Size(weight_shape)
         self.formats = formats
         self.settings = settings
@@ -122,7 +134,7 @@ class PackedLayer(nn.Module):
         granularity = settings.activation_granularity
         # There is nothing to calibrate in a format that is used unscaled, or has scales of its own.
         dynamic = granularity not in CALIBRATED or calibrated
-        self._input_quantizer = InputQuantizer(self.kind, granularity if dynamic else "per_token")
+        self._input_quantizer = InputQuantizer(self.kind.tokens, granularity if dynamic else "per_token")
 
     @torch.no_grad()
     def pack_(self, weight: Tensor, scale: Tensor | None = None, whole: Tensor | None = None) -> None:
@@ -160,8 +172,8 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight, `weight_shape`, in the layer's dtype, to look at. Made anew at each access."""
-        weight = self.decoded_weight().to(self.dtype)
+        """The decoded weight, in the layout and dtype of the layer's own, to look at. Made anew at each access."""
+        weight = self.kind.parameter(self, self.decoded_weight()).to(self.dtype)
         return weight if torch.compiler.is_compiling() else weight.as_subclass(DecodedWeight)
 
     def code_values(self) -> Tensor:
@@ -210,18 +222,9 @@ class PackedLayer(nn.Module):
             self._native = native.Native(self)
         return self._native.choice
 
-    @property
-    def not_a_product(self) -> str:
-        """Why the layer is no product of a matrix of rows with its weight; "" where it is."""
-        return ""
-
     def multiply(self, input: Tensor, weight: Tensor) -> Tensor:
-        """The layer's operation, in floating point."""
-        raise NotImplementedError
-
-    def takes(self, input: Tensor) -> bool:
-        """Whether `input` has the shape that a native kernel expects; all others go the reference path."""
-        raise NotImplementedError
+        """The layer's operation, in floating point. Args: weight: [out, ...]."""
+        return self.kind.multiply(self, input, weight, self.bias)
 
     def needs_gradient(self, input: Tensor) -> bool:
         learns = self.bias is not None and self.bias.requires_grad
@@ -235,7 +238,7 @@ class PackedLayer(nn.Module):
             return None
         if self.training and self.needs_gradient(input):
             return None
-        if self.kernel.kernel == "reference" or input.device.type != "cpu" or not self.takes(input):
+        if self.kernel.kernel == "reference" or input.device.type != "cpu" or not self.kind.takes(self, input):
             return None
         assert self._native is not None, "`kernel` makes it"
         return self._native.kernel(self)
@@ -296,49 +299,3 @@ def _has_float_scale(fmt: Format) -> bool:
 def _has_own_range(fmt: Format) -> bool:
     """Whether the scale of an input can be a number from calibration."""
     return fmt.is_scaled and not fmt.scales_itself
-
-
-class PackedLinear(PackedLayer):
-    """`nn.Linear` with a bit-packed weight. Input [..., in], output [..., out]."""
-
-    kind = "linear"
-
-    @property
-    def in_features(self) -> int:
-        return self.weight_shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight_shape[0]
-
-    def takes(self, input: Tensor) -> bool:
-        return input.dim() > 0 and input.numel() > 0 and input.shape[-1] == self.in_features
-
-    def multiply(self, input: Tensor, weight: Tensor) -> Tensor:
-        return functional.linear(input, weight, self.bias)
-
-
-class PackedConv2d(PackedLayer):
-    """`nn.Conv2d` with a bit-packed weight; geometry as the layer it replaces."""
-
-    kind = "conv2d"
-
-    def __init__(self, geometry: nn.Conv2d, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-        self.geometry: dict[str, Any] = {name: getattr(geometry, name) for name in (*names, "padding_mode")}
-        self.__dict__.update(self.geometry)
-        self._reversed_padding_repeated_twice = geometry._reversed_padding_repeated_twice
-
-    @property
-    def not_a_product(self) -> str:
-        g = self.geometry
-        plain = g["padding"] in (0, (0, 0), "valid") and g["dilation"] == (1, 1) and g["groups"] == 1
-        return "" if plain and g["stride"] == g["kernel_size"] else "a convolution whose windows overlap or are padded"
-
-    def takes(self, input: Tensor) -> bool:
-        fits = input.dim() == 4 and input.numel() > 0 and input.shape[1] == self.geometry["in_channels"]
-        return fits and all(n >= k for n, k in zip(input.shape[2:], self.geometry["kernel_size"], strict=True))
-
-    def multiply(self, input: Tensor, weight: Tensor) -> Tensor:
-        return nn.Conv2d._conv_forward(self, input, weight, self.bias)  # type: ignore[arg-type]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import AllocationError, ConfigError, FormatError
@@ -22,6 +21,10 @@ from fliqs_hf.quant.scale import (
     WeightGranularity,
     check_choice,
 )
+from fliqs_hf.quant.tokens import Tokens
+
+if TYPE_CHECKING:
+    from fliqs_hf.nn.kinds.kind import LayerKind
 
 WEIGHT, ACTIVATION = 0, 1
 
@@ -57,8 +60,8 @@ class QuantizerSettings:
     def weights(self) -> WeightQuantizer:
         return WeightQuantizer(self.weight_granularity, self.weight_scale)
 
-    def inputs(self, kind: str) -> InputQuantizer:
-        return InputQuantizer(kind, self.activation_granularity)
+    def inputs(self, tokens: Tokens) -> InputQuantizer:
+        return InputQuantizer(tokens, self.activation_granularity)
 
     def require_dynamic(self, learned: bool = False) -> None:
         """Raises: ConfigError: the settings need calibration images, and there are none here.
@@ -96,7 +99,6 @@ class FormatSwitch:
         self.enabled = True
         self.input_groups: tuple[int | None, ...] = (None,) * len(self.names)  # layers of one group share their input
         self.weights = settings.weights
-        self.inputs = {kind: settings.inputs(kind) for kind in ("linear", "conv2d")}
         self.integer = all(fmt.is_integer for fmt in formats)
         self._own_scales = [fmt.scales_itself for fmt in formats]
         self._rows: list[list[int]] = []  # of formats chosen, on the host; only where some have scales of their own
@@ -256,23 +258,28 @@ class SharedInput:
         return copy
 
 
-class _Searchable:
-    """What both layer types share. `swap.make_searchable` gives an ordinary layer this class and these attributes.
+class SearchableLayer(nn.Module):
+    """What the searchable classes of all kinds share. `swap.make_searchable` gives an ordinary layer such a class and
+    these attributes.
 
     Attributes:
+        kind: of layer.
         plain: the class that it had before.
         switch, row: who chooses its formats, and its index there.
+        input_quantizer: of its tokens.
         shared_input: where layers that read the same tensor meet, or None.
         input_clip: float32 [1], the logarithm of the factor on the absmax scale of each token, over `CLIP_RATE`; only
             where the activation granularity is "per_token_clipped".
     """
 
     is_fliqs_layer = True
-    kind: str
+    kind: LayerKind
     weight: Tensor
+    bias: Any
     plain: type[nn.Module]
     switch: FormatSwitch
     row: int
+    input_quantizer: InputQuantizer
     shared_input: SharedInput | None
     input_clip: nn.Parameter
 
@@ -281,11 +288,11 @@ class _Searchable:
         return (self.input_clip.float() * CLIP_RATE).exp()
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and weight in the formats that the switch says."""
-        switch, weight = self.switch, self.weight
+        """Input and weight, [out, ...], in the formats that the switch says."""
+        switch, weight = self.switch, self.kind.rows(self, self.weight)
         if switch.quantizes(self.row, ACTIVATION):
             fmt, source = switch.format(self.row, ACTIVATION, x.device), x
-            quantizer = switch.inputs[self.kind]
+            quantizer = self.input_quantizer
 
             def make() -> Tensor:
                 if switch.settings.clipped:
@@ -297,27 +304,11 @@ class _Searchable:
             weight = switch.weights(weight, switch.format(self.row, WEIGHT, weight.device), switch.integer)
         return x, weight
 
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = self.quantized(input)
+        return self.kind.multiply(self, x, weight, self.bias)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[misc]
+        super()._apply(fn, recurse)
         self.switch.prepare(self.weight.device)
         return self
-
-
-class SearchableLinear(_Searchable, nn.Linear):
-    """`nn.Linear` whose weight [out, in] and input [..., in] are fake-quantized in formats that a switch chooses."""
-
-    kind = "linear"
-
-    def forward(self, input: Tensor) -> Tensor:
-        x, weight = self.quantized(input)
-        return functional.linear(x, weight, self.bias)
-
-
-class SearchableConv2d(_Searchable, nn.Conv2d):
-    """`nn.Conv2d` (any stride, groups, padding) fake-quantized in formats that a switch chooses."""
-
-    kind = "conv2d"
-
-    def forward(self, input: Tensor) -> Tensor:
-        x, weight = self.quantized(input)
-        return self._conv_forward(x, weight, self.bias)

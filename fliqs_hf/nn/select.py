@@ -16,12 +16,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.nn.searchable import SearchableConv2d, SearchableLinear
+from fliqs_hf.nn.kinds import known_classes, plain_kind
+from fliqs_hf.nn.searchable import SearchableLayer
 
 logger = logging.getLogger(__name__)
 
 #: What code may ask of a weight without computing with it.
 _METADATA = {"dtype", "device", "shape", "ndim", "dim", "size", "numel", "element_size", "requires_grad", "is_meta"}
+#: Classes of torch whose modules multiply by weights of their own.
+_MULTIPLY = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 #: Methods that fill or tie weights; no forward pass calls them.
 _SETUP = {"__init__", "_init_weights", "init_weights", "reset_parameters", "tie_weights"}
 
@@ -40,28 +43,13 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
 
 
-def plain_type(module: nn.Module) -> type[nn.Module] | None:
-    """`nn.Linear` or `nn.Conv2d` for layers that compute exactly what these compute, None for everything else.
-
-    A subclass may do anything; accepted is only a convolution that merely has a constructor of its own (EfficientNet's
-    depthwise one). Not so for Linear: `nn.MultiheadAttention` has such a subclass and uses its weight without calling
-    it.
-    """
-    cls = type(module)
-    if cls in (nn.Linear, nn.Conv2d):
-        return cls
-    plain_forward = getattr(cls, "_conv_forward", None) is nn.Conv2d._conv_forward and cls.forward is nn.Conv2d.forward
-    return nn.Conv2d if plain_forward else None
-
-
 def is_searchable(module: nn.Module) -> bool:
-    return isinstance(module, (SearchableLinear, SearchableConv2d))
+    return isinstance(module, SearchableLayer)
 
 
 def quantizable_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None = None) -> dict[str, nn.Module]:
-    """The layers that can be quantized, by name in the order of the model: `nn.Linear` and `nn.Conv2d` themselves
-    (subclasses with behaviour of their own are left alone) and layers that are searchable already, without those of
-    `left_out`, which are logged once.
+    """The layers that can be quantized, by name in the order of the model: those of a registered kind (see `kinds`)
+    and layers that are searchable already, without those of `left_out`, which are logged once.
 
     Args:
         modules_to_not_convert: patterns (see `matches`) of layers to leave out.
@@ -69,37 +57,41 @@ def quantizable_layers(model: nn.Module, modules_to_not_convert: Sequence[str] |
     """
     layers = _candidates(model)
     reasons = left_out(model)
-    for name, reason in reasons.items():
-        _say_once(f"{type(model).__name__}: {name!r} stays in floating point: {reason}")
+    for reason in dict.fromkeys(reasons.values()):
+        alike = [name for name in reasons if reasons[name] == reason]
+        names = ", ".join(map(repr, alike[:3])) + (f" and {len(alike) - 3} others" if len(alike) > 3 else "")
+        stay = "stays" if len(alike) == 1 else "stay"
+        _say_once(f"{type(model).__name__}: {names} {stay} in floating point: {reason}")
     excluded = set(reasons)
     for pattern in modules_to_not_convert or ():
         hits = {name for name in (*layers, *reasons) if matches(name, pattern)}
         if not hits:
             raise ConfigError(
-                f"modules_to_not_convert: {pattern!r} matches none of the {len(layers)} Linear and Conv2d layers "
-                f"of {type(model).__name__}, such as {next(iter(layers), None)!r}"
+                f"modules_to_not_convert: {pattern!r} matches none of the {len(layers)} layers "
+                f"({known_classes()}) of {type(model).__name__}, such as {next(iter(layers), None)!r}"
             )
         excluded |= hits
     return {name: module for name, module in layers.items() if name not in excluded}
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
-    """Linear and Conv2d layers that cannot be quantized -> why.
+    """Modules with a weight for products that cannot be quantized -> why.
 
-    These are layers whose weight has another name too (one of them would be packed, the other not), is computed anew
-    at every pass (parametrizations, weight and spectral norm, pruning), or is read by the code around them, which
-    would multiply the quantized weight by an input that nothing has quantized; and those whose `forward` is an
-    attribute of the object, which would run in place of the quantized one.
+    These are modules of no known kind, and layers whose weight has another name too (one of them would be packed, the
+    other not), is computed anew at every pass (parametrizations, weight and spectral norm, pruning), or is read by the
+    code around them, which would multiply the quantized weight by an input that nothing has quantized; and those whose
+    `forward` is an attribute of the object, which would run in place of the quantized one.
     """
     reasons: dict[str, str] = {}
     tied, read = _tied(model), _read_directly(model)
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        known = plain_kind(module) is not None or is_searchable(module)
+        if not (known or isinstance(module, _MULTIPLY)):
             continue
         if parametrize.is_parametrized(module):
             reasons[name] = "it is parametrized, so its weight is made anew at every pass"
-        elif not (plain_type(module) or is_searchable(module)):
-            continue
+        elif not known:
+            reasons[name] = f"a {type(module).__name__} is none of the layers that can be quantized, {known_classes()}"
         elif module._parameters.get("weight") is None:
             reasons[name] = "a hook makes its weight anew at every pass (weight norm, spectral norm, pruning)"
         elif "forward" in vars(module):
@@ -116,11 +108,11 @@ def why_not(model: nn.Module, name: str) -> str:
     reason = left_out(model).get(name)
     if reason:
         return f"{name!r}, which stays in floating point: {reason}"
-    return f"{name!r}, which is no Linear or Conv2d layer of {type(model).__name__}"
+    return f"{name!r}, which is no layer of {type(model).__name__} that can be quantized ({known_classes()})"
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if plain_type(module) or is_searchable(module)}
+    return {name: module for name, module in model.named_modules() if plain_kind(module) or is_searchable(module)}
 
 
 @functools.cache

@@ -11,18 +11,14 @@ from torch import nn
 from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.errors import AllocationError, ConfigError
 from fliqs_hf.formats import Format, parse
-from fliqs_hf.nn.packed import PackedConv2d, PackedLayer, PackedLinear
+from fliqs_hf.nn.kinds import kind_of
+from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.replace import Places, replace
-from fliqs_hf.nn.searchable import (
-    FormatSwitch,
-    QuantizerSettings,
-    SearchableConv2d,
-    SearchableLinear,
-    SharedInput,
-)
-from fliqs_hf.nn.select import is_searchable, plain_type, quantizable_layers, why_not
+from fliqs_hf.nn.searchable import FormatSwitch, QuantizerSettings, SharedInput
+from fliqs_hf.nn.select import is_searchable, quantizable_layers, why_not
 
-_SEARCHABLE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: SearchableLinear, nn.Conv2d: SearchableConv2d}
+#: What a searchable layer has beside what its plain class gives it.
+_ATTRIBUTES = ("plain", "switch", "row", "input_quantizer", "shared_input")
 
 
 def make_searchable(
@@ -61,9 +57,10 @@ def make_searchable(
     for row, name in enumerate(names):
         layer = layers[name]
         # Changing the class keeps parameters, hooks and every reference to the layer as they are.
-        plain, layer.__class__ = type(layer), _SEARCHABLE[plain_type(layer)]  # type: ignore[index]
-        attributes = {"plain": plain, "switch": switch, "row": row, "shared_input": shared.get(groups[name])}  # type: ignore[arg-type]
-        layer.__dict__.update(attributes)
+        kind, plain = kind_of(layer), type(layer)
+        layer.__class__ = kind.searchable
+        values = plain, switch, row, switch.settings.inputs(kind.tokens), shared.get(groups[name])  # type: ignore[arg-type]
+        layer.__dict__.update(zip(_ATTRIBUTES, values, strict=True))
         if clipped:
             layer.register_parameter("input_clip", nn.Parameter(torch.zeros(1, device=layer.weight.device)))  # type: ignore[arg-type]
         switch.prepare(layer.weight.device)  # type: ignore[arg-type]
@@ -86,7 +83,7 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if is_searchable(module):
             module.__class__ = module.plain  # type: ignore[assignment]
-            for attribute in ("plain", "switch", "row", "shared_input"):
+            for attribute in _ATTRIBUTES:
                 del module.__dict__[attribute]
             module._parameters.pop("input_clip", None)
 
@@ -95,10 +92,10 @@ def packed_like(
     layer: nn.Module, formats: LayerFormats, settings: QuantizerSettings, dtype: torch.dtype | None = None
 ) -> PackedLayer:
     """An empty packed layer with the geometry, bias and device of `layer`."""
-    weight, bias = layer.weight, layer.bias
+    kind, weight, bias = kind_of(layer), layer.weight, layer.bias
     assert isinstance(weight, torch.Tensor)
-    arguments = (weight.shape, formats, settings, bias, weight.device, dtype or weight.dtype)
-    packed = PackedConv2d(layer, *arguments) if isinstance(layer, nn.Conv2d) else PackedLinear(*arguments)  # type: ignore[arg-type]
+    arguments = (kind.weight_shape(layer), formats, settings, bias, weight.device, dtype or weight.dtype)
+    packed: PackedLayer = kind.packed(*arguments, geometry=kind.geometry(layer))  # type: ignore[assignment]
     return packed.train(layer.training)
 
 
@@ -124,10 +121,11 @@ def pack_model(model: nn.Module, allocation: Allocation, settings: QuantizerSett
             raise AllocationError(f"the allocation names {why_not(model, name)}")
     replacements: dict[str, nn.Module] = {}
     for name, formats in allocation.items():
-        packed = packed_like(layers[name], formats, settings)
-        packed.pack_(layers[name].weight)  # type: ignore[arg-type]
+        layer = layers[name]
+        packed = packed_like(layer, formats, settings)
+        packed.pack_(packed.kind.rows(layer, layer.weight))  # type: ignore[arg-type]
         if settings.clipped and packed.input_scale is not None:
-            packed.input_scale = layers[name].clip_factor().detach()  # type: ignore[operator]
+            packed.input_scale = layer.clip_factor().detach()  # type: ignore[operator]
         replacements[name] = packed
     replace(model, replacements)
     restore(model)
@@ -141,13 +139,8 @@ def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace packed layers by plain ones that hold the decoded weights, in place. Inputs are quantized no longer."""
     replacements: dict[str, nn.Module] = {}
     for name, packed in packed_layers(model).items():
-        weight = packed.decoded_weight().to(dtype or packed.dtype)
-        plain: nn.Module
-        if isinstance(packed, PackedConv2d):
-            plain = nn.Conv2d(**packed.geometry, bias=packed.bias is not None, device="meta")
-        else:
-            out_features, in_features = packed.weight_shape
-            plain = nn.Linear(in_features, out_features, bias=packed.bias is not None, device="meta")
+        weight = packed.kind.parameter(packed, packed.decoded_weight()).to(dtype or packed.dtype)
+        plain = packed.kind.make_plain(packed, bias=packed.bias is not None)
         plain.weight = nn.Parameter(weight)
         if packed.bias is not None:
             plain.bias = nn.Parameter(packed.bias.detach().to(weight.dtype))

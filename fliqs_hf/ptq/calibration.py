@@ -26,6 +26,7 @@ from fliqs_hf.nn import format_switch, quantizable_layers, restore
 from fliqs_hf.nn.batchnorm import convolutions_before
 from fliqs_hf.nn.evaluation import evaluation
 from fliqs_hf.nn.finite import check_finite
+from fliqs_hf.nn.kinds import kind_of
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.replace import replace
 from fliqs_hf.nn.select import is_searchable
@@ -255,7 +256,7 @@ def _pack(packed: PackedLayer, name: str, layer: nn.Module, x: Tensor, options: 
             packed.input_scale = clip_factor(x, layer, formats.activation)
         else:
             packed.input_scale = static_scale(x, formats.activation, options.activations, options.percentile)
-    weight = layer.weight.detach().float()  # type: ignore[operator]
+    weight = packed.kind.rows(layer, layer.weight.detach()).float()  # type: ignore[operator]
     if options.rounding == "gptq":
         scale, whole = settings.weights.scale(weight, formats.weight)
         steps = scale.flatten(1)
@@ -281,7 +282,7 @@ def _shifted(bias: nn.Parameter, shift: Tensor) -> nn.Parameter:
 
 def _channel(layer: nn.Module, output: Tensor) -> int:
     """The dimension of the output channels."""
-    return 1 if isinstance(layer, nn.Conv2d) else output.dim() - 1
+    return output.dim() + kind_of(layer).tokens.features
 
 
 def _channel_mean(layer: nn.Module, output: Tensor) -> Tensor:

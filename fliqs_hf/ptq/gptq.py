@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fliqs_hf.checks import is_number
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.formats import Format
+from fliqs_hf.nn.kinds import kind_of
 from fliqs_hf.quant.grid import format_data, round_to_grid
 from fliqs_hf.quant.scale import unit_factor
 
@@ -34,41 +34,26 @@ def input_hessian(layer: nn.Module, x: Tensor) -> Tensor:
     """Hessian of the squared output error in one row of the weight, mean over inputs: 2·XᵀX / n.
 
     Args:
-        layer: `nn.Linear`, or `nn.Conv2d`, whose patches are the inputs.
-        x: what the layer reads, [..., in] or [images, channels, height, width].
+        layer: of a kind whose `input_rows` are known; a convolution's are its patches.
+        x: what the layer reads.
     Returns: float64 on the device of `x`, [k, k], k the weights of an output channel; [groups, k, k] of a convolution
         with groups, whose output channels read the patches of their own group alone. Summed in float32, of inputs that
         a power of two brings to about 1: exact scaling, so that neither 1e-22 nor 1e20 is lost in a square.
     """
-    groups = 1
-    if isinstance(layer, nn.Conv2d):
-        groups = layer.groups
-        rows_per_image = x[0].numel() * layer.kernel_size[0] * layer.kernel_size[1]
-    else:
-        x = x.reshape(-1, x.shape[-1])
-        rows_per_image = x.shape[1]
+    kind = kind_of(layer)
+    x = kind.tokens_of(x)
+    elements_per_token = x[0].numel() * kind.copies(layer) if len(x) else 1
     hessian = torch.zeros(0, 0, dtype=torch.float64, device=x.device)
     unit = unit_factor(x, None).view(()) if x.numel() else 1.0
     count = 0
-    for chunk in x.split(max(1, _CHUNK // rows_per_image)):
+    for chunk in x.split(max(1, _CHUNK // elements_per_token)):
         chunk = ((chunk if chunk.dtype == torch.float64 else chunk.float()) * unit).float()
-        rows = _patches(layer, chunk) if isinstance(layer, nn.Conv2d) else chunk
-        if groups > 1:  # channels of a group are neighbours
-            rows = rows.view(len(rows), groups, -1).transpose(0, 1)
+        rows = kind.input_rows(layer, chunk)
         # The sum of a chunk in float32 is off by 1e-5 of its value at most: far less than the damping.
         product = (rows.mT @ rows).double()
         hessian = product if not count else hessian.add_(product)
         count += rows.shape[-2]
     return hessian.mul_(2 / max(count, 1)) / unit / unit
-
-
-def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """The inputs of every output position, [images * positions, channels * kernel height * kernel width]."""
-    if any(layer._reversed_padding_repeated_twice):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = functional.pad(x, layer._reversed_padding_repeated_twice, mode)
-    patches = functional.unfold(x.float(), layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
 def gptq_round(weight: Tensor, scale: Tensor, fmt: Format, hessian: Tensor, damping: float = DAMPING) -> Tensor:

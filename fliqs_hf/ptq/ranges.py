@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fliqs_hf.checks import is_number
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
+from fliqs_hf.nn.kinds import kind_of
 from fliqs_hf.quant.grid import FormatData, format_data, round_to_grid
 from fliqs_hf.quant.scale import absmax_scale, activation_scale, unit_factor
 
@@ -50,23 +50,23 @@ def clip_factor(x: Tensor, layer: nn.Module, fmt: Format) -> Tensor:
     least: what lies beyond saturates, and the rest gets a finer grid.
 
     Args:
-        x: what `layer`, a Linear or a Conv2d, reads: floating-point, finite.
+        x: what `layer` reads: floating-point, finite.
     Returns: float32 [1], one of `FACTORS`, the largest of equally good ones.
     Source: MSE calibration with the error taken behind the layer, as GPTQ does for weights.
     """
-    conv = isinstance(layer, nn.Conv2d)
-    inputs, limit = (x, IMAGES) if conv else (x.reshape(-1, x.shape[-1]), TOKENS)
+    kind = kind_of(layer)
+    inputs, limit = kind.tokens_of(x), IMAGES if len(kind.tokens.dims) > 1 else TOKENS
     if len(inputs) > limit:
         drawn = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:limit]
         inputs = inputs[drawn.to(inputs.device)]
     inputs, data = inputs.float(), format_data(fmt)
-    weight: Tensor = layer.weight.detach().float()  # type: ignore[operator]
+    weight: Tensor = kind.rows(layer, layer.weight.detach()).float()  # type: ignore[operator]
     unit = unit_factor(inputs, None), unit_factor(weight, None)
-    full = activation_scale(inputs, data, "conv2d" if conv else "linear", "per_token")
+    full = activation_scale(inputs, data, kind.tokens, "per_token")
     errors = []
     for factor in FACTORS:
         error = round_to_grid(inputs, full * factor, data, saturate=True, integer=fmt.is_integer) - inputs
-        change = layer._conv_forward(error, weight, None) if conv else functional.linear(error, weight)  # type: ignore[operator]
+        change = kind.multiply(layer, error, weight, None)
         errors.append(change.mul_(unit[0]).mul_(unit[1]).square_().sum())
     return inputs.new_tensor([FACTORS[int(torch.stack(errors).argmin())]])
 

@@ -19,6 +19,7 @@ from fliqs_hf.quant.scale import (
     clipped_scale,
     weight_scale,
 )
+from fliqs_hf.quant.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ class InputQuantizer:
     """Of what a layer reads.
 
     Attributes:
-        kind: "linear" or "conv2d", the layer: it says what one token is. Blocks of a format that has them run along
-            the features of a Linear and along the channels of each pixel of a convolution, whose "whole token" is the
-            image; the float32 of E4M3 scales is one per token or image, so that no result depends on the batch.
+        tokens: what one token is, and the direction of blocks: along the features of a Linear, and along the channels
+            of each pixel of a convolution, whose token is the image. The float32 of E4M3 scales is one per token, so
+            that no result depends on the batch.
         granularity: of formats without scales of their own; "per_tensor" holds for the float32 too.
     """
 
-    kind: str
+    tokens: Tokens
     granularity: ActivationGranularity = "per_token"
 
     def __call__(self, x: Tensor, fmt: Format | FormatData, integer: bool = False) -> Tensor:
@@ -85,7 +86,7 @@ class InputQuantizer:
         if isinstance(fmt, BlockFormat):
             return self._by_blocks(x, fmt)
         data, integer = _data(fmt, integer)
-        scale = activation_scale(x.detach(), data, self.kind, self.granularity)
+        scale = activation_scale(x.detach(), data, self.tokens, self.granularity)
         return fake_quantize(x, scale, data, saturate=False, integer=integer)
 
     def clipped(self, x: Tensor, fmt: Format | FormatData, factor: Tensor, integer: bool = False) -> Tensor:
@@ -94,16 +95,15 @@ class InputQuantizer:
         if isinstance(fmt, BlockFormat):
             return self._by_blocks(x, fmt)
         data, integer = _data(fmt, integer)
-        return fake_quantize(x, clipped_scale(x.detach(), data, self.kind, factor), data, integer=integer)
+        return fake_quantize(x, clipped_scale(x.detach(), data, self.tokens, factor), data, integer=integer)
 
     def _by_blocks(self, x: Tensor, fmt: BlockFormat) -> Tensor:
         whole_batch = self.granularity == "per_tensor"
-        if self.kind == "linear":
-            return quantize_rows(x, fmt, None if whole_batch else (-1,))
-        if fmt.block is None:
-            return quantize_rows(x.flatten(-3), fmt, None).view(x.shape)
-        channels_last = x.movedim(-3, -1)
-        return quantize_rows(channels_last, fmt, None if whole_batch else (-3, -2, -1)).movedim(-1, -3)
+        dims, features = self.tokens.dims, self.tokens.features
+        if fmt.block is None and len(dims) > 1:
+            return quantize_rows(x.flatten(-len(dims)), fmt, None).view(x.shape)
+        last = x.movedim(features, -1)
+        return quantize_rows(last, fmt, None if whole_batch else dims).movedim(-1, features)
 
 
 def _data(fmt: Format | FormatData, integer: bool) -> tuple[FormatData, bool]:
@@ -124,9 +124,9 @@ def quantize_weight(
 def quantize_activation(
     x: Tensor,
     fmt: Format | FormatData,
-    kind: str,
+    tokens: Tokens,
     granularity: ActivationGranularity = "per_token",
     integer: bool = False,
 ) -> Tensor:
     """Once by an `InputQuantizer`."""
-    return InputQuantizer(kind, granularity)(x, fmt, integer)
+    return InputQuantizer(tokens, granularity)(x, fmt, integer)

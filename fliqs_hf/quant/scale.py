@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fliqs_hf.errors import FormatError
 from fliqs_hf.quant.grid import FormatData, round_to_grid
+from fliqs_hf.quant.tokens import Tokens
 
 ScaleMethod = Literal["absmax", "mse"]
 WeightGranularity = Literal["per_channel", "per_tensor"]
@@ -85,33 +86,33 @@ def weight_scale(weight: Tensor, fmt: FormatData, granularity: WeightGranularity
     return (absmax_scale if method == "absmax" else mse_scale)(weight, fmt, dims)
 
 
-def activation_scale(x: Tensor, fmt: FormatData, kind: str, granularity: ActivationGranularity) -> Tensor:
+def activation_scale(x: Tensor, fmt: FormatData, tokens: Tokens, granularity: ActivationGranularity) -> Tensor:
     """Scale of a layer input, computed from the input itself.
 
-    per_token: one scale for each vector that a Linear multiplies (`x` [..., features]), one for each image of a
-    convolution (`x` [images, channels, height, width]): a result never depends on what else is in the batch.
+    per_token: one scale for each of the `tokens`: each vector that a Linear multiplies, each image of a convolution. A
+    result never depends on what else is in the batch.
     per_tensor: one scale for the whole batch, as in the paper; then results depend on how images are batched.
 
     Raises: FormatError: one of `CALIBRATED`, which no single input can give.
     """
-    return absmax_scale(x, fmt, _activation_dims(kind, granularity))
+    return absmax_scale(x, fmt, _activation_dims(tokens, granularity))
 
 
-def clipped_scale(x: Tensor, fmt: FormatData, kind: str, factor: Tensor) -> Tensor:
+def clipped_scale(x: Tensor, fmt: FormatData, tokens: Tokens, factor: Tensor) -> Tensor:
     """`activation_scale` per token times `factor`, float32 [1]; 1 for a format that is used unscaled."""
-    return _bounded(activation_scale(x, fmt, kind, "per_token") * factor, fmt)
+    return _bounded(activation_scale(x, fmt, tokens, "per_token") * factor, fmt)
 
 
-def activation_peak(x: Tensor, kind: str, granularity: ActivationGranularity) -> Tensor:
+def activation_peak(x: Tensor, tokens: Tokens, granularity: ActivationGranularity) -> Tensor:
     """What `activation_scale` divides by a format's largest value: max |x| of a token, an image or everything."""
-    return absmax(x, _activation_dims(kind, granularity))
+    return absmax(x, _activation_dims(tokens, granularity))
 
 
-def _activation_dims(kind: str, granularity: ActivationGranularity) -> tuple[int, ...] | None:
+def _activation_dims(tokens: Tokens, granularity: ActivationGranularity) -> tuple[int, ...] | None:
     check_choice("activation_granularity", granularity, ActivationGranularity)
     if granularity in CALIBRATED:
         raise FormatError(f"activation_granularity={granularity!r} needs a number that fliqs_hf.ptq.calibrate finds")
-    return None if granularity == "per_tensor" else (-1,) if kind == "linear" else tuple(range(-3, 0))
+    return None if granularity == "per_tensor" else tokens.dims
 
 
 def check_choice(setting: str, value: object, choices: object) -> None:

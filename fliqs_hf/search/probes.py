@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from fliqs_hf.errors import DataError
 from fliqs_hf.formats import Format
+from fliqs_hf.nn.kinds import kind_of
 from fliqs_hf.nn.searchable import QuantizerSettings
-from fliqs_hf.quant import format_data
+from fliqs_hf.quant import ROW, format_data
 from fliqs_hf.quant.grid import MIN_SCALE, round_to_grid
 from fliqs_hf.quant.residual import code_errors
 from fliqs_hf.quant.scale import activation_peak
@@ -102,7 +102,7 @@ class Probes:
         handles: list[RemovableHandle] = []
         try:
             for row, layer in enumerate(self.layers):
-                if self.reduction == "image" and isinstance(layer, nn.Linear):
+                if self.reduction == "image" and kind_of(layer).matrix:
                     handles.append(layer.register_forward_pre_hook(self._before(row)))
                     handles.append(layer.register_forward_hook(self._after(row)))
                 else:
@@ -200,7 +200,7 @@ class Probes:
         rows = [row for row in reading.rows if row in reading.backs]
         self._check(rows[0], reading.x, reading.version)
         source, granularity = reading.x.detach(), self.settings.activation_granularity
-        (peak,) = self._workers.each(lambda x: activation_peak(x, "linear", granularity), [source])
+        (peak,) = self._workers.each(lambda x: activation_peak(x, ROW, granularity), [source])
         values = [source, peak.expand(*source.shape[:-1], 1)]
         values += [table[row] for table in (reading.gradients, reading.backs) for row in rows]
         x, peak, *others = self._workers.each(lambda value: self._of_images(value.float()).contiguous(), values)
@@ -214,12 +214,11 @@ class Probes:
     @torch.no_grad()
     def _measure_patches(self, row: int, layer: Any, x: Tensor, gradient: Tensor) -> None:
         x, gradient = x.float(), gradient.float()
-        peak = activation_peak(x, "conv2d", self.settings.activation_granularity).expand(len(x), 1, 1, 1)
-        (height, width), (down, right) = gradient.shape[2:], layer.kernel_size
-        x = x[:, :, : height * down, : width * right].reshape(len(x), -1, height, down, width, right)
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(len(x), height * width, -1)
+        kind, granularity = kind_of(layer), self.settings.activation_granularity
+        peak = activation_peak(x, kind.tokens, granularity).expand(len(x), *[1] * (x.dim() - 1))
+        x = kind.product_rows(layer, x).unflatten(0, (len(x), -1))
         gradient = gradient.flatten(2).transpose(1, 2)
-        back = gradient @ layer.weight.float().flatten(1)
+        back = gradient @ self._weight(row).flatten(1)
         peak = peak.flatten(1)[:, None].expand(-1, x.shape[1], 1)
         x, peak, gradient, back = (self._of_images(value) for value in (x, peak, gradient, back))
         self._add([row], x, peak, [gradient], [back])
@@ -260,7 +259,7 @@ class Probes:
         peak = peak.clamp(min=MIN_SCALE)  # where all is 0
         by_input = x.new_zeros(len(backs), len(self.formats), len(x))
         by_both = torch.zeros_like(by_input)
-        inputs = self.settings.inputs("linear")
+        inputs = self.settings.inputs(ROW)
 
         def work(part: slice) -> None:
             values, peaks = x[part], peak[part]
@@ -319,37 +318,32 @@ class Probes:
         return found
 
     def _weight(self, row: int) -> Tensor:
-        weight: Tensor = self.layers[row].get_parameter("weight").detach().float()
-        return weight
+        layer = self.layers[row]
+        return kind_of(layer).rows(layer, layer.get_parameter("weight").detach()).float()
 
     @torch.no_grad()
     def _measure_outputs(self, row: int, layer: Any, x: Tensor, gradient: Tensor) -> None:
         """By running the layer in every format."""
         changes, settings = self.changes[:, row], self.settings
-        conv = isinstance(layer, nn.Conv2d)
-        kind, apply = ("conv2d", layer._conv_forward) if conv else ("linear", functional.linear)
-        output = apply(x, layer.weight, None)  # without bias, which cancels
+        kind = kind_of(layer)
+        rows = kind.rows(layer, layer.weight)
+        output = kind.multiply(layer, x, rows, None)  # without bias, which cancels
         for k, fmt in enumerate(self.formats):
             for role, (with_weight, with_input) in enumerate(self.roles):
-                value, weight = x, layer.weight
+                value, weight = x, rows
                 if with_input:
-                    value = settings.inputs(kind)(x, fmt)
+                    value = settings.inputs(kind.tokens)(x, fmt)
                 if with_weight:
                     weight = settings.weights(weight, fmt)
-                change = apply(value, weight, None).sub_(output).mul_(gradient)
+                change = kind.multiply(layer, value, weight, None).sub_(output).mul_(gradient)
                 change = change.square_() if self.reduction == "element" else change
                 changes[role, k] += change.reshape(changes.shape[-1], -1).sum(-1)
 
 
 def _is_patches(layer: Any) -> bool:
     """Whether a convolution's patches do not overlap and nothing is added around the image."""
-    return (
-        isinstance(layer, nn.Conv2d)
-        and layer.kernel_size == layer.stride
-        and layer.padding in ((0, 0), "valid")
-        and layer.dilation == (1, 1)
-        and layer.groups == 1
-    )
+    kind = kind_of(layer)
+    return not kind.matrix and not kind.not_a_product(layer)
 
 
 def _parts(x: Tensor, elements: int, per_image: int) -> Iterator[slice]:

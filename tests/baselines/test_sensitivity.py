@@ -12,7 +12,7 @@ from torch.nn import functional
 from fliqs_hf.baselines import elementwise_scores, hessian_trace_scores, hessian_traces
 from fliqs_hf.cost import LayerInfo, trace_layers
 from fliqs_hf.errors import ConfigError, DataError
-from fliqs_hf.quant import quantize_activation, quantize_weight
+from fliqs_hf.quant import IMAGE, ROW, quantize_activation, quantize_weight
 from fliqs_hf.search import SearchSpace
 from tests.models import images, tiny
 
@@ -44,7 +44,7 @@ def naive_elementwise(model: Any, space: SearchSpace, pixels: Tensor, labels: Te
         handle.remove()
     for row, info in enumerate(space.layers):
         layer, (x, y) = model.get_submodule(info.name), seen[info.name]
-        weight, kind = layer.weight.detach().clone(), "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
+        weight, kind = layer.weight.detach().clone(), IMAGE if isinstance(layer, nn.Conv2d) else ROW
         for k, fmt in enumerate(space.formats):
             quantized = quantize_weight(weight, fmt, "per_channel", "absmax", integer=fmt.is_integer)
             value = quantize_activation(x, fmt, kind, "per_token", integer=fmt.is_integer)

@@ -174,7 +174,7 @@ def test_names_choose_the_layers() -> None:
     everything = by_name(trace_layers(model))
     chosen = [name for name in everything if "layers.1" in name]
     assert [layer.name for layer in trace_layers(model, names=reversed(chosen))] == chosen
-    with pytest.raises(AllocationError, match=r"'vit.nothing', which is no Linear or Conv2d layer of ViT"):
+    with pytest.raises(AllocationError, match=r"'vit.nothing', which is no layer of ViTFor.* that can be quantized"):
         trace_layers(model, names=["vit.nothing"])
 
 
@@ -251,7 +251,7 @@ def test_example_image_from_the_config(caplog: pytest.LogCaptureFixture) -> None
 def test_errors_say_what_to_do() -> None:
     with pytest.raises(ConfigError, match=r"Net has no config.*pass `inputs`"):
         trace_layers(Net())
-    with pytest.raises(ConfigError, match="calls no Linear or Conv2d"):
+    with pytest.raises(ConfigError, match=r"calls no layer that is .*Linear or Conv1D"):
         trace_layers(nn.ReLU(), torch.zeros(1, 2))
     with pytest.raises(ConfigError, match="batch 1 or more"):
         trace_layers(Net(), torch.zeros(0, 2, 3, 4))
@@ -264,8 +264,8 @@ def test_errors_say_what_to_do() -> None:
 
     with pytest.raises(ConfigError, match=r"meta device.*trace the model on the CPU"):
         trace_layers(nn.Sequential(Reads(2, 2, device="meta")), torch.zeros(1, 2, device="meta"))
-    with pytest.raises(ConfigError, match="kind='conv3d' must be one of 'linear', 'conv2d', 'fp32'"):
-        LayerInfo("a", "conv3d", 1, 1, 1, 0)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"kind='conv3d' must be one of .*'conv2d'.*'linear'.*'fp32'"):
+        LayerInfo("a", "conv3d", 1, 1, 1, 0)
     with pytest.raises(ConfigError, match="macs=0"):
         LayerInfo("a", "linear", 0, 1, 1, 0)
 

@@ -17,7 +17,7 @@ from fliqs_hf.formats import COMMON, Format
 from fliqs_hf.formats.packing import pack, unpack
 from fliqs_hf.formats.rounding import decode, encode, round_to_format
 from fliqs_hf.nn import FormatSwitch, make_searchable, pack_model, quantizable_layers
-from fliqs_hf.quant import quantize_activation, quantize_weight
+from fliqs_hf.quant import ROW, quantize_activation, quantize_weight
 from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace, fisher_scores, second_look
 from fliqs_hf.search.hook import SearchHook
 from fliqs_hf.training import TrainConfig, train
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("fmt", COMMON, ids=str)
 def test_quantizing_gives_the_bits_of_the_cpu(fmt: Format) -> None:
     x = torch.randn(64, 33, 48, generator=torch.Generator().manual_seed(0)) * 3
-    for quantize in (lambda t: quantize_activation(t, fmt, "linear"), lambda t: quantize_weight(t, fmt)):
+    for quantize in (lambda t: quantize_activation(t, fmt, ROW), lambda t: quantize_weight(t, fmt)):
         assert torch.equal(quantize(x.cuda()).cpu(), quantize(x))
     codes = encode(x, fmt)
     assert torch.equal(round_to_format(x.cuda(), fmt).cpu(), round_to_format(x, fmt))

@@ -13,8 +13,9 @@ from fliqs_hf import Allocation, LayerFormats
 from fliqs_hf.formats import round_to_format
 from fliqs_hf.nn import QuantizerSettings, pack_model
 from fliqs_hf.nn.kernels import ENVIRONMENT, set_kernels
+from fliqs_hf.nn.kinds import PackedConv2d
 from fliqs_hf.nn.native import codes, compiled, int8
-from fliqs_hf.nn.packed import PackedConv2d, PackedLayer
+from fliqs_hf.nn.packed import PackedLayer
 
 #: Every test of kernels runs in both.
 WAYS = ("eager", "compiled")

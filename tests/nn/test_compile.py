@@ -13,7 +13,7 @@ from fliqs_hf.cost import trace_layers
 from fliqs_hf.formats import parse
 from fliqs_hf.nn import QuantizerSettings, make_searchable
 from fliqs_hf.nn.swap import format_switch
-from fliqs_hf.quant import fake_quantize, format_data, quantize_activation, quantize_weight
+from fliqs_hf.quant import ROW, fake_quantize, format_data, quantize_activation, quantize_weight
 from fliqs_hf.quant.grid import FormatData, format_table, leading_power
 from tests.models import images, tiny
 
@@ -116,7 +116,7 @@ def test_fused_fake_quantization_has_the_bits_of_eager_execution() -> None:
 
     def quantize(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         fmt = FormatData(*row.unbind())
-        return quantize_activation(x, fmt, "linear"), quantize_weight(weight, fmt)
+        return quantize_activation(x, fmt, ROW), quantize_weight(weight, fmt)
 
     compiled = torch.compile(quantize, fullgraph=True, dynamic=False)
     generator = torch.Generator().manual_seed(0)
@@ -132,7 +132,7 @@ def test_fused_fake_quantization_has_the_bits_of_eager_execution() -> None:
             values, weights = compiled(own, weight)
             values.backward(gradient)
             fmt = format_data(parse(name))
-            assert torch.equal(values.nan_to_num(7e30), quantize_activation(x, fmt, "linear").nan_to_num(7e30)), name
+            assert torch.equal(values.nan_to_num(7e30), quantize_activation(x, fmt, ROW).nan_to_num(7e30)), name
             assert torch.equal(weights, quantize_weight(weight, fmt)), name
             assert torch.equal(own.grad, gradient)
 

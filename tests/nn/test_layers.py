@@ -27,7 +27,7 @@ from fliqs_hf.nn import (
     unpack_model,
 )
 from fliqs_hf.nn.searchable import CLIP_RATE
-from fliqs_hf.quant import InputQuantizer, quantize_activation, quantize_weight
+from fliqs_hf.quant import IMAGE, ROW, InputQuantizer, quantize_activation, quantize_weight
 from fliqs_hf.quant.scale import CALIBRATED, ScaleMethod, WeightGranularity
 
 CONVOLUTIONS = {
@@ -54,7 +54,7 @@ def test_convolution_geometry(name: str) -> None:
     make_searchable(model, ["e2m1"])
     conv = copy.deepcopy(plain)
     conv.weight.data = quantize_weight(plain.weight.data, parse("e2m1"))
-    expected = conv(quantize_activation(x, parse("e2m1"), "conv2d"))
+    expected = conv(quantize_activation(x, parse("e2m1"), IMAGE))
     assert torch.equal(model(x), expected)
     pack_model(model, Allocation.uniform(["0"], "e2m1"))
     assert torch.equal(model(x), expected)
@@ -160,9 +160,9 @@ def test_formats_switch_without_touching_modules_or_parameters() -> None:
         index = torch.tensor([first, second])
         switch.set(index, index.flip(0))
         w = [quantize_weight(model[i].weight, switch.formats[j]) for i, j in ((0, first), (2, second))]
-        a = quantize_activation(x, switch.formats[second], "linear")
+        a = quantize_activation(x, switch.formats[second], ROW)
         hidden = functional.linear(a, w[0], model[0].bias).relu()
-        expected = functional.linear(quantize_activation(hidden, switch.formats[first], "linear"), w[1], model[2].bias)
+        expected = functional.linear(quantize_activation(hidden, switch.formats[first], ROW), w[1], model[2].bias)
         assert torch.equal(model(x), expected)
         results.append(expected)
     assert len({tuple(result.flatten().tolist()) for result in results}) == 9
@@ -285,7 +285,7 @@ def test_only_exact_types_are_quantized() -> None:
     class Special(nn.Linear):
         pass
 
-    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": Special(2, 2), "c": nn.Conv1d(2, 2, 1), "d": nn.Conv2d(2, 2, 1)})
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": Special(2, 2), "c": nn.Conv3d(2, 2, 1), "d": nn.Conv2d(2, 2, 1)})
     assert list(quantizable_layers(model)) == ["a", "d"]
 
 

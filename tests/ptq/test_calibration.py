@@ -16,7 +16,7 @@ from fliqs_hf.formats.rounding import round_to_format
 from fliqs_hf.nn import packed_layers, quantizable_layers
 from fliqs_hf.ptq import calibrate
 from fliqs_hf.ptq.ranges import FACTORS, clip_factor
-from fliqs_hf.quant import quantize_activation
+from fliqs_hf.quant import IMAGE, quantize_activation
 from tests.helpers.calibration import LAYER, STATIC, inputs_of, logits, mixed, uniform
 from tests.models import ARCHITECTURES, images, tiny
 
@@ -193,7 +193,7 @@ def test_absmax_scale_is_that_of_all_calibration_images() -> None:
     calibrate(model, uniform(model, "int8"), x.split(3), **options)
     layer = packed_layers(model)[first]
     assert torch.equal(layer.input_scale, (seen[first].abs().max() / 127).reshape(1))
-    dynamic = quantize_activation(x, parse("int8"), "conv2d", "per_tensor")
+    dynamic = quantize_activation(x, parse("int8"), IMAGE, "per_tensor")
     assert torch.equal(layer.quantized_input(x), dynamic)
 
 

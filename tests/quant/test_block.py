@@ -16,7 +16,7 @@ from fliqs_hf.errors import FormatError
 from fliqs_hf.formats import BlockFormat, parse
 from fliqs_hf.formats.block import NAMED, SCALE_BITS
 from fliqs_hf.formats.rounding import code_values
-from fliqs_hf.quant import InputQuantizer, WeightQuantizer
+from fliqs_hf.quant import IMAGE, ROW, InputQuantizer, WeightQuantizer
 from fliqs_hf.quant.block import decode_scales, encode_scales, from_blocks, to_blocks, weight_block_scale
 
 GFLOAT = {
@@ -63,7 +63,7 @@ def test_mx_formats_equal_gfloat(name: str) -> None:
     )
     found = WeightQuantizer()(x, fmt)
     assert torch.equal(found.double(), torch.from_numpy(expected) + 0.0)
-    assert torch.equal(InputQuantizer("linear")(x, fmt), found)
+    assert torch.equal(InputQuantizer(ROW)(x, fmt), found)
 
 
 @pytest.mark.parametrize("name", sorted({*NAMED, "int4_g32", "int8_g128", "int2_g16"}))
@@ -129,26 +129,26 @@ def test_zero_points(name: str) -> None:
     fmt = block(name)
     torch.manual_seed(0)
     x = torch.nn.functional.gelu(torch.randn(20, 96) * 3)
-    found = InputQuantizer("linear")(x, fmt)
+    found = InputQuantizer(ROW)(x, fmt)
     values, result = to_blocks(x, fmt), to_blocks(found, fmt)
     width = values.amax(-1, keepdim=True).clamp(min=0) - values.amin(-1, keepdim=True).clamp(max=0)
     step = width / fmt.max_value
     # A scale in BF16 is off by 2**-9 at most, which the largest codes multiply.
     assert ((result - values).abs() <= step * (1 + fmt.max_value * 2**-8)).all()
     assert max(len(row.unique()) for row in result.flatten(0, -2)) <= 2**fmt.bits
-    assert not InputQuantizer("linear")(torch.zeros(2, 96), fmt).any()
-    symmetric = InputQuantizer("linear")(x, parse(f"int{fmt.bits}" + (f"_g{fmt.block}" if fmt.block else "")))
+    assert not InputQuantizer(ROW)(torch.zeros(2, 96), fmt).any()
+    symmetric = InputQuantizer(ROW)(x, parse(f"int{fmt.bits}" + (f"_g{fmt.block}" if fmt.block else "")))
     assert (found - x).square().sum() < 0.6 * (symmetric - x).square().sum()
 
 
 def test_a_zero_point_by_hand() -> None:
     x = torch.tensor([[-1.0, 0.0, 0.4, 0.5, 1.5, 14.0]])  # scale 1, zero point 1
-    assert InputQuantizer("linear")(x, parse("int4_zp")).tolist() == [[-1.0, 0.0, 0.0, 0.0, 2.0, 14.0]]
+    assert InputQuantizer(ROW)(x, parse("int4_zp")).tolist() == [[-1.0, 0.0, 0.0, 0.0, 2.0, 14.0]]
 
 
 @pytest.mark.parametrize("name", [*NAMED, "int4_g32", "int4_zp", "int4_g32_zp"])
 def test_special_inputs(name: str) -> None:
-    fmt, quantize = block(name), InputQuantizer("linear")
+    fmt, quantize = block(name), InputQuantizer(ROW)
     for value in (torch.nan, torch.inf, -torch.inf):
         x = torch.ones(2, 64)
         x[0, 3] = value
@@ -164,7 +164,7 @@ def test_special_inputs(name: str) -> None:
 
 def test_what_saturates_has_no_gradient() -> None:
     x = torch.tensor([[7.0, 5.0, *[0.3] * 30]], requires_grad=True)
-    InputQuantizer("linear")(x, block("mxfp4")).sum().backward()
+    InputQuantizer(ROW)(x, block("mxfp4")).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [[0.0, *[1.0] * 31]]
 
@@ -173,11 +173,11 @@ def test_what_saturates_has_no_gradient() -> None:
 def test_results_do_not_depend_on_the_batch(name: str) -> None:
     torch.manual_seed(0)
     images, tokens = torch.randn(4, 40, 5, 5), torch.randn(4, 7, 40)
-    for x, kind in ((images, "conv2d"), (tokens, "linear")):
+    for x, kind in ((images, IMAGE), (tokens, ROW)):
         quantize = InputQuantizer(kind)
         assert torch.equal(quantize(x, block(name))[2:3], quantize(x[2:3], block(name)))
-    pixel = InputQuantizer("conv2d")(images, block("mxfp4"))[1, :, 2, 3]
-    assert torch.equal(pixel, InputQuantizer("linear")(images[1, :, 2, 3], block("mxfp4")))
+    pixel = InputQuantizer(IMAGE)(images, block("mxfp4"))[1, :, 2, 3]
+    assert torch.equal(pixel, InputQuantizer(ROW)(images[1, :, 2, 3], block("mxfp4")))
 
 
 def test_the_last_block_is_shorter() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from fliqs_hf.formats import COMMON, FloatFormat, Format, IntFormat, parse
 from fliqs_hf.formats.rounding import code_values, round_to_format
-from fliqs_hf.quant import FormatData, fake_quantize, format_table, quantize_activation, quantize_weight
+from fliqs_hf.quant import IMAGE, ROW, FormatData, fake_quantize, format_table, quantize_activation, quantize_weight
 from fliqs_hf.quant.grid import _CHUNK, MIN_SCALE, format_data
 from fliqs_hf.quant.scale import absmax_scale, mse_scale, weight_scale
 
@@ -61,8 +61,8 @@ def test_bfloat16_input(fmt: Format) -> None:
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_chunks_change_nothing(fmt: Format) -> None:
     x = torch.randn(5, _CHUNK // 512, 300, generator=torch.Generator().manual_seed(0)) * 3
-    whole = quantize_activation(x, fmt, "linear")
-    parts = torch.stack([quantize_activation(part[:999], fmt, "linear") for part in x])
+    whole = quantize_activation(x, fmt, ROW)
+    parts = torch.stack([quantize_activation(part[:999], fmt, ROW) for part in x])
     assert torch.equal(whole[:, :999], parts)
 
 
@@ -82,7 +82,7 @@ def test_scales_against_the_definition() -> None:
 def test_absmax_scaling_clips_nothing(name: str) -> None:
     """The largest value of each token lands on the largest code, whatever rounding does to the scale."""
     x = torch.randn(20000, 3, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 20000)[:, None]
-    units = quantize_activation(x, parse(name), "linear") / (x.abs().amax(-1, keepdim=True) / parse(name).max_value)
+    units = quantize_activation(x, parse(name), ROW) / (x.abs().amax(-1, keepdim=True) / parse(name).max_value)
     assert torch.allclose(
         units.abs().amax(-1), torch.tensor(parse(name).max_value), rtol=1e-6
     )  # two float32 roundings
@@ -108,13 +108,13 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
     x = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 10, 100, 1000]).view(
         4, 1, 1
     )
-    together = quantize_activation(x, parse("int4"), "linear")
-    assert torch.equal(together[:1], quantize_activation(x[:1], parse("int4"), "linear"))
+    together = quantize_activation(x, parse("int4"), ROW)
+    assert torch.equal(together[:1], quantize_activation(x[:1], parse("int4"), ROW))
     images = x.view(4, 1, 5, 16)
-    together = quantize_activation(images, parse("e2m1"), "conv2d")
-    assert torch.equal(together[2:3], quantize_activation(images[2:3], parse("e2m1"), "conv2d"))
-    per_tensor = quantize_activation(x, parse("int4"), "linear", "per_tensor")
-    assert not torch.equal(per_tensor[:1], quantize_activation(x[:1], parse("int4"), "linear", "per_tensor"))
+    together = quantize_activation(images, parse("e2m1"), IMAGE)
+    assert torch.equal(together[2:3], quantize_activation(images[2:3], parse("e2m1"), IMAGE))
+    per_tensor = quantize_activation(x, parse("int4"), ROW, "per_tensor")
+    assert not torch.equal(per_tensor[:1], quantize_activation(x[:1], parse("int4"), ROW, "per_tensor"))
 
 
 def test_gradient_is_one_inside_and_zero_outside_the_clipping_range() -> None:
@@ -130,7 +130,7 @@ def test_absmax_gradient_is_the_identity_and_saves_nothing() -> None:
     saved: list[torch.Tensor] = []
     x = torch.randn(3, 7, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = quantize_activation(x, parse("e2m1"), "linear")
+        y = quantize_activation(x, parse("e2m1"), ROW)
     y.backward(grad := torch.randn(3, 7))
     assert torch.equal(x.grad, grad) and not saved
 
@@ -157,7 +157,7 @@ def test_gradients_of_a_learned_scale(name: str) -> None:
 def test_zeros_nan_and_infinity() -> None:
     x = torch.tensor([[0.0, -0.0, 0.0], [1.0, math.nan, 2.0], [1.0, math.inf, 2.0], [1.0, 2.0, -4.0]])
     for fmt in COMMON:
-        result = quantize_activation(x, fmt, "linear")
+        result = quantize_activation(x, fmt, ROW)
         assert torch.equal(result[0].view(torch.int32), torch.zeros(3, dtype=torch.int32))  # +0
         assert result[1].isnan().any() and result[2].isnan().any()  # not silently a number
         assert result[3].isfinite().all()
@@ -165,8 +165,8 @@ def test_zeros_nan_and_infinity() -> None:
 
 def test_tiny_values_do_not_divide_by_zero() -> None:
     x = torch.full((1, 4), MIN_SCALE * 3.2)
-    assert torch.equal(quantize_activation(x, parse("int8"), "linear"), torch.full((1, 4), MIN_SCALE * 3))
-    assert torch.equal(quantize_activation(torch.full((1, 4), 1e-45), parse("e2m1"), "linear"), torch.zeros(1, 4))
+    assert torch.equal(quantize_activation(x, parse("int8"), ROW), torch.full((1, 4), MIN_SCALE * 3))
+    assert torch.equal(quantize_activation(torch.full((1, 4), 1e-45), parse("e2m1"), ROW), torch.zeros(1, 4))
 
 
 def test_compiled_fake_quantization_is_the_same_and_never_recompiles() -> None:
@@ -178,10 +178,10 @@ def test_compiled_fake_quantization_is_the_same_and_never_recompiles() -> None:
         graphs += 1
         return graph.forward
 
-    compiled = torch.compile(lambda x, data: quantize_activation(x, data, "linear"), backend=count, fullgraph=True)
+    compiled = torch.compile(lambda x, data: quantize_activation(x, data, ROW), backend=count, fullgraph=True)
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     for row, fmt in zip(format_table(COMMON), COMMON, strict=True):
-        assert torch.equal(compiled(x, FormatData(*row.unbind())), quantize_activation(x, fmt, "linear"))
+        assert torch.equal(compiled(x, FormatData(*row.unbind())), quantize_activation(x, fmt, ROW))
     assert graphs == 1
 
 

@@ -16,7 +16,7 @@ from fliqs_hf.errors import DataError
 from fliqs_hf.formats import Format, round_to_format
 from fliqs_hf.nn import make_searchable
 from fliqs_hf.nn.searchable import QuantizerSettings
-from fliqs_hf.quant import InputQuantizer, WeightQuantizer, format_data
+from fliqs_hf.quant import ROW, InputQuantizer, WeightQuantizer, format_data
 from fliqs_hf.quant.scale import mse_scale
 from fliqs_hf.search import SearchSpace, fisher_scores, probes
 from fliqs_hf.search.probes import JOINT_BITS
@@ -30,7 +30,7 @@ LABELS = torch.tensor([0, 3, 1, 4, 2])
 def rounded(x: Tensor, fmt: Format, dims: tuple[int, ...] | None, settings: QuantizerSettings | None = None) -> Tensor:
     """Exact rounding with absmax scales over `dims`, written out, or with what `settings` say for a weight."""
     if fmt.scales_itself:  # tested by themselves
-        return WeightQuantizer()(x, fmt) if settings is not None else InputQuantizer("linear")(x, fmt)
+        return WeightQuantizer()(x, fmt) if settings is not None else InputQuantizer(ROW)(x, fmt)
     if settings is not None and settings.weight_scale == "mse" and fmt.is_scaled:
         return round_to_format(x / (scale := mse_scale(x, format_data(fmt), dims)), fmt) * scale
     largest = x.abs().max() if dims is None else x.abs().amax(dims, keepdim=True)

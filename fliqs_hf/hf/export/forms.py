@@ -11,7 +11,7 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
 from fliqs_hf.formats.rounding import code_values
 from fliqs_hf.nn.native.codes import int8_shift
-from fliqs_hf.nn.packed import PackedConv2d, PackedLayer, PackedLinear
+from fliqs_hf.nn.packed import PackedLayer
 
 #: auto: integer products, with an operator of ONNX Runtime's own where that is faster. integer: the same in standard
 #: operators. qdq: QuantizeLinear and DequantizeLinear around floating-point products, for TensorRT and NPUs.
@@ -94,17 +94,19 @@ def layer_form(name: str, layer: PackedLayer, settings: OnnxSettings) -> LayerFo
 
 
 def _check_known(name: str, layer: PackedLayer) -> None:
-    kind, granularity = type(layer), layer.settings.activation_granularity
+    granularity = layer.settings.activation_granularity
     unknown = {key for key, _ in layer.named_buffers(recurse=False)} - _KNOWN_BUFFERS
     own = [fmt for fmt in (layer.formats.weight, layer.formats.activation) if fmt is not None and fmt.scales_itself]
     if own:
         raise ConfigError(f"{name!r}: {own[0]} has scales of its own, which cannot be exported yet")
     scales = 0 if layer.weight_scale is None else layer.weight_scale.numel()
-    if kind not in (PackedLinear, PackedConv2d) or unknown or granularity not in _GRANULARITIES:
-        raise ConfigError(f"{name!r}, {kind.__name__} in {layer.formats}, cannot be exported: its kind is not known")
+    if not layer.kind.onnx or unknown or granularity not in _GRANULARITIES:
+        raise ConfigError(
+            f"{name!r}, {type(layer).__name__} in {layer.formats}, cannot be exported: its kind is not known"
+        )
     if scales not in (0, 1, layer.weight_shape[0]):
         raise ConfigError(f"{name!r} has {scales} weight scales: those per tensor or channel can be exported")
-    if isinstance(layer, PackedConv2d) and layer.geometry["padding_mode"] != "zeros":
+    if layer.geometry.get("padding_mode", "zeros") != "zeros":
         raise ConfigError(f"{name!r}: padding_mode={layer.geometry['padding_mode']!r} cannot be exported")
 
 
@@ -118,7 +120,7 @@ def not_integer(layer: PackedLayer) -> str:
             return f"{role} in {fmt} are no 8-bit integers"
     if layer.weight_shape[1:].numel() >= _LONGEST_SUM:
         return f"sums of {layer.weight_shape[1:].numel()} products may exceed 32 bits"
-    if isinstance(layer, PackedConv2d) and layer.geometry["groups"] > 1:
+    if layer.geometry.get("groups", 1) > 1:
         return "a grouped convolution, whose integer form is slower"
     return ""
 

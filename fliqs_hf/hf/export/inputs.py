@@ -11,7 +11,7 @@ import onnx_ir
 from fliqs_hf.formats import Format
 from fliqs_hf.hf.export.nodes import Writer
 from fliqs_hf.nn.native.codes import ZERO_POINT, int8_shift
-from fliqs_hf.nn.packed import PackedConv2d, PackedLayer
+from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.quant.grid import MIN_SCALE
 
 #: Formats whose rounding is a cast to an ONNX type and back.
@@ -111,8 +111,8 @@ class InputWriter:
 
     def _kind(self, layer: PackedLayer) -> tuple[Any, ...]:
         own = None if layer.input_scale is None else float(layer.input_scale)
-        kind, granularity = isinstance(layer, PackedConv2d), layer.settings.activation_granularity
-        return layer.formats.activation, kind, granularity, own
+        tokens, granularity = layer.kind.tokens, layer.settings.activation_granularity
+        return layer.formats.activation, tokens, granularity, own
 
     def _scale(self, x: Any, layer: PackedLayer) -> tuple[Any, bool]:
         """float32: what one code value is worth, per token, image or tensor; and whether it is one number."""
@@ -126,7 +126,7 @@ class InputWriter:
             assert layer.input_scale is not None
             scale = self.writer.constant(np.float32(float(layer.input_scale)))
         else:
-            axes = [] if whole else [self.writer.integers(*((1, 2, 3) if isinstance(layer, PackedConv2d) else (-1,)))]
+            axes = [] if whole else [self.writer.integers(*layer.kind.tokens.dims)]
             largest = self.writer.op("ReduceMax", self.writer.op("Abs", x), *axes, keepdims=0 if whole else 1)
             scale = self.writer.op("Div", largest, fmt.max_value)
             if layer.input_scale is not None:

@@ -20,7 +20,7 @@ from fliqs_hf.hf.export.nodes import MICROSOFT, Writer
 from fliqs_hf.hf.export.traced import DOMAIN, LAYER, NODE
 from fliqs_hf.hf.export.weights import channels, stored_codes
 from fliqs_hf.nn.native.codes import ZERO_POINT, int8_shift
-from fliqs_hf.nn.packed import PackedConv2d, PackedLayer
+from fliqs_hf.nn.packed import PackedLayer
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class _Product:
         self.decided, self.form, self.affine, self.weights = decided, settings.form, affine, weights
         self.asymmetric = decided.form == "integer" and asymmetric(layer, settings.input_scales)
         self.zero = [writer.constant(np.uint8(ZERO_POINT))] if decided.stored == "UINT8" else []
-        self.convolution = isinstance(layer, PackedConv2d)
+        self.convolution = layer.kind.onnx == "Conv"
 
     def __call__(self, x: Any) -> Any:
         if self.decided.form == "integer":
@@ -138,8 +138,11 @@ class _Product:
 
     def _patches(self, x: Any) -> tuple[int, int] | None:
         """Rows and columns of patches, where the convolution cuts its images into such without a rest."""
-        assert isinstance(self.layer, PackedConv2d)
-        if self.layer.not_a_product or x.shape is None or not all(isinstance(n, int) for n in x.shape[2:]):
+        if (
+            self.layer.kind.not_a_product(self.layer)
+            or x.shape is None
+            or not all(isinstance(n, int) for n in x.shape[2:])
+        ):
             return None
         (height, width), (kh, kw) = x.shape[2:], self.layer.geometry["kernel_size"]
         return None if height % kh or width % kw else (height // kh, width // kw)
@@ -147,7 +150,6 @@ class _Product:
     def _product_of_patches(self, codes: Codes, factors: NDArray[np.float32], patches: tuple[int, int]) -> Any:
         """As a Linear of patches: ONNX Runtime's ConvInteger takes ten times as long."""
         op, integers, (rows, columns) = self.writer.op, self.writer.integers, patches
-        assert isinstance(self.layer, PackedConv2d)
         outputs, channels_in, kh, kw = self.layer.weight_shape
         blocks = op("Reshape", codes.values, integers(-1, channels_in, rows, kh, columns, kw))
         blocks = op("Transpose", blocks, perm=[0, 2, 4, 1, 3, 5])
@@ -217,9 +219,8 @@ class _Product:
         return self.weights[key]
 
     def _geometry(self) -> dict[str, Any]:
-        layer = self.layer
-        assert isinstance(layer, PackedConv2d)
-        g, (left, right, top, bottom) = layer.geometry, layer._reversed_padding_repeated_twice
+        g = self.layer.geometry
+        left, right, top, bottom = g["_reversed_padding_repeated_twice"]
         return {
             "kernel_shape": list(g["kernel_size"]), "strides": list(g["stride"]), "dilations": list(g["dilation"]),
             "group": g["groups"], "pads": [top, left, bottom, right],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.nn import packed_layers
-from fliqs_hf.nn.packed import PackedConv2d, PackedLayer
+from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.optional import needed_for
 
 DOMAIN, NODE, LAYER = "fliqs_hf", "PackedLayer", "layer"
@@ -67,10 +67,10 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
 
 
 def _stand_in(layer: PackedLayer, name: str, x: Tensor) -> Tensor:
-    if isinstance(layer, PackedConv2d):
+    if not layer.kind.matrix:
         weight = torch.empty(layer.weight_shape, device="meta")
         with torch.no_grad():
-            shape = nn.Conv2d._conv_forward(layer, x.to("meta"), weight, None).shape  # type: ignore[arg-type]
+            shape = layer.kind.multiply(layer, x.to("meta"), weight, None).shape
     else:
         shape = torch.Size((*x.shape[:-1], layer.weight_shape[0]))
     result: Tensor = torch.onnx.ops.symbolic(

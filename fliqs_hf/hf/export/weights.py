@@ -12,7 +12,7 @@ from fliqs_hf.formats.packing import unpack
 from fliqs_hf.formats.rounding import code_values
 from fliqs_hf.hf.export.nodes import Writer
 from fliqs_hf.nn.native.codes import ZERO_POINT, int8_shift
-from fliqs_hf.nn.packed import PackedConv2d, PackedLayer
+from fliqs_hf.nn.packed import PackedLayer
 
 
 def channels(layer: PackedLayer) -> NDArray[np.float32]:
@@ -29,7 +29,7 @@ def stored_codes(writer: Writer, name: str, layer: PackedLayer, stored: str) -> 
 
     Types of fewer than 8 bits are cast, or looked up, in the graph: runtimes do that once, at loading.
     """
-    transposed = not isinstance(layer, PackedConv2d)
+    transposed = layer.kind.matrix
 
     def arranged(values: Any) -> NDArray[Any]:
         array: NDArray[Any] = values.view(layer.weight_shape).cpu().numpy()

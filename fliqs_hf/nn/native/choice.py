@@ -53,9 +53,9 @@ def why_not_int8(layer: PackedLayer) -> str:
     for role, fmt in (("weights", weight), ("inputs", activation)):
         if int8_shift(fmt) is None:
             return f"{role} in {fmt} are no 8-bit integers"
-    if reason := layer.not_a_product:
+    if reason := layer.kind.not_a_product(layer):
         return reason
-    if layer.kind == "conv2d" and layer.settings.activation_granularity == "static":
+    if len(layer.kind.tokens.dims) > 1 and layer.settings.activation_granularity == "static":
         return "a static scale of images, which would not show NaN in one patch"
     if layer.weight_shape[1:].numel() >= LONGEST_SUM:
         return f"sums of {layer.weight_shape[1:].numel()} products may exceed 32 bits"

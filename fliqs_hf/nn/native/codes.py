@@ -40,9 +40,9 @@ def input_scale(layer: PackedLayer, x: Tensor) -> Tensor:
     fmt, granularity = layer.formats.activation, layer.settings.activation_granularity
     assert fmt is not None
     if layer.input_scale is None:
-        scale = activation_scale(x, format_data(fmt), layer.kind, granularity)
+        scale = activation_scale(x, format_data(fmt), layer.kind.tokens, granularity)
     elif granularity == "per_token_clipped":
-        scale = clipped_scale(x, format_data(fmt), layer.kind, layer.input_scale)
+        scale = clipped_scale(x, format_data(fmt), layer.kind.tokens, layer.input_scale)
     else:
         return layer.input_scale + x.amax(-1, keepdim=True).clamp_(-1, 1).mul_(0)
     return scale + scale * 0
@@ -92,7 +92,7 @@ def _rows(layer: PackedLayer, x: Tensor) -> Tensor:
     """`x` as [scales, values that share one], contiguous."""
     if layer.settings.activation_granularity == "per_tensor":
         return x.reshape(1, -1).contiguous()
-    return x.reshape(-1, x.shape[-1] if layer.kind == "linear" else math.prod(x.shape[1:])).contiguous()
+    return x.reshape(-1, math.prod(x.shape[dim] for dim in layer.kind.tokens.dims)).contiguous()
 
 
 def _scaling(layer: PackedLayer) -> Scaling:
@@ -125,7 +125,7 @@ def _shared(layer: PackedLayer, x: Tensor, make: Callable[[PackedLayer, Tensor],
         return make(layer, x)
     # A write to the tensor changes its version, and a layer that reads it once more quantizes it once more: a buffer
     # that the caller fills again and again is never taken for what it held before.
-    key = (make, layer.formats.activation, layer.kind, layer.settings.activation_granularity)
+    key = (make, layer.formats.activation, layer.kind.tokens, layer.settings.activation_granularity)
     found: _SharedInput | None = _readings.get(x)
     if found is None or found.version != x._version or found.key != key or id(layer) in found.readers:
         found = _readings[x] = _SharedInput(x._version, key, make(layer, x), readers=set())

@@ -70,7 +70,9 @@ class Int8Product:
 
     def __call__(self, layer: PackedLayer, x: Tensor) -> Tensor:
         """What `layer` computes of `x`, in its dtype."""
-        return (self._patches if layer.kind == "conv2d" else self._linear)(layer, x)
+        kind, (codes, scale) = layer.kind, quantized_codes(layer, x)
+        out = self._rows(kind.product_rows(layer, codes), scale.reshape(-1), layer.bias)
+        return kind.product_output(layer, out.to(x.dtype), x.shape)
 
     def _rows(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """float32 [rows, outputs] from codes [rows, features] and scales [n], each of rows / n rows in turn."""
@@ -80,20 +82,3 @@ class Int8Product:
             return compiled.finish_(out, scale, bias)
         out.view(scale.numel(), -1).mul_(scale[:, None])
         return out if bias is None else out.add_(bias)
-
-    def _linear(self, layer: PackedLayer, x: Tensor) -> Tensor:
-        """`nn.Linear` of x [..., features]."""
-        codes, scale = quantized_codes(layer, x)
-        out = self._rows(codes.reshape(-1, codes.shape[-1]), scale.reshape(-1), layer.bias)
-        return out.to(x.dtype).view(*x.shape[:-1], -1)
-
-    def _patches(self, layer: PackedLayer, x: Tensor) -> Tensor:
-        """`nn.Conv2d` whose stride is its kernel, of x [images, channels, height, width]."""
-        codes, scale = quantized_codes(layer, x)
-        images, channels = x.shape[:2]
-        kh, kw = layer.weight_shape[2:]
-        height, width = x.shape[2] // kh, x.shape[3] // kw
-        blocks = codes[:, :, : height * kh, : width * kw].reshape(images, channels, height, kh, width, kw)
-        rows = blocks.permute(0, 2, 4, 1, 3, 5).reshape(images * height * width, -1)
-        out = self._rows(rows, scale.reshape(-1), layer.bias).to(x.dtype)
-        return out.view(images, height, width, -1).permute(0, 3, 1, 2)

@@ -13,6 +13,7 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import parse
 from fliqs_hf.formats.rounding import code_values
 from fliqs_hf.hf.export.forms import OnnxSettings, layer_form, storage
+from fliqs_hf.nn.kinds import CONV1D
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.nn.swap import packed_like
@@ -71,12 +72,12 @@ def assert_equal(layer: PackedLayer, x: Tensor, *arguments: Any, **settings: Any
     found, model = run(layer, x, *arguments, **settings)
     expected = layer(x).detach()
     weight, inputs = layer.decoded_weight().abs(), layer.quantized_input(x).abs()
-    if layer.kind == "linear":
+    if layer.kind.matrix:
         bound = nn.functional.linear(inputs, weight)
     else:
         bound = nn.Conv2d._conv_forward(layer, inputs, weight, None)  # type: ignore[arg-type]
     bias = torch.zeros(layer.weight_shape[0]) if layer.bias is None else layer.bias.detach().abs()
-    bias = bias.view(-1, *[1] * (2 * (layer.kind != "linear")))
+    bias = bias.view(-1, *[1] * (2 * (not layer.kind.matrix)))
     assert ((found - expected).abs() <= 2 * layer.weight_shape[1:].numel() * 2.0**-24 * (bound + bias)).all()
     return model
 
@@ -164,7 +165,7 @@ def test_one_scale_for_the_batch_maps_to_onnx_runtimes_own() -> None:
 @pytest.mark.parametrize("layer", [linear("int8", "int8"), linear("int8", "int8", "static"), linear("int7", "int8"),
                                    convolution("int8", "int8", padding=1)], ids=repr)  # fmt: skip
 def test_unsigned_codes_are_the_same_numbers(layer: PackedLayer, form: str) -> None:
-    x = INPUTS if layer.kind == "linear" else IMAGES
+    x = INPUTS if layer.kind.matrix else IMAGES
     model = assert_equal(layer, x, form, weight_codes="unsigned")
     stored = model.graph.initializers["layer.weight"].dtype
     assert stored == (onnx_ir.DataType.UINT8 if layer.formats.weight.bits == 8 else onnx_ir.DataType.INT8)
@@ -186,7 +187,7 @@ def test_two_bits_are_two_bits() -> None:
 
 def test_what_is_not_known_is_refused() -> None:
     class PackedOther(PackedLayer):
-        kind = "linear"
+        kind = CONV1D
 
     layer = linear("int8", "int8")
     layer.register_buffer("zero_point", torch.zeros(1))

@@ -1,0 +1,49 @@
+"""`Conv1D` of Transformers: a Linear whose parameter is [in, out]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fliqs_hf.nn.kinds.kind import register_kind
+from fliqs_hf.nn.kinds.linear import Linear
+from fliqs_hf.nn.packed import PackedLayer
+from fliqs_hf.nn.searchable import SearchableLayer
+
+
+class TransposedLinear(Linear):
+    """Input [..., nx], output [..., nf]; always with a bias."""
+
+    name = "transposed_linear"
+    plain = Conv1D
+    arguments = ("nf", "nx")
+
+    def rows(self, layer: Any, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def parameter(self, layer: Any, rows: Tensor) -> Tensor:
+        return rows.t().contiguous()
+
+    def make_plain(self, layer: Any, bias: bool) -> nn.Module:
+        return Conv1D(layer.nf, layer.nx).to("meta")
+
+
+TRANSPOSED_LINEAR = TransposedLinear()
+
+
+class SearchableTransposedLinear(SearchableLayer, Conv1D):
+    """`Conv1D` whose weight [in, out] and input [..., in] are fake-quantized in formats that a switch chooses."""
+
+    kind = TRANSPOSED_LINEAR
+
+
+class PackedTransposedLinear(PackedLayer):
+    """`Conv1D` with a bit-packed weight. Input [..., in], output [..., out]."""
+
+    kind = TRANSPOSED_LINEAR
+
+
+TransposedLinear.searchable, TransposedLinear.packed = SearchableTransposedLinear, PackedTransposedLinear
+register_kind(TRANSPOSED_LINEAR)
