@@ -93,7 +93,7 @@ def test_tied_weights_are_counted_in_fp32_and_stored_once(tmp_path: Path, caplog
     assert len(said) == 1
     tied = layers["decoder.transformer.wte"]  # three tokens, 16 channels, 20 words
     assert (tied.kind, tied.macs) == ("fp32", 3 * 16 * 20)
-    assert layers["decoder.transformer.h.0.attn.c_attn"].kind == "fp32"  # GPT-2's Conv1D
+    assert layers["decoder.transformer.h.0.attn.c_attn"].kind == "transposed_linear"  # GPT-2's Conv1D
     model.save_pretrained(tmp_path)
     stored = read_header(str(tmp_path / "model.safetensors"))
     assert len({"decoder.lm_head.weight", "decoder.transformer.wte.weight"} & stored.keys()) == 1
