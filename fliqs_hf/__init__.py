@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from fliqs_hf.cost import Target
     from fliqs_hf.hf.card import model_card
     from fliqs_hf.hf.hub import push
+    from fliqs_hf.oneshot import SearchConfig
     from fliqs_hf.pipeline.export import export
     from fliqs_hf.pipeline.own_loop import Search, SearchResult
     from fliqs_hf.pipeline.post_training import allocate
     from fliqs_hf.ptq import calibrate
     from fliqs_hf.report.run_report import write_report
     from fliqs_hf.report.validate import validate
-    from fliqs_hf.search import SearchConfig
 
 #: Imported at their first use: they bring libraries (SciPy, Matplotlib, …) that loading a model does not need.
 _LAZY = {
     "Search": "fliqs_hf.pipeline.own_loop",
-    "SearchConfig": "fliqs_hf.search",
+    "SearchConfig": "fliqs_hf.oneshot",
     "SearchResult": "fliqs_hf.pipeline.own_loop",
     "Target": "fliqs_hf.cost",
     "allocate": "fliqs_hf.pipeline.post_training",

@@ -28,12 +28,13 @@ from fliqs_hf.errors import AllocationError, FliqsError, TrainingError
 from fliqs_hf.formats import FloatFormat, IntFormat, parse
 from fliqs_hf.formats.packing import packed_bytes
 from fliqs_hf.formats.spaces import parse_formats
+from fliqs_hf.oneshot import OneShotSearch, SearchConfig
+from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.pipeline.compare_methods import check_methods
 from fliqs_hf.ptq import static_scale
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace, fisher_scores
-from fliqs_hf.search.hook import SearchHook
+from fliqs_hf.selection import SearchProblem, SearchSpace, fisher_scores
 from tests.models import images, tiny
-from tests.search.networks import BLOCKS, LONE
+from tests.selection.networks import BLOCKS, LONE
 
 SPACE = SearchSpace(LONE, "int2,int4,int8")
 TABLE = CostTable(LONE, SPACE.formats)

@@ -18,9 +18,9 @@ from transformers import ViTImageProcessor
 import fliqs_hf
 import fliqs_hf_cli
 from fliqs_hf import FLIQSConfig
+from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.pipeline import compare
 from fliqs_hf.pipeline.compare_methods import check_methods
-from fliqs_hf.search import SearchConfig
 from fliqs_hf.training.arguments import parse
 from tests.hub_server import HubServer, Repo
 from tests.models import tiny

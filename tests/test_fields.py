@@ -18,7 +18,7 @@ from fliqs_hf.errors import AllocationError, ConfigError, FliqsError, FormatErro
 from fliqs_hf.fields import check_fields
 from fliqs_hf.formats import parse
 from fliqs_hf.nn import QuantizerSettings
-from fliqs_hf.search import SearchConfig
+from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.training.loop import TrainConfig
 
 WRONG: list[Any] = [

@@ -84,7 +84,7 @@ def upward_imports(source: str, name: str, package: str) -> list[str]:
 
 
 @pytest.mark.parametrize("source", [
-    "from fliqs_hf.search.space import SearchSpace",
+    "from fliqs_hf.selection.space import SearchSpace",
     "import fliqs_hf.report",
     "from fliqs_hf import quantize",
     "from ..hf import config",

@@ -10,7 +10,7 @@ from torch import Tensor
 from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.cost import LayerInfo
 from fliqs_hf.formats import Format
-from fliqs_hf.search import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace
 
 
 def uniform(layers: Sequence[LayerInfo], fmt: str | Format) -> Allocation:

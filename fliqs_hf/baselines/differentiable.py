@@ -18,9 +18,10 @@ from fliqs_hf.baselines.mixture import Mixture
 from fliqs_hf.checks import is_number
 from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
 from fliqs_hf.nn import FormatSwitch, QuantizerSettings, make_searchable
-from fliqs_hf.search import FinalChoice, SearchProblem
-from fliqs_hf.search.oneshot import Gather
-from fliqs_hf.search.policy import Policy, step_generator
+from fliqs_hf.oneshot import FinalChoice
+from fliqs_hf.oneshot.policy import Policy, step_generator
+from fliqs_hf.oneshot.search import Gather
+from fliqs_hf.selection import SearchProblem
 from fliqs_hf.training import StepHook
 
 Relaxation = Literal["softmax", "gumbel"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.checks import is_whole
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.search import SearchProblem
+from fliqs_hf.selection import SearchProblem
 
 
 class FrontPoint(NamedTuple):

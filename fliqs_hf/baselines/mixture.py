@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fliqs_hf.nn import FormatSwitch
 from fliqs_hf.nn.searchable import SearchableLayer, SharedInput
-from fliqs_hf.search import SearchSpace
+from fliqs_hf.selection import SearchSpace
 
 
 class Mixture:

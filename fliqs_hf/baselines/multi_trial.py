@@ -23,7 +23,7 @@ from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
 from fliqs_hf.files import append_text, disk_errors, write_text
 from fliqs_hf.json_file import parse_json, read_text
 from fliqs_hf.optional import needed_for
-from fliqs_hf.search import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training.seeds import derived_seed
 
 #: (allocation, number of the trial) -> score, higher is better; the same for the same arguments.

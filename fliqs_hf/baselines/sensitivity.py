@@ -20,8 +20,8 @@ from fliqs_hf.checks import is_whole
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.nn import make_searchable, restore
 from fliqs_hf.nn.searchable import QuantizerSettings
-from fliqs_hf.search import SearchSpace, fisher_scores
-from fliqs_hf.search.sensitivity import Forward, frozen, layers_of, meaningful
+from fliqs_hf.selection import SearchSpace, fisher_scores
+from fliqs_hf.selection.scores.fisher import Forward, frozen, layers_of, meaningful
 from fliqs_hf.training.losses import ClassLoss
 
 

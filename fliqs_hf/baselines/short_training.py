@@ -13,7 +13,7 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
-from fliqs_hf.search.hook import FixedFormats
+from fliqs_hf.oneshot.hook import FixedFormats
 from fliqs_hf.training import ImageData, TrainConfig, evaluate, train
 from fliqs_hf.training.seeds import derived_seed
 

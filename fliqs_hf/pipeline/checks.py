@@ -16,7 +16,7 @@ from fliqs_hf.errors import ConfigError, FormatError, HubError
 from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.limits import check_distinct
-from fliqs_hf.search import SearchConfig
+from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.training import TrainConfig
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
 from fliqs_hf.training.augment import check_augment

@@ -60,6 +60,8 @@ from fliqs_hf.interrupt import stopping
 from fliqs_hf.limits import check_values
 from fliqs_hf.lock import locked
 from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
+from fliqs_hf.oneshot import OneShotSearch
+from fliqs_hf.oneshot.hook import FixedFormats, SearchHook
 from fliqs_hf.pipeline.checkpoints import load_processor
 from fliqs_hf.pipeline.compare_methods import (
     FLOATS,
@@ -77,8 +79,7 @@ from fliqs_hf.pipeline.compare_summary import is_summary, summarise, write_summa
 from fliqs_hf.pipeline.compare_table import COLUMNS, Table, is_table, provenance
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, data_source
 from fliqs_hf.report.comparison import peak_memory
-from fliqs_hf.search import OneShotSearch, SearchProblem, SearchSpace
-from fliqs_hf.search.hook import FixedFormats, SearchHook
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import ImageData, StepHook, TrainConfig, evaluate, load_splits, train
 from fliqs_hf.training.data import labelled
 from fliqs_hf.training.labels import match_given, names_of

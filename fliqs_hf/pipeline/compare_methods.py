@@ -7,7 +7,7 @@ from typing import Any
 
 from fliqs_hf.errors import ConfigError, FormatError, did_you_mean
 from fliqs_hf.formats import COMMON, Format, parse
-from fliqs_hf.search import SearchConfig
+from fliqs_hf.oneshot import SearchConfig
 
 METHODS = ("uniform-int", "uniform-fp", "random-no-int2", "loss-delta", "fisher", "search", "paper")
 UNIFORM = ("uniform-int", "uniform-fp", "manual")

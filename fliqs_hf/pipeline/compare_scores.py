@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fliqs_hf.baselines import elementwise_scores, hessian_trace_scores, loss_delta_scores
-from fliqs_hf.search import SearchConfig, SearchProblem, SearchSpace, Sensitivity, fisher_scores, second_look
+from fliqs_hf.oneshot import SearchConfig
+from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores, second_look
 from fliqs_hf.training import ImageData
 from fliqs_hf.training.data import train_loader
 

@@ -10,7 +10,7 @@ from fliqs_hf.errors import CheckpointError, DependencyError
 from fliqs_hf.hf.card import write_card
 from fliqs_hf.runs.finished import FinishedRun
 from fliqs_hf.runs.folder import RunFolder, cost_lines, layer_table
-from fliqs_hf.search import SearchSpace
+from fliqs_hf.selection import SearchSpace
 
 
 def complete(run: RunFolder, layers: Sequence[LayerInfo], space: SearchSpace, result: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from fliqs_hf.cost import CostTable, LayerInfo, Target, weight_bytes
 from fliqs_hf.cost.models import find
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.nn import QuantizerSettings, make_searchable
-from fliqs_hf.search import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace
 
 
 def search_problem(

@@ -13,8 +13,8 @@ from transformers.utils import logging as hf_logging
 
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.nn import QuantizerSettings
+from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.pipeline.checks import RUN_NAMES, model_settings, search_config, trackers_of, train_config
-from fliqs_hf.search import SearchConfig
 from fliqs_hf.training import Accuracy, ImageData, TrainConfig, evaluate, load_splits
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
 from fliqs_hf.training.augment import BatchAugment

@@ -20,18 +20,11 @@ from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.hf.quantizer import refuse_packed, require_transformers
 from fliqs_hf.nn import QuantizerSettings, make_searchable, quantizable_layers
 from fliqs_hf.nn.finite import check_finite
+from fliqs_hf.oneshot import OneShotSearch, SearchConfig
+from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.pipeline.costs import search_problem
-from fliqs_hf.search import (
-    OneShotSearch,
-    SearchConfig,
-    SearchProblem,
-    SearchSpace,
-    Sensitivity,
-    fisher_scores,
-    second_look,
-)
-from fliqs_hf.search.hook import SearchHook
-from fliqs_hf.search.space import ActivationMode
+from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores, second_look
+from fliqs_hf.selection.space import ActivationMode
 from fliqs_hf.training.losses import check_problem, logits_of
 
 #: Images at a time, at most, as the recipe measures sensitivities.

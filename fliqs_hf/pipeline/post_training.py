@@ -14,8 +14,8 @@ from fliqs_hf.formats import Format
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.pipeline.costs import search_problem
-from fliqs_hf.search import SearchSpace, Sensitivity, fisher_scores
-from fliqs_hf.search.space import ActivationMode
+from fliqs_hf.selection import SearchSpace, Sensitivity, fisher_scores
+from fliqs_hf.selection.space import ActivationMode
 from fliqs_hf.training.losses import check_problem, logits_of
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fliqs_hf.errors import TrainingError
+from fliqs_hf.oneshot import OneShotSearch
 from fliqs_hf.pipeline.job import Job
 from fliqs_hf.runs.folder import RunFolder
-from fliqs_hf.search import OneShotSearch, SearchProblem, Sensitivity, fisher_scores, second_look
+from fliqs_hf.selection import SearchProblem, Sensitivity, fisher_scores, second_look
 from fliqs_hf.training.data import train_loader
 
 #: Images at a time, at most: the pass is not checkpointed and in float32, unlike the training.

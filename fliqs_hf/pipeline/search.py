@@ -24,6 +24,8 @@ from fliqs_hf.hf import FLIQSConfig, fold_batchnorm, quantize
 from fliqs_hf.interrupt import stopping
 from fliqs_hf.lock import locked
 from fliqs_hf.nn import format_switch, make_searchable, quantizable_layers, restore
+from fliqs_hf.oneshot import OneShotSearch
+from fliqs_hf.oneshot.hook import FixedFormats, SearchHook
 from fliqs_hf.pipeline.checks import check_arguments, search_space, targets_of, uniform_formats
 from fliqs_hf.pipeline.completion import complete
 from fliqs_hf.pipeline.costs import search_problem
@@ -33,8 +35,7 @@ from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
 from fliqs_hf.pipeline.statistics import settle_batchnorm
 from fliqs_hf.runs.folder import RunFolder, cost_summary, write_front
-from fliqs_hf.search import OneShotSearch, SearchProblem, SearchSpace
-from fliqs_hf.search.hook import FixedFormats, SearchHook
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import Accuracy, train
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, parse
 from fliqs_hf.training.loading import hub_token

@@ -22,10 +22,10 @@ from fliqs_hf.cost.models import BOPS, WEIGHT_BYTES
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.files import append_text, replacing
 from fliqs_hf.json_file import parse_object, read_bytes, read_json, read_text
+from fliqs_hf.oneshot.config import SearchConfig
 from fliqs_hf.runs.files import RUN, RunFiles
-from fliqs_hf.search.config import SearchConfig
-from fliqs_hf.search.sensitivity import Sensitivity
-from fliqs_hf.search.space import SearchSpace
+from fliqs_hf.selection.scores.fisher import Sensitivity
+from fliqs_hf.selection.space import SearchSpace
 from fliqs_hf.training import Accuracy
 
 #: Settings that may change between an interruption and `--resume`: they do not decide the result.

@@ -171,7 +171,7 @@ class Table:
 
     def __init__(self, arguments: argparse.Namespace, calibration: dict[str, Tensor], test: dict[str, Tensor]) -> None:
         from fliqs_hf.cost import trace_layers
-        from fliqs_hf.search import SearchSpace
+        from fliqs_hf.selection import SearchSpace
 
         self.name, self.calibration, self.test = arguments.model, calibration["images"], test
         self.model = AutoModelForImageClassification.from_pretrained(arguments.model).eval()
@@ -187,7 +187,7 @@ class Table:
     def _scores(self, data: list[tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, float]]:
         """Ours of every choice of every decision, and the seconds that they took."""
         from fliqs_hf.baselines import elementwise_scores
-        from fliqs_hf.search import fisher_scores
+        from fliqs_hf.selection import fisher_scores
 
         methods: dict[str, Callable[..., Tensor]] = {
             "fisher": lambda *a: fisher_scores(*a).decision_scores,
@@ -244,7 +244,7 @@ class Table:
         """One of ModelOpt's results, in our quantizers and in its own, and ours at no more than its cost."""
         from fliqs_hf.allocation import Allocation, LayerFormats
         from fliqs_hf.cost import CostTable
-        from fliqs_hf.search import SearchProblem, SearchSpace
+        from fliqs_hf.selection import SearchProblem, SearchSpace
 
         head = {
             "formats": " ".join(result["formats"]),

@@ -35,8 +35,9 @@ from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.files import write_text
 from fliqs_hf.nn import make_searchable
 from fliqs_hf.nn.kernels import kernels_of
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace
-from fliqs_hf.search.hook import SearchHook
+from fliqs_hf.oneshot import OneShotSearch, SearchConfig
+from fliqs_hf.oneshot.hook import SearchHook
+from fliqs_hf.selection import SearchProblem, SearchSpace
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 530  # of the whole command

@@ -27,9 +27,10 @@ from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.files import write_text
 from fliqs_hf.formats import COMMON
 from fliqs_hf.nn import make_searchable
+from fliqs_hf.oneshot import OneShotSearch, SearchConfig
+from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.pipeline.outputs import check_result_file
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace
-from fliqs_hf.search.hook import SearchHook
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import StepHook
 
 LOW_BIT = [fmt for fmt in COMMON if fmt.bits <= 8]

@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import torch
-from fliqs_hf.search.run import versions
 from ptq import predict, read
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging as hf_logging
@@ -25,6 +24,7 @@ from fliqs_hf import Allocation, FLIQSConfig, quantize
 from fliqs_hf.files import write_text
 from fliqs_hf.nn import packed_layers, quantizable_layers
 from fliqs_hf.pipeline.outputs import check_result_file
+from fliqs_hf.runs.folder import versions
 
 PAIRS = (
     "int4/int4", "int4/int4_zp", "int4_g32/int4_g32", "mxfp4/mxfp4", "nvfp4/nvfp4", "int4_g32/int4_g32_zp",

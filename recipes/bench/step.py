@@ -34,9 +34,10 @@ from fliqs_hf import Allocation, FLIQSConfig, quantize
 from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.files import write_text
 from fliqs_hf.nn import QuantizerSettings, make_searchable, quantizable_layers
+from fliqs_hf.oneshot import OneShotSearch, SearchConfig
+from fliqs_hf.oneshot.hook import FixedFormats, SearchHook
 from fliqs_hf.pipeline.outputs import check_result_file
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace
-from fliqs_hf.search.hook import FixedFormats, SearchHook
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import StepHook
 
 UNIFORM = ("int4", "e2m1", "e4m3", "int8")

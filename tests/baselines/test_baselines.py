@@ -15,7 +15,7 @@ from fliqs_hf.cost import CostTable, Target, bops, trace_layers
 from fliqs_hf.errors import TargetError
 from fliqs_hf.formats import parse
 from fliqs_hf.nn import make_searchable
-from fliqs_hf.search import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from tests.models import images, tiny
 
 MODEL = tiny("vit")

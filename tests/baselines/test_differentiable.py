@@ -19,10 +19,10 @@ from fliqs_hf.baselines.mixture import Mixture
 from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.errors import CheckpointError, ConfigError, TargetError
 from fliqs_hf.nn import FormatSwitch, QuantizerSettings, make_searchable
-from fliqs_hf.search import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import TrainConfig, train
 from tests.models import images, tiny
-from tests.search.networks import LONE
+from tests.selection.networks import LONE
 from tests.training.test_loop import Blobs
 
 FORMATS = ("int2", "int4", "e2m1", "int8")

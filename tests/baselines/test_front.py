@@ -11,7 +11,7 @@ import torch
 from fliqs_hf.baselines import sensitivity_front
 from fliqs_hf.cost import CostTable, trace_layers
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.search import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from tests.models import tiny
 
 LAYERS = trace_layers(tiny("vit"))

@@ -16,11 +16,11 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.baselines import MultiTrialResult, ShortTraining, multi_trial, random_allocation
 from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers
 from fliqs_hf.errors import CheckpointError, ConfigError, DependencyError, TargetError, TrainingError
-from fliqs_hf.search import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import TrainConfig
 from fliqs_hf.training.seeds import derived_seed
 from tests.models import tiny
-from tests.search.networks import BLOCKS
+from tests.selection.networks import BLOCKS
 from tests.training.test_loop import Blobs
 
 FORMATS = ("int2", "int3", "int4", "e2m1", "int6", "int8")

@@ -22,13 +22,13 @@ from fliqs_hf.pipeline.compare_table import Table
 from fliqs_hf.report.run_report import write_report
 from fliqs_hf.runs.finished import FinishedRun
 from fliqs_hf.runs.folder import RunFolder
-from fliqs_hf.search import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training.models import read_classifier
 from fliqs_hf.training.state import Best, load_state, save_state
 from fliqs_hf_cli import main
 from tests.hf.runs import write_run
 from tests.models import tiny
-from tests.search.networks import LONE
+from tests.selection.networks import LONE
 
 
 def sparse(path: Path) -> None:

@@ -9,7 +9,7 @@ from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.cost import ENERGY, CostTable, LayerInfo, Target, unregister
 from fliqs_hf.cost.energy import DRAM_READ, multiply_pj
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.search import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace
 
 LAYER = LayerInfo("fc", "linear", 1000, 100, 10, 0)
 

@@ -18,7 +18,7 @@ from fliqs_hf.baselines.allocations import manual, uniform
 from fliqs_hf.cost import CostTable, Target, bops, trace_layers, unlisted_bytes, weight_bytes
 from fliqs_hf.errors import AllocationError, ConfigError
 from fliqs_hf.nn import make_searchable, pack_model
-from fliqs_hf.search import SearchSpace
+from fliqs_hf.selection import SearchSpace
 from tests.models import tiny
 
 

@@ -18,7 +18,7 @@ from fliqs_hf.cost.target import given_targets
 from fliqs_hf.errors import ConfigError, TargetError
 from fliqs_hf.hf.card import model_card
 from fliqs_hf.report.run_report import write_report
-from fliqs_hf.search import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training.arguments import SearchArguments
 from tests.hf.runs import write_run
 from tests.models import tiny

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from fliqs_hf.baselines.differentiable import DifferentiableConfig, DifferentiableHook, differentiable_search
 from fliqs_hf.cost import CostTable, Target, trace_layers
-from fliqs_hf.search import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import StepHook, TrainConfig, train
 from tests.models import tiny
 from tests.training.test_loop import Blobs

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from fliqs_hf.cost import trace_layers
-from fliqs_hf.search import SearchSpace, fisher_scores
+from fliqs_hf.selection import SearchSpace, fisher_scores
 from fliqs_hf.training import TrainConfig, train
 from fliqs_hf.training.data import train_loader
 from tests.models import tiny

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace
-from fliqs_hf.search.hook import SearchHook
+from fliqs_hf.oneshot import OneShotSearch, SearchConfig
+from fliqs_hf.oneshot.hook import SearchHook
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import TrainConfig, train
 from fliqs_hf.training.shards import is_sharded
 from tests.models import tiny

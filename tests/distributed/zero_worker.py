@@ -21,10 +21,11 @@ from torch import nn
 from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.errors import FliqsError
 from fliqs_hf.nn import make_searchable, restore
+from fliqs_hf.oneshot import OneShotSearch, SearchConfig
+from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.pipeline import job as recipe_job
 from fliqs_hf.pipeline.search import main as recipe
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace
-from fliqs_hf.search.hook import SearchHook
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import TrainConfig, train
 from tests.models import tiny
 from tests.recipes.test_vit import write

@@ -17,9 +17,10 @@ from fliqs_hf.formats import COMMON, Format
 from fliqs_hf.formats.packing import pack, unpack
 from fliqs_hf.formats.rounding import decode, encode, round_to_format
 from fliqs_hf.nn import FormatSwitch, make_searchable, pack_model, quantizable_layers
+from fliqs_hf.oneshot import OneShotSearch, SearchConfig
+from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.quant import ROW, quantize_activation, quantize_weight
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace, fisher_scores, second_look
-from fliqs_hf.search.hook import SearchHook
+from fliqs_hf.selection import SearchProblem, SearchSpace, fisher_scores, second_look
 from fliqs_hf.training import TrainConfig, train
 from tests.models import images, tiny
 from tests.training.test_loop import Blobs

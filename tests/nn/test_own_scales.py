@@ -16,7 +16,7 @@ from fliqs_hf.cost import CostTable, Target, bops, trace_layers, weight_bytes
 from fliqs_hf.errors import CheckpointError, ConfigError, FormatError, TargetError
 from fliqs_hf.hf.export.forms import OnnxSettings, layer_form
 from fliqs_hf.nn import make_searchable, pack_model, packed_layers, quantizable_layers
-from fliqs_hf.search import SearchSpace
+from fliqs_hf.selection import SearchSpace
 from tests.models import tiny
 
 PAIRS = [

@@ -18,7 +18,7 @@ from fliqs_hf.errors import CheckpointError
 from fliqs_hf.formats import parse
 from fliqs_hf.report.explain import explain
 from fliqs_hf.report.run_report import RunReport, write_report
-from fliqs_hf.search import SearchSpace
+from fliqs_hf.selection import SearchSpace
 from tests.hf.runs import FORMATS, write, write_run
 from tests.report.test_validate_browser import CHROMIUM, DRIVER, OPTIONS
 

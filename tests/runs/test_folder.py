@@ -11,7 +11,7 @@ import torch
 from fliqs_hf.cost import trace_layers
 from fliqs_hf.errors import CheckpointError, DiskError
 from fliqs_hf.runs.folder import RunFolder
-from fliqs_hf.search import SearchSpace, Sensitivity
+from fliqs_hf.selection import SearchSpace, Sensitivity
 from tests.models import tiny
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fliqs_hf.cost import CostTable
 from fliqs_hf.errors import ConfigError, TargetError
-from fliqs_hf.search.space import SearchSpace
+from fliqs_hf.selection.space import SearchSpace
 
 Array = npt.NDArray[np.float64]
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import CheckpointError, ConfigError, TargetError
-from fliqs_hf.search import OneShotSearch, SearchConfig, SearchProblem, SearchSpace
-from fliqs_hf.search.objective import entropy_coefficient
-from tests.search.networks import BLOCKS, LONE
+from fliqs_hf.oneshot import OneShotSearch, SearchConfig
+from fliqs_hf.oneshot.objective import entropy_coefficient
+from fliqs_hf.selection import SearchProblem, SearchSpace
+from tests.selection.networks import BLOCKS, LONE
 
 FORMATS = ("int2", "e2m1", "int4", "e4m3")
 STEPS = 40

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from fliqs_hf.errors import AllocationError, DataError
 from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
 from fliqs_hf.nn.evaluation import evaluation
-from fliqs_hf.search.probes import Probes, Reduction
-from fliqs_hf.search.problem import SearchProblem
-from fliqs_hf.search.space import SearchSpace
+from fliqs_hf.selection.problem import SearchProblem
+from fliqs_hf.selection.scores.probes import Probes, Reduction
+from fliqs_hf.selection.space import SearchSpace
 from fliqs_hf.training.losses import ClassLoss
 
 #: A second look takes no score for less than this share of the first.

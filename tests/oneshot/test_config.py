@@ -7,7 +7,7 @@ import math
 import pytest
 
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.search import SearchConfig
+from fliqs_hf.oneshot import SearchConfig
 
 
 def test_the_paper_preset_is_what_the_paper_describes() -> None:

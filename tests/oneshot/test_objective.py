@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fliqs_hf.search.objective import (
+from fliqs_hf.oneshot.objective import (
     absolute_reward,
     capped_reward,
     entropy_coefficient,

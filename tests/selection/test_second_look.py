@@ -13,9 +13,10 @@ from torch.nn import functional
 from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.errors import DataError
 from fliqs_hf.nn import make_searchable
-from fliqs_hf.search import SearchProblem, SearchSpace, Sensitivity, fisher_scores, second_look, sensitivity
+from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores, second_look
+from fliqs_hf.selection.scores import fisher
 from tests.models import images, tiny
-from tests.search.test_sensitivity import FORMATS, JOINT_BITS, LABELS, apply, logits_of, rounded
+from tests.selection.test_sensitivity import FORMATS, JOINT_BITS, LABELS, apply, logits_of, rounded
 
 
 def test_processes_share_the_images() -> None:
@@ -109,7 +110,7 @@ def test_a_layer_that_dies_when_quantized_is_not_free(monkeypatch: pytest.Monkey
     second = first.clone()
     second[0] = 0
     found = Sensitivity(second, 5, 1.0)
-    monkeypatch.setattr(sensitivity, "_measured", lambda *_, **__: found)
+    monkeypatch.setattr(fisher, "_measured", lambda *_, **__: found)
     twice = second_look(model, [], logits_of, problem, Sensitivity(first, 5, 1.0)).decision_scores
     torch.testing.assert_close(twice[0], first[0] * 1e-3**0.5)
     torch.testing.assert_close(twice[1:], first[1:])

@@ -11,7 +11,7 @@ from torch import Tensor
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.files import append_text
 from fliqs_hf.nn import FormatSwitch
-from fliqs_hf.search.oneshot import OneShotSearch
+from fliqs_hf.oneshot.search import OneShotSearch
 
 
 class SearchHook:

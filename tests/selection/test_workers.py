@@ -8,7 +8,7 @@ from threading import Thread
 import pytest
 import torch
 
-from fliqs_hf.search.workers import Workers
+from fliqs_hf.selection.scores.workers import Workers
 
 
 @pytest.fixture

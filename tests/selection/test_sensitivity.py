@@ -18,9 +18,10 @@ from fliqs_hf.nn import make_searchable
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.quant import ROW, InputQuantizer, WeightQuantizer, format_data
 from fliqs_hf.quant.scale import mse_scale
-from fliqs_hf.search import SearchSpace, fisher_scores, probes
-from fliqs_hf.search.probes import JOINT_BITS
-from fliqs_hf.search.space import ActivationMode
+from fliqs_hf.selection import SearchSpace, fisher_scores
+from fliqs_hf.selection.scores import probes
+from fliqs_hf.selection.scores.probes import JOINT_BITS
+from fliqs_hf.selection.space import ActivationMode
 from tests.models import images, tiny
 
 FORMATS = ("int2", "e2m1", "int8", "bf16")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import CheckpointError, ConfigError
-from fliqs_hf.search.config import SearchConfig
-from fliqs_hf.search.objective import (
+from fliqs_hf.oneshot.config import SearchConfig
+from fliqs_hf.oneshot.objective import (
     absolute_reward,
     capped_reward,
     entropy_coefficient,
@@ -23,8 +23,8 @@ from fliqs_hf.search.objective import (
     moving_baseline,
     policy_loss,
 )
-from fliqs_hf.search.policy import Policy, step_generator
-from fliqs_hf.search.problem import SearchProblem
+from fliqs_hf.oneshot.policy import Policy, step_generator
+from fliqs_hf.selection.problem import SearchProblem
 
 Gather = Callable[[Tensor], Tensor]
 

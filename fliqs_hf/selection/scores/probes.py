@@ -27,7 +27,7 @@ from fliqs_hf.quant import ROW, format_data
 from fliqs_hf.quant.grid import MIN_SCALE, round_to_grid
 from fliqs_hf.quant.residual import code_errors
 from fliqs_hf.quant.scale import activation_peak
-from fliqs_hf.search.workers import Workers
+from fliqs_hf.selection.scores.workers import Workers
 
 #: What is squared: the sum of g·ΔY over an image, or each element of it.
 Reduction = Literal["image", "element"]

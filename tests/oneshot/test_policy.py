@@ -10,9 +10,10 @@ import torch
 
 from fliqs_hf.cost import CostTable
 from fliqs_hf.errors import CheckpointError
-from fliqs_hf.search import Policy, SearchProblem, SearchSpace
-from fliqs_hf.search.policy import marginal_costs, step_generator
-from tests.search.networks import BLOCKS, LONE
+from fliqs_hf.oneshot import Policy
+from fliqs_hf.oneshot.policy import marginal_costs, step_generator
+from fliqs_hf.selection import SearchProblem, SearchSpace
+from tests.selection.networks import BLOCKS, LONE
 
 FORMATS = ("int2", "int4", "e2m1", "int8")
 

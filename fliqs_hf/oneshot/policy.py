@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.errors import CheckpointError
-from fliqs_hf.search.problem import SearchProblem
+from fliqs_hf.selection.problem import SearchProblem
 
 
 def step_generator(seed: int, step: int, rank: int, purpose: str = "policy") -> torch.Generator:

@@ -10,9 +10,9 @@ import torch
 from fliqs_hf import Allocation
 from fliqs_hf.cost import CostTable, trace_layers
 from fliqs_hf.errors import ConfigError, FormatError
-from fliqs_hf.search import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from tests.models import tiny
-from tests.search.networks import BLOCKS, LONE
+from tests.selection.networks import BLOCKS, LONE
 
 NAMES = [layer.name for layer in BLOCKS]
 

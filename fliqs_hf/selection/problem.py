@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import ConfigError, TargetError
-from fliqs_hf.search.solver import IntegerProgram
-from fliqs_hf.search.space import SearchSpace
+from fliqs_hf.selection.solver import IntegerProgram
+from fliqs_hf.selection.space import SearchSpace
 from fliqs_hf.wording import figure
 
 

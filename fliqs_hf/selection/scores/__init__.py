@@ -1,0 +1,1 @@
+"""How much each format of each layer is expected to hurt."""
