@@ -82,7 +82,11 @@ LIMITS: Mapping[str, Limit] = {
     "target_bops": POSITIVE,
     "target_size_mb": POSITIVE,
     "target_energy_uj": POSITIVE,
+    "target_latency_ms": POSITIVE,
     "target_ratio": Limit(0, 1, above=True),
+    # timing
+    "rounds": Limit(3),
+    "threads": COUNT,
     # validation
     "max_drop": Limit(0, 100),
     "min_agreement": Limit(0, 100),

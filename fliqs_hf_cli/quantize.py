@@ -20,16 +20,7 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--weight_format", help="one format for all weights (default: int8)")
     parser.add_argument("--activation_format", help="one format for all layer inputs, or none (default: int8)")
     parser.add_argument("--allocation", metavar="FILE", help="a format per layer, as a search writes it")
-    for name, text in (
-        ("target_bits", "bit operations of the uniform model of so many bits"),
-        ("target_bops", "bit operations per image"),
-        ("target_size_mb", "size of the checkpoint in 10^6 bytes, never exceeded"),
-        ("target_ratio", "bit operations over those of fp32"),
-        ("target_energy_uj", "energy per image in microjoules, never exceeded"),
-    ):
-        parser.add_argument(f"--{name}", type=float, help=f"mixed formats: {text}")
-    parser.add_argument("--target", action="append", metavar="NAME=VALUE",
-                        help="or one of these by name, or a cost that is registered")  # fmt: skip
+    _targets(parser)
     parser.add_argument(
         "--search_space",
         nargs="+",
@@ -42,19 +33,7 @@ def arguments(parser: Parser) -> None:
                         "file")  # fmt: skip
     parser.add_argument("--activation", choices=("same", "separate"), default="same",
                         help="formats of weights and inputs: the same, or chosen apart")  # fmt: skip
-    parser.add_argument(
-        "--calibration",
-        metavar="DATASET",
-        help="images that choose formats and improve rounding: Hub id, folder, digits",
-    )
-    parser.add_argument(
-        "--calibration_split", help="or a part, such as 'train[:500]'; default: train where there is one"
-    )
-    parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--label_column", default="label",
-                        help="if there is no such column, the model's own answers are the labels")  # fmt: skip
-    match_labels(parser)
+    _images(parser)
     parser.add_argument(
         "--rounding", choices=("nearest", "gptq"), help="default: gptq with --calibration, else nearest"
     )
@@ -73,3 +52,34 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--device", help="cpu, cuda, …; default: cuda if there is one")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in OUTPUT")
+
+
+def _targets(parser: Parser) -> None:
+    for name, text in (
+        ("target_bits", "bit operations of the uniform model of so many bits"),
+        ("target_bops", "bit operations per image"),
+        ("target_size_mb", "size of the checkpoint in 10^6 bytes, never exceeded"),
+        ("target_ratio", "bit operations over those of fp32"),
+        ("target_energy_uj", "energy per image in microjoules, never exceeded"),
+        ("target_latency_ms", "time by --latency_table, never exceeded"),
+    ):
+        parser.add_argument(f"--{name}", type=float, help=f"mixed formats: {text}")
+    parser.add_argument("--target", action="append", metavar="NAME=VALUE",
+                        help="or one of these by name, or a cost that is registered")  # fmt: skip
+    parser.add_argument("--latency_table", metavar="FILE", help="times of layers, as fliqs-hf profile writes them")
+
+
+def _images(parser: Parser) -> None:
+    parser.add_argument(
+        "--calibration",
+        metavar="DATASET",
+        help="images that choose formats and improve rounding: Hub id, folder, digits",
+    )
+    parser.add_argument(
+        "--calibration_split", help="or a part, such as 'train[:500]'; default: train where there is one"
+    )
+    parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", default="label",
+                        help="if there is no such column, the model's own answers are the labels")  # fmt: skip
+    match_labels(parser)

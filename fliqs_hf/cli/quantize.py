@@ -13,6 +13,7 @@ from fliqs_hf.cli.calibration import CalibrationImages, check, pack
 from fliqs_hf.cli.output import answer
 from fliqs_hf.cost import LayerInfo, Target, target_kinds, unlisted_bytes
 from fliqs_hf.cost.hardware import Profile, load_profile, native_share, restricted
+from fliqs_hf.cost.latency import LatencyTable, use
 from fliqs_hf.cost.target import given_targets
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
@@ -29,12 +30,16 @@ from fliqs_hf.runs.folder import RunFolder, cost_lines, cost_summary, layer_tabl
 def quantize(args: argparse.Namespace) -> int:
     output = RunFolder(args.output)
     sources = {"MODEL": args.model, "--calibration": data_source(args.calibration), "--allocation": args.allocation}
+    sources["--latency_table"] = args.latency_table
     check_places([output], sources)
     with locked(output.path):
         return _quantize(args, output)
 
 
 def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
+    latency = None if args.latency_table is None else LatencyTable.load(args.latency_table)
+    if latency is not None:
+        use(latency)
     target = _target(args)
     profile = None if args.hardware is None else load_profile(args.hardware)
     if profile is not None and target is not None:
@@ -47,6 +52,8 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     model = load_model(args.model, args.revision)
     if args.calibration and not is_classifier(model):
         raise ConfigError(f"--calibration runs images through a classifier, which {type(model).__name__} is not")
+    if latency is not None:
+        latency.check(traced(model)[0])
     model.to(device)
     start = time.perf_counter()
     calibration = None if args.calibration is None else CalibrationImages(args, model, processor)

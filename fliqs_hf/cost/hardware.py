@@ -30,7 +30,7 @@ from fliqs_hf.nn.native.int8 import largest_exact_weight
 _FOLDER = Path(__file__).parent / "profiles"
 _KEYS = {
     "title": str, "source": str, "pairs": list, "largest_weight_code": int, "bandwidth_gb_s": (int, float),
-    "bandwidth_source": str, "fallback": str, "note": str,
+    "bandwidth_source": str, "bf16_tflops": (int, float), "fallback": str, "note": str,
 }  # fmt: skip
 _REQUIRED = ("title", "source", "fallback")
 #: What this machine's GPU is called -> its profile. H200 is of the class of the H100.
@@ -49,10 +49,11 @@ State = Literal["native", "carried", "simulated"]
 
 @dataclass(frozen=True)
 class Run:
-    """How a device runs a pair of formats, and why, in words."""
+    """How a device runs a pair of formats, and why, in words; its `rate` is relative to bf16 where it is known."""
 
     state: State
     reason: str
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Profile:
         source: where what it runs is documented.
         largest_weight_code: of a CPU: it sums products of 8-bit integers exactly for weights up to this one.
         bandwidth_gb_s: of its memory, from `bandwidth_source`.
+        bf16_tflops: of dense products in bf16, from `source`; a multiplication and an addition count as two.
         fallback: what becomes of other formats.
     """
 
@@ -83,6 +85,7 @@ class Profile:
     largest_weight_code: int | None = None
     bandwidth_gb_s: float | None = None
     bandwidth_source: str | None = None
+    bf16_tflops: float | None = None
     note: str = ""
 
     def runs(self, formats: LayerFormats | None) -> Run:
@@ -92,20 +95,31 @@ class Profile:
         weight, activation = formats.weight, formats.activation
         for pair in self.pairs:
             if weight in pair.weights and activation in pair.inputs:
-                return Run("native", f"{weight} × {activation}")
+                return Run("native", f"{weight} × {activation}", pair.rate)
         if self.largest_weight_code is not None and (run := self._as_codes(weight, activation)) is not None:
             return run
         wide = [
-            (weights, inputs)
+            (weights, inputs, pair.rate)
             for pair in self.pairs
             for weights in pair.weights
             for inputs in pair.inputs
             if fits(weight, weights) and fits(activation, inputs)
         ]
         if wide:
-            weights, inputs = min(wide, key=lambda pair: pair[0].bits * pair[1].bits)
-            return Run("carried", f"as {weights} × {inputs}, exactly and at their cost")
+            weights, inputs, rate = min(wide, key=lambda pair: pair[0].bits * pair[1].bits)
+            return Run("carried", f"as {weights} × {inputs}, exactly and at their cost", rate)
         return Run("simulated", self.fallback)
+
+    def rate(self, formats: LayerFormats | None) -> float:
+        """Of the products of a layer, relative to bf16, which decoded weights run at. Raises: ConfigError: unknown."""
+        run = self.runs(formats)
+        if run.state == "simulated":
+            return 1.0
+        if run.rate is None:
+            raise ConfigError(
+                f"the profile {self.name} has no rate for {run.reason}; add one to a profile of your own"
+            )
+        return run.rate
 
     def _as_codes(self, weight: Format, activation: Format) -> Run | None:
         """Of a CPU, by the same arithmetic that chooses the kernels of packed layers."""

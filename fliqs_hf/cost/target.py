@@ -149,6 +149,10 @@ def given_targets(arguments: Mapping[str, Any]) -> dict[str, list[float]]:
     """
     kinds = target_kinds()
     found: dict[str, list[float]] = {}
+    for name, value in arguments.items():
+        if name.startswith("target_") and name.removeprefix("target_") not in kinds and value not in (None, []):
+            remedy = "give latency_table, as fliqs-hf profile writes it" if "latency" in name else "register it"
+            raise TargetError(f"{name}={value!r}: there is no such cost; {remedy}")
     for name in kinds:
         value = arguments.get(f"target_{name}")
         if value is not None and value != []:

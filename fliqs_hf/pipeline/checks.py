@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from fliqs_hf.cost import Target, target_kinds
+from fliqs_hf.cost.latency import LatencyTable, use
 from fliqs_hf.cost.target import given_targets
 from fliqs_hf.errors import ConfigError, FormatError, HubError
 from fliqs_hf.formats import parse as parse_format
@@ -38,6 +39,8 @@ def check_arguments(
 ) -> None:
     """Raises: ConfigError, TargetError, HubError: arguments that cannot work, alone or together."""
     search = search_config(search_args)
+    if search_args.latency_table is not None:
+        use(LatencyTable.load(search_args.latency_table))
     targets = targets_of(search_args)
     try:
         parse_formats(search_space(search_args))

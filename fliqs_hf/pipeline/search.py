@@ -17,6 +17,7 @@ from transformers import AutoModelForImageClassification
 from fliqs_hf import checksums
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, Target, trace_layers, unlisted_bytes
+from fliqs_hf.cost.latency import LatencyTable
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.failures import explain, trace
 from fliqs_hf.formats import parse as parse_format
@@ -165,6 +166,8 @@ def searched(
     job.train_config(job.steps, job.args.learning_rate)
     wanted = quantizable_layers(job.model, search_args.modules_to_not_convert)
     layers = trace_layers(job.model, job.eval_data[0][0][None].to(job.accelerator.device))
+    if search_args.latency_table is not None:
+        LatencyTable.load(search_args.latency_table).check(layers)
     space = SearchSpace(
         [layer for layer in layers if layer.name in wanted],
         search_space(search_args),

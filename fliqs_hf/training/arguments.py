@@ -142,6 +142,12 @@ class SearchArguments:
     target_energy_uj: list[float] | None = field(
         default=None, metadata={"help": "most energy per image in microjoules, see docs/cost.md"}
     )
+    target_latency_ms: list[float] | None = field(
+        default=None, metadata={"help": "most time by `latency_table`, in its unit"}
+    )
+    latency_table: str | None = field(
+        default=None, metadata={"help": "times of layers on your device, as fliqs-hf profile writes them"}
+    )
     target: list[str] | None = field(
         default=None, metadata={"help": "or NAME=VALUE: any of these, or a cost that is registered"}
     )

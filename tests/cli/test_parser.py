@@ -15,17 +15,19 @@ import fliqs_hf_cli
 from fliqs_hf_cli import main
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("formats", "estimate", "quantize", "validate", "report", "push", "inspect")
+COMMANDS = ("formats", "estimate", "profile", "quantize", "validate", "report", "push", "inspect")
 #: What people's scripts may have: it stays when the parser changes, and more may come. Beside --help and --json.
 OPTIONS = {
     "formats": "",
     "estimate": "allocation formats image_size layers modules_to_not_convert revision",
     "hardware": "hardware revision",
+    "profile": "activation batch_size device estimate overwrite revision rounds search_space threads",
     "quantize": (
         "activation activation_format activations allocation batch_size bias_correction calibration "
         "calibration_images calibration_split device fold_batchnorm hardware image_column label_column "
-        "match_labels modules_to_not_convert overwrite revision rounding search_space target target_bits "
-        "target_bops target_ratio target_size_mb weight_format weight_scale"
+        "latency_table match_labels modules_to_not_convert overwrite revision rounding search_space target "
+        "target_bits target_bops target_energy_uj target_latency_ms target_ratio target_size_mb "
+        "weight_format weight_scale"
     ),
     "search": "",
     "compare": "",
