@@ -25,7 +25,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from fliqs_hf import LayerFormats, quantize
 from fliqs_hf.cost import bops, trace_layers
 from fliqs_hf.pipeline.profiling import profile
-from fliqs_hf.search import SearchSpace
+from fliqs_hf.selection import SearchSpace
 from recipes.bench.inference import SIZES, conditions
 
 

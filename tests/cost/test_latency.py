@@ -22,7 +22,7 @@ from fliqs_hf.cost.roofline import roofline
 from fliqs_hf.errors import ConfigError, TargetError
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.pipeline.profiling import profile
-from fliqs_hf.search import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace
 from tests.models import tiny
 
 PAIRS = [LayerFormats.of("int8", "int8"), LayerFormats.of("int4", "int8"), LayerFormats.of("int4", None)]
