@@ -19,7 +19,8 @@ from fliqs_hf.json_file import read_json
 
 #: In a folder: relative path -> checksum of every other file in it.
 NAME = "checksums.json"
-_KEY = "checksum"
+#: Of a sealed object: the entry with its own checksum.
+KEY = "checksum"
 _CHUNK = 1 << 20
 
 
@@ -46,16 +47,16 @@ def check_folder(folder: Path) -> None:
 
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     """`data` with a checksum of itself as its last entry, for JSON."""
-    return {**data, _KEY: _of_data(data)}
+    return {**data, KEY: _of_data(data)}
 
 
 def unsealed(data: Any) -> dict[str, Any]:
     """What was given to `sealed`. Raises: ValueError: it is something else."""
     if not isinstance(data, dict):
         raise ValueError(f"it holds a {type(data).__name__}, not an object")
-    rest = {key: value for key, value in data.items() if key != _KEY}
-    if data.get(_KEY) != _of_data(rest):
-        raise ValueError("its checksum is missing" if _KEY not in data else "it is not what was written")
+    rest = {key: value for key, value in data.items() if key != KEY}
+    if data.get(KEY) != _of_data(rest):
+        raise ValueError("its checksum is missing" if KEY not in data else "it is not what was written")
     return rest
 
 

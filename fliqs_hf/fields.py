@@ -13,7 +13,8 @@ from fliqs_hf.errors import FliqsError
 
 
 def check_fields(settings: Any, error: type[FliqsError], names: Iterable[str] | None = None) -> None:
-    """Compare the fields of a dataclass with their annotations: int, float, bool, str, None, Literal, and unions.
+    """Compare the fields of a dataclass with their annotations: int, float, bool, str, None, Literal, unions of
+    them, and lists and dicts of all these.
 
     Args:
         names: only these fields.
@@ -22,18 +23,30 @@ def check_fields(settings: Any, error: type[FliqsError], names: Iterable[str] | 
     hints = get_type_hints(type(settings))
     for name in [field.name for field in fields(settings)] if names is None else names:
         value = getattr(settings, name)
-        allowed = _alternatives(hints[name])
-        if not any(_fits(value, kind) for kind in allowed):
-            raise error(f"{name}={value!r} must be {' or '.join(map(_words, allowed))}")
+        if not _fits(value, hints[name]):
+            raise error(f"{name}={value!r:.200} must be {_words_of(hints[name])}")
 
 
 def _alternatives(hint: Any) -> list[Any]:
     return list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _fits(value: Any, hint: Any) -> bool:
+    return any(_is(value, kind) for kind in _alternatives(hint))
+
+
+def _is(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(kind))
+    if kind is Any:
+        return True
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is dict:
+        of_key, of_value = get_args(kind)
+        return isinstance(value, dict) and all(
+            _fits(key, of_key) and _fits(item, of_value) for key, item in value.items()
+        )
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if kind is float:
@@ -41,7 +54,15 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
+def _words_of(hint: Any) -> str:
+    return " or ".join(map(_words, _alternatives(hint)))
+
+
 def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(repr, get_args(kind)))}"
+    if get_origin(kind) is list:
+        return f"a list, each item {_words_of(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return f"an object, each value {_words_of(get_args(kind)[1])}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(kind, "None")

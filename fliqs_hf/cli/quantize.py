@@ -24,6 +24,7 @@ from fliqs_hf.lock import locked
 from fliqs_hf.pipeline.checkpoints import device_of, is_classifier, load_model, load_processor, read_config, traced
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.post_training import Found, allocate
+from fliqs_hf.records import RunResults
 from fliqs_hf.runs.folder import RunFolder, cost_lines, cost_summary, layer_table
 
 
@@ -89,7 +90,7 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
         "fp32_bytes": fp32_bytes,
         "checkpoint_bytes": run.model_bytes(),
     }
-    run.write("results.json", result)
+    run.write_record(RunResults(**result))
     write_card(run.path)
     result["seconds"] = time.perf_counter() - start
     text = _text(args, result, layers, allocation, profile)

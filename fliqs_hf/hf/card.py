@@ -48,19 +48,19 @@ def model_card(
     run = FinishedRun.read(folder)
     validation = validation_of(run)
     results = measured_models(run, validation)
-    measured = run.results.get("accuracy") or {}
+    measured = run.results.accuracy
     dataset = _dataset(run) if SEARCHED in measured or validation is None else validation.dataset
     name = repo_id.rpartition("/")[2] if repo_id else run.path.resolve().name
     data = _metadata(run, results, name, dataset, base_model, license)
-    settings = {key: value for key, value in run.settings.items() if key not in ("versions", "command")}
-    command = run.settings.get("command")
+    settings, command = run.settings, run.settings.command
     values = {
         "name": name,
         "source": repo_id or ".",
         "run": run,
         "making": Making.of(run),
-        "settings": run.settings,
-        "settings_json": json.dumps(without_private(settings), indent=2, ensure_ascii=False),
+        "settings": settings.arguments,
+        "versions": settings.versions,
+        "settings_json": json.dumps(without_private(settings.told), indent=2, ensure_ascii=False),
         "command": command_line(command) if command else None,
         "base_model": last_part(source) if (source := _source(run)) else None,
         "base_model_id": data.base_model,
@@ -71,7 +71,7 @@ def model_card(
         "searched": results[-1].accuracy,
         "validation": validation,
         "validated_on": last_part(validation.dataset) if validation and validation.dataset else None,
-        "target_ratio": (run.results.get("cost") or {}).get("target_ratio"),
+        "target_ratio": run.results.cost.get("target_ratio"),
         "checkpoint_bytes": sum(file.stat().st_size for file in run.weight_files),
         "layer_rows": _layer_rows(run),
         "image_size": size if isinstance(size := run.model.get("image_size"), int) else 224,
@@ -139,7 +139,7 @@ def _metadata(
             "task_type": TASK,
             "dataset_type": dataset if is_hub_id(dataset) else "custom",
             "dataset_name": last_part(dataset).rpartition("/")[2],
-            "dataset_config": run.settings.get("dataset_config_name") if dataset == used else None,
+            "dataset_config": run.settings.arguments.get("dataset_config_name") if dataset == used else None,
         }
         measured = [
             EvalResult(**where, metric_type="accuracy", metric_name="Top-1 accuracy", metric_value=accuracy.top1)
@@ -162,7 +162,7 @@ def _metadata(
 
 def _source(run: FinishedRun) -> str | None:
     """What was quantized: an id on the Hub, or a folder."""
-    source = run.settings.get("model_name_or_path")
+    source = run.settings.arguments.get("model_name_or_path")
     return source if isinstance(source, str) and source else None
 
 
@@ -183,7 +183,8 @@ def _license_of(source: str | None) -> str | None:
 
 def _dataset(run: FinishedRun) -> str | None:
     """Where the images came from: an id on the Hub, a folder, or the name of a set that a library ships."""
-    dataset = run.settings.get("dataset_name") or run.settings.get("train_dir")
+    settings = run.settings.arguments
+    dataset = settings.get("dataset_name") or settings.get("train_dir")
     return dataset if isinstance(dataset, str) else None
 
 

@@ -26,13 +26,13 @@ class Making:
 
     @classmethod
     def of(cls, run: FinishedRun) -> Making:
-        has = {name: run.has(name) for name in ("search_space.json", "metrics.jsonl")}
-        trained = has["metrics.jsonl"] or "search" in run.settings
+        has = {name: run.has(name) for name in ("search_space.json", "metrics.jsonl", "settings.json")}
+        trained = has["metrics.jsonl"] or run.settings.search is not None
         return cls(
-            known=bool(run.settings) or any(has.values()),
+            known=any(has.values()),
             trained=trained,
             searched=has["search_space.json"],
-            calibrated=not trained and bool(run.settings.get("calibration")),
+            calibrated=not trained and bool(run.settings.arguments.get("calibration")),
             uniform=len(set(run.allocation.values())) == 1,
         )
 

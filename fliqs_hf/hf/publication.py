@@ -69,7 +69,7 @@ def _is_record(file: Path) -> bool:
 
 
 def _page(run: FinishedRun) -> Callable[[str], str]:
-    return lambda text: published_page(text, (run.settings, run.results), run.path)
+    return lambda text: published_page(text, (run.settings.to_dict(), run.results.to_dict()), run.path)
 
 
 def _without_paths(file: Path, reduce: Callable[[str], str]) -> Path | bytes:

@@ -109,15 +109,13 @@ def measured_models(run: FinishedRun, validation: Validation | None) -> list[Res
 
 
 def _accuracies(run: FinishedRun, validation: Validation | None) -> dict[str, MeasuredAccuracy]:
-    recorded = run.results.get("accuracy") or {}
+    recorded = run.results.accuracy
     if SEARCHED not in recorded and validation is not None:
         pair: dict[str, ValidatedModel] = {FP32: validation.original, SEARCHED: validation.quantized}
         return {
             name: MeasuredAccuracy.counted(model.correct, validation.images, model.top5)
             for name, model in pair.items()
         }
-    if not isinstance(recorded, Mapping):
-        raise CheckpointError(f"results.json: accuracy is a {type(recorded).__name__}, not an object")
     return {name: MeasuredAccuracy.of(name, entry) for name, entry in recorded.items()}
 
 

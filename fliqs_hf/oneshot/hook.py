@@ -12,6 +12,7 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.files import append_text
 from fliqs_hf.nn import FormatSwitch
 from fliqs_hf.oneshot.search import OneShotSearch
+from fliqs_hf.records import PolicyStep
 
 
 class SearchHook:
@@ -48,11 +49,8 @@ class SearchHook:
             return
         probabilities = self.search.probabilities().cpu().tolist()
         decisions = self.search.problem.space.decisions
-        entry = {
-            "step": step,
-            "probabilities": {d.name: [round(v, 5) for v in p] for d, p in zip(decisions, probabilities, strict=True)},
-        }
-        append_text(self.history, json.dumps(entry) + "\n")
+        rounded = {d.name: [round(v, 5) for v in p] for d, p in zip(decisions, probabilities, strict=True)}
+        append_text(self.history, json.dumps(PolicyStep(step=step, probabilities=rounded).to_dict()) + "\n")
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.search.state_dict()

@@ -6,7 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_sour
 from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
 from fliqs_hf.pipeline.statistics import settle_batchnorm
+from fliqs_hf.records import RunResults
 from fliqs_hf.runs.folder import RunFolder, cost_summary, write_front
 from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import Accuracy, train
@@ -248,8 +249,9 @@ def search_for(job: Job, run: RunFolder, target: Target, start: Start, track: Tr
 
     Raises: CheckpointError: what was recorded is damaged.
     """
-    result = run.read_result("results.json") if job.args.resume else None
-    if result is None:
+    found = run.read_record(RunResults) if job.args.resume else None
+    result = {} if found is None else asdict(found)
+    if found is None:
         result = _search(job, run, target, start, track)
     else:
         job.accelerator.print(f"{run.path} is finished")
@@ -293,7 +295,7 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
     track.log({"step": job.steps, "eval/top1": accuracy.top1, "eval/loss": accuracy.loss})
     others = {f"uniform_{name}": train_uniform(job, start, name) for name in start.uniform}
     seconds = run.seconds()
-    result = {
+    result: dict[str, Any] = {
         "target": {target.kind: target.value, "cost": search.problem.target_cost, "cap": target.cap},
         "cost": {
             **cost_summary(start.layers, final.allocation, start.other_bytes), "target_ratio": final.cost_ratio,
@@ -308,7 +310,7 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
         "argmax_cost_ratio": final.argmax_cost_ratio,
     }  # fmt: skip
     if accelerator.is_main_process:
-        run.write_result("results.json", result)
+        run.write_record(RunResults(**result), sealed=True)
     accelerator.wait_for_everyone()
     return result
 

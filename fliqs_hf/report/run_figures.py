@@ -13,6 +13,7 @@ from markupsafe import Markup
 from fliqs_hf.files import disk_errors, replacing
 from fliqs_hf.formats import Format, parse
 from fliqs_hf.optional import needed_for
+from fliqs_hf.records import PolicyStep
 
 with needed_for("a report"):
     import matplotlib as mpl
@@ -148,14 +149,14 @@ def curves_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
         return figure
 
 
-def policy_figure(policy: Sequence[Mapping[str, Any]], formats: Sequence[str], columns: int = 3) -> Figure | None:
+def policy_figure(policy: Sequence[PolicyStep], formats: Sequence[str], columns: int = 3) -> Figure | None:
     """Probability of every format over the steps, one small panel per decision; None where nothing was recorded."""
-    if not policy or not policy[0]["probabilities"]:
+    if not policy or not policy[0].probabilities:
         return None
     parsed = [parse(name) for name in formats]
     order = sorted(range(len(parsed)), key=lambda k: (parsed[k].bits, not parsed[k].is_integer))
-    names = list(policy[0]["probabilities"])
-    steps = [entry["step"] for entry in policy]
+    names = list(policy[0].probabilities)
+    steps = [entry.step for entry in policy]
     if len(steps) == 1:  # one record has no width
         policy, steps = [policy[0], policy[0]], [0, steps[0]]
     rows = -(-len(names) // columns)
@@ -163,7 +164,7 @@ def policy_figure(policy: Sequence[Mapping[str, Any]], formats: Sequence[str], c
         figure = Figure(figsize=(8.4, 0.95 * rows + 0.7), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, name in zip(grid.flat, names, strict=False):
-            values = [[entry["probabilities"][name][k] for entry in policy] for k in order]
+            values = [[entry.probabilities[name][k] for entry in policy] for k in order]
             axes.stackplot(steps, values, colors=[colour(parsed[k]) for k in order], linewidth=0)
             axes.set_title(_short(name), fontsize=7, loc="left", pad=2)
             axes.set(xlim=(steps[0], steps[-1]), ylim=(0, 1), yticks=[0, 1])

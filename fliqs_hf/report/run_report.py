@@ -23,6 +23,7 @@ from fliqs_hf.hf.results import Result, measured_models, validation_of
 from fliqs_hf.hf.templating import environment
 from fliqs_hf.hf.validation_record import Validation
 from fliqs_hf.json_file import read_object
+from fliqs_hf.records import PolicyStep, SensitivityScores
 from fliqs_hf.report import run_figures as figures
 from fliqs_hf.report import run_summary as summary
 from fliqs_hf.report.explain import Explanation, explain, read_lines
@@ -64,9 +65,9 @@ class RunReport:
     decisions: list[Explanation]
     formats: list[Format]
     metrics: list[dict[str, Any]]
-    policy: list[dict[str, Any]]
+    policy: list[PolicyStep]
     choices: list[str]
-    sensitivity: dict[str, Any]
+    sensitivity: SensitivityScores | None
 
     @property
     def signal(self) -> str:
@@ -83,12 +84,13 @@ class RunReport:
                 f"{str(folder)!r} has no layers.json: a report needs the run folder that `fliqs-hf quantize` or "
                 "`fliqs-hf search` wrote"
             )
-        metrics, policy = (read_lines(run.records / name) for name in ("metrics.jsonl", "policy.jsonl"))
-        space, sensitivity = (_read(run.records / name) for name in ("search_space.json", "sensitivity.json"))
+        metrics, policy = read_lines(run.records / "metrics.jsonl"), PolicyStep.history(run.records)
+        space, sensitivity = _read(run.records / "search_space.json"), SensitivityScores.read(run.records)
         decisions = []
         if space:
-            last = policy[-1]["probabilities"] if policy else {}
-            decisions = explain(space, run.layers, run.allocation, sensitivity.get("scores", {}), last)
+            last = policy[-1].probabilities if policy else {}
+            scores = {} if sensitivity is None else sensitivity.scores
+            decisions = explain(space, run.layers, run.allocation, scores, last)
         validation = validation_of(run)
         found = {fmt for pair in run.allocation.values() for fmt in (pair.weight, pair.activation) if fmt}
         return cls(
@@ -143,7 +145,7 @@ def _write_figure(files: RunFiles, name: str, figure: Figure | None) -> None:
 
 def _page(report: RunReport, drawn: Mapping[str, Figure | None]) -> str:
     settings = report.run.settings
-    shown = {key: value for key, value in settings.items() if key not in ("versions", "command")}
+    told = json.dumps(without_private(settings.told), indent=2, ensure_ascii=False) if settings.told else None
     try:
         return (
             environment("fliqs_hf.report")
@@ -156,8 +158,8 @@ def _page(report: RunReport, drawn: Mapping[str, Figure | None]) -> str:
                 measured_on=summary.measured_on(report),
                 figures={name: figures.svg(figure, name) for name, figure in drawn.items()},
                 colours={fmt.name: (figures.colour(fmt), figures.text_colour(fmt)) for fmt in report.formats},
-                command=command_line(settings["command"]) if settings.get("command") else None,
-                settings_json=json.dumps(without_private(shown), indent=2, ensure_ascii=False),
+                command=command_line(settings.command) if settings.command else None,
+                settings_json=told,
                 prices=_prices(report),
                 costs=registered(),
             )

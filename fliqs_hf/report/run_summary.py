@@ -50,7 +50,7 @@ def tiles(report: RunReport) -> list[tuple[str, str, str]]:
 
 def measured_on(report: RunReport) -> str:
     """Where the accuracies in the table of results come from: "on …" or "in …"."""
-    if SEARCHED in (report.run.results.get("accuracy") or {}):
+    if SEARCHED in report.run.results.accuracy:
         return "at the end of the run, on its own test images"
     dataset = report.validation.dataset if report.validation else None
     return f"in the validation{f' on {last_part(dataset)}' if dataset else ''}"
@@ -86,7 +86,7 @@ def _accuracy_tile(report: RunReport) -> tuple[str, str, str]:
 def _size_tile(report: RunReport) -> tuple[str, str, str]:
     now = sum(file.stat().st_size for file in report.run.weight_files)
     before = report.validation.original.checkpoint_bytes if report.validation else None
-    before = before or report.run.results.get("fp32_bytes")
+    before = before or report.run.results.fp32_bytes
     if before is None:
         return "Size", wording.size(now), "weight files"
     return (
@@ -114,8 +114,8 @@ def _cost_tile(report: RunReport) -> tuple[str, str, str]:
     if not now or not before:
         return "Cost", "unknown", "no layer shapes on record"
     text = f"bit operations per image: {wording.engineering(now)} instead of {wording.engineering(before)}"
-    used = (report.run.results.get("cost") or {}).get("target_ratio")
+    used = report.run.results.cost.get("target_ratio")
     if used is not None:
-        aim = report.run.results.get("target")
+        aim = report.run.results.target
         text += f"; {wording.percent(used)} of the target{f' ({described(aim)})' if aim else ''}"
     return "Cost", f"{wording.factor(before / now)} less", text

@@ -12,6 +12,7 @@ from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.hf.checkpoint import plain_name, read_header
 from fliqs_hf.hf.config import METHOD, FLIQSConfig
 from fliqs_hf.json_file import read_json, read_object
+from fliqs_hf.records import RunResults, RunSettings
 from fliqs_hf.runs.files import RUN, is_earlier_run, is_run
 
 INDEX = "model.safetensors.index.json"
@@ -29,7 +30,7 @@ class FinishedRun:
         model: its config.json.
         quantization: the quantization_config in there, validated; the allocation in it is the model's.
         weight_files: all of them complete.
-        settings, results, validation: records of that name.
+        settings, results, validation: records of that name; without one there is nothing in them.
         layers: those of layers.json.
         figures: PNG files, by name.
     """
@@ -39,8 +40,8 @@ class FinishedRun:
     model: dict[str, Any]
     quantization: FLIQSConfig
     weight_files: tuple[Path, ...]
-    settings: dict[str, Any]
-    results: dict[str, Any]
+    settings: RunSettings
+    results: RunResults
     validation: dict[str, Any]
     layers: tuple[LayerInfo, ...]
     figures: tuple[Path, ...]
@@ -71,10 +72,7 @@ class FinishedRun:
                 f"{folder} has no {PROCESSORS[0]}: nobody could prepare images for this model; "
                 "save the image processor there with `image_processor.save_pretrained`"
             )
-        optional = {
-            name: read_object(records / f"{name}.json") if records and (records / f"{name}.json").exists() else {}
-            for name in ("settings", "results", "validation")
-        }
+        validation = records / "validation.json" if records else None
         beside = records / "allocation.json" if records else None
         if beside and beside.exists() and Allocation.load(beside) != quantization.allocation:
             raise CheckpointError(
@@ -88,7 +86,9 @@ class FinishedRun:
             weight_files=_weight_files(folder, quantization.allocation),
             layers=_layers(records / "layers.json") if records and (records / "layers.json").exists() else (),
             figures=tuple(sorted((records / "figures").glob("*.png"))) if records else (),
-            **optional,
+            settings=(records and RunSettings.read(records)) or RunSettings(),
+            results=(records and RunResults.read(records)) or RunResults(),
+            validation=read_object(validation) if validation and validation.exists() else {},
         )
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.files import append_text, replacing
 from fliqs_hf.json_file import parse_object, read_bytes, read_json, read_text
 from fliqs_hf.oneshot.config import SearchConfig
+from fliqs_hf.records import PolicyStep, Record, RunSettings, SensitivityScores
 from fliqs_hf.runs.files import RUN, RunFiles
 from fliqs_hf.selection.scores.fisher import Sensitivity
 from fliqs_hf.selection.space import SearchSpace
@@ -33,6 +34,7 @@ FREE = (
     "output_dir", "overwrite_output_dir", "resume", "push_to_hub", "hub_model_id", "hub_private_repo", "report_to",
     "metrics", "per_device_eval_batch_size", "cache_dir", "run_name",
 )  # fmt: skip
+R = TypeVar("R", bound=Record)
 #: What a resumed run goes on from.
 RESUMED = ("state", "fp32-state", "fp32", "results.json")
 PACKAGES = ("fliqs-hf", "torch", "transformers", "accelerate", "datasets", "safetensors", "scipy")
@@ -60,7 +62,7 @@ class RunFolder:
         self.files = RunFiles(self.path)
         self.records = self.path / RUN
         self.state = self.records / "state"
-        self.policy = self.records / "policy.jsonl"
+        self.policy = self.records / PolicyStep.name
         self.metrics = self.records / "metrics.jsonl"
 
     def claim(self, *names: str) -> None:
@@ -79,9 +81,19 @@ class RunFolder:
         """Raises: CheckpointError: no readable record."""
         return read_json(self.records / name)
 
+    def write_record(self, record: Record, sealed: bool = False) -> None:
+        """Its own file. `sealed`: with a checksum, for a record that a resumed run believes. See `write`."""
+        data = record.to_dict()
+        self.write(record.name, checksums.sealed(data) if sealed else data)
+
     def write_result(self, name: str, result: dict[str, Any]) -> None:
         """A record that a resumed run believes: with a checksum. Raises: DiskError."""
         self.write(name, checksums.sealed(result))
+
+    def read_record(self, record: type[R]) -> R | None:
+        """What `write_record` has sealed; None where there is nothing. Raises: CheckpointError: it is damaged."""
+        stored = self.read_result(record.name)
+        return None if stored is None else record.of(stored, self.records / record.name)
 
     def read_result(self, name: str) -> dict[str, Any] | None:
         """What `write_result` has written; None where there is nothing. Raises: CheckpointError: it is damaged."""
@@ -116,20 +128,20 @@ class RunFolder:
 
         Raises: CheckpointError: it names the first setting that differs, or says that they are not on record.
         """
-        file = self.records / "settings.json"
+        file = self.records / RunSettings.name
         if not file.exists() and not any((self.records / name).exists() for name in RESUMED):
             return
         try:
-            stored = self.read(file.name)
-            if not isinstance(stored, dict) or not isinstance(stored.get("search", {}), dict):
-                raise CheckpointError(f"{file} is damaged: it holds no settings")
+            stored = RunSettings.read(self.records)
+            if stored is None:
+                raise CheckpointError(f"{file} is missing")
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error}: whether this is the same run cannot be told; restore it, or give --overwrite_output_dir "
                 "instead of --resume to start again"
             ) from error
         for key, value in {**settings, **asdict(config)}.items():
-            known = stored if key in settings else stored.get("search", {})
+            known = stored.arguments if key in settings else stored.search or {}
             if key not in FREE and known.get(key) != value:
                 raise CheckpointError(
                     f"{self.path} was started with {key}={known.get(key)!r}, not {value!r}: "
@@ -140,8 +152,8 @@ class RunFolder:
         """Record what the run was told to do."""
         program = [Path(sys.executable).name] if sys.argv[0].endswith(".py") else []
         command = shlex.join([*program, *sys.argv])
-        search = {"search": asdict(config)} if config is not None else {}
-        self.write("settings.json", {**settings, **search, "command": command, "versions": versions()})
+        search = None if config is None else asdict(config)
+        self.write_record(RunSettings(arguments=settings, search=search, command=command, versions=versions()))
 
     def begin(
         self,
@@ -156,16 +168,11 @@ class RunFolder:
         if space is not None and sensitivity is not None:
             rows = zip(space.decisions, sensitivity.decision_scores.tolist(), strict=True)
             scores = {decision.name: [float(f"{value:.9g}") for value in row] for decision, row in rows}  # exact
-            self.write_result(
-                "sensitivity.json",
-                {
-                    "method": "fisher",
-                    "images": sensitivity.images,
-                    "passes": sensitivity.passes,
-                    "seconds": sensitivity.seconds,
-                    "scores": scores,
-                },
-            )
+            record = SensitivityScores(
+                method="fisher", images=sensitivity.images, passes=sensitivity.passes, seconds=sensitivity.seconds,
+                scores=scores,
+            )  # fmt: skip
+            self.write_record(record, sealed=True)
 
     def sensitivity(self, space: SearchSpace) -> Sensitivity | None:
         """The scores that `begin` has recorded, bit for bit.
@@ -173,10 +180,11 @@ class RunFolder:
         Returns: None where there are none of this space, or they are damaged: they can be measured again.
         """
         try:
-            stored = checksums.read_sealed(self.records / "sensitivity.json")
-            scores = torch.tensor([stored["scores"][decision.name] for decision in space.decisions])
-            found = Sensitivity(scores, stored["images"], stored["seconds"], stored["passes"])
-        except (CheckpointError, ValueError, KeyError, TypeError):
+            file = self.records / SensitivityScores.name
+            stored = SensitivityScores.of(checksums.read_sealed(file), file)
+            scores = torch.tensor([stored.scores[decision.name] for decision in space.decisions])
+            found = Sensitivity(scores, stored.images, stored.seconds, stored.passes)
+        except (CheckpointError, ValueError, KeyError):
             return None
         return found if scores.shape == (len(space.decisions), len(space.formats)) else None
 
