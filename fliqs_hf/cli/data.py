@@ -7,6 +7,7 @@ from typing import Any
 
 from fliqs_hf.errors import CheckpointError, DataError
 from fliqs_hf.json_file import read_object
+from fliqs_hf.records import RunSettings
 from fliqs_hf.runs.files import RUN
 from fliqs_hf.training.splits import ROW, Part, common, load_all, load_split, load_splits, numbered, parts_of, sample
 
@@ -72,9 +73,9 @@ def _some(record: dict[str, Any], used: list[Part]) -> str:
 
 def _record(run: Path) -> dict[str, Any]:
     """What a run was told, empty where `run` is none. Earlier versions had it beside the model's folder."""
-    for file in (run / RUN / "settings.json", run.parent / "config.json"):
+    for file in (run / RUN / RunSettings.name, run.parent / "config.json"):
         try:
-            found = read_object(file)
+            found = RunSettings.of(read_object(file), file).arguments
         except CheckpointError:
             continue
         if "train_val_split" in found or isinstance(found.get("calibration_images"), int):

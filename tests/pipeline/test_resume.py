@@ -251,7 +251,7 @@ PHASES = {
     "fp32 evaluation": (search.Job, "evaluate"),
     "sensitivity": (search.Prior, "scores"),
     "packing": (search, "quantize"),
-    "result": (search.RunFolder, "write_result"),
+    "result": (search, "RunResults"),
     "report": (search, "complete"),
 }
 
