@@ -10,8 +10,10 @@ EXAMPLES = """  fliqs-hf quantize MODEL runs/w8a8                               
   fliqs-hf quantize MODEL runs/mine --allocation allocation.json
   fliqs-hf quantize MODEL runs/w4a8 --weight_format int4 --activation_format int8 --calibration photos/
   fliqs-hf quantize MODEL runs/pilot --target_bits 4 --calibration photos/
-The last one measures how sensitive the loss is to every format of every layer (one backward pass per image) and solves
-for the best allocation at the target. OUTPUT is a run folder: a model, and what is known of it in OUTPUT/fliqs."""
+  fliqs-hf quantize MODEL runs/small --target_size_mb 3 --target_energy_uj 400 --calibration photos/
+The last two measure how sensitive the loss is to every format of every layer (one backward pass per image) and solve
+for the best allocation at the target; several targets are met together, and none is exceeded. OUTPUT is a run folder:
+a model, and what is known of it in OUTPUT/fliqs."""
 
 
 def arguments(parser: Parser) -> None:
@@ -66,6 +68,10 @@ def _targets(parser: Parser) -> None:
         parser.add_argument(f"--{name}", type=float, help=f"mixed formats: {text}")
     parser.add_argument("--target", action="append", metavar="NAME=VALUE",
                         help="or one of these by name, or a cost that is registered")  # fmt: skip
+    parser.add_argument("--require", action="append", metavar="PATTERN=FORMAT[,FORMAT]",
+                        help="of layers that match: one of these formats, such as 'classifier=int8'")  # fmt: skip
+    parser.add_argument("--min_bits", action="append", metavar="PATTERN=BITS",
+                        help="of layers that match: at least so many, such as '*patch_embeddings*=6'")  # fmt: skip
     parser.add_argument("--latency_table", metavar="FILE", help="times of layers, as fliqs-hf profile writes them")
 
 

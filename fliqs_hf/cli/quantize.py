@@ -11,13 +11,11 @@ from typing import Any
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.calibration import CalibrationImages, check, pack
 from fliqs_hf.cli.output import answer
-from fliqs_hf.cost import LayerInfo, Target, target_kinds, unlisted_bytes
-from fliqs_hf.cost.hardware import Profile, load_profile, native_share, restricted
+from fliqs_hf.cli.targets import formats, rules, targets
+from fliqs_hf.cost import LayerInfo, Target, unlisted_bytes
+from fliqs_hf.cost.hardware import Profile, load_profile, native_share
 from fliqs_hf.cost.latency import LatencyTable, use
-from fliqs_hf.cost.target import given_targets
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.formats import Format
-from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.hf import FLIQSConfig, fold_batchnorm
 from fliqs_hf.hf.card import write_card
 from fliqs_hf.lock import locked
@@ -41,10 +39,10 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     latency = None if args.latency_table is None else LatencyTable.load(args.latency_table)
     if latency is not None:
         use(latency)
-    target = _target(args)
+    target = _targets(args)
     profile = None if args.hardware is None else load_profile(args.hardware)
-    if profile is not None and target is not None:
-        _space(args, profile)
+    if target:
+        formats(args, profile)
     check_run_folders([output], args.overwrite, "pass --overwrite to replace it")
     if read_config(args.model, args.revision)[1] is not None:
         raise ConfigError(f"{args.model} is quantized already; start from the fp32 checkpoint")
@@ -59,16 +57,9 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     start = time.perf_counter()
     calibration = None if args.calibration is None else CalibrationImages(args, model, processor)
     found = None
-    if target is not None:
+    if target:
         assert calibration is not None, "checked with the target"
-        found = allocate(
-            model,
-            calibration.labelled,
-            target,
-            search_space=_space(args, profile),
-            activation=args.activation,
-            modules_to_not_convert=args.modules_to_not_convert,
-        )
+        found = _allocated(args, model, calibration, target, profile)
         layers, allocation = found.layers, found.allocation
     else:
         allocation = _config(args).resolve(model)
@@ -77,7 +68,7 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     fp32_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state)
     cost: dict[str, float] = cost_summary(layers, allocation, unlisted_bytes(model, layers)) if layers else {}
     if found is not None:
-        cost |= {"target_ratio": found.cost / found.target_cost, "expected_loss_increase": found.loss_increase}
+        cost |= {"target_ratio": max(found.used.values()), "expected_loss_increase": found.loss_increase}
     pack(args, model, allocation, calibration)
     if args.fold_batchnorm == "true":
         _fold(model)
@@ -85,7 +76,7 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
         args.calibration_split = calibration.split
     run = _save(args, output, model, processor, layers, allocation, found)
     result: dict[str, Any] = {
-        "target": {} if target is None else {target.kind: target.value},
+        "target": {one.kind: one.value for one in target},
         "cost": cost,
         "fp32_bytes": fp32_bytes,
         "checkpoint_bytes": run.model_bytes(),
@@ -96,6 +87,22 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     text = _text(args, result, layers, allocation, profile)
     answer(args.json, {**result, "allocation": allocation.to_dict(), "output": args.output}, text)
     return 0
+
+
+def _allocated(
+    args: argparse.Namespace, model: Any, images: CalibrationImages, target: list[Target], profile: Profile | None
+) -> Found:
+    require, min_bits = rules(args)
+    return allocate(
+        model,
+        images.labelled,
+        target,
+        search_space=formats(args, profile),
+        activation=args.activation,
+        modules_to_not_convert=args.modules_to_not_convert,
+        require=require,
+        min_bits=min_bits,
+    )
 
 
 def _text(
@@ -124,35 +131,31 @@ def _text(
     )
 
 
-def _space(args: argparse.Namespace, profile: Profile | None) -> str | list[Format]:
-    space = args.search_space[0] if len(args.search_space) == 1 else args.search_space
-    return space if profile is None else restricted(parse_formats(space), profile)
-
-
 def _hardware_line(profile: Profile, layers: Sequence[LayerInfo], allocation: Allocation) -> str:
     share = native_share(profile, layers, allocation)
     return f"on {profile.name:<13}" + ", ".join(f"{part:.1%} {state}" for state, part in share.items()) + "\n"
 
 
-def _target(args: argparse.Namespace) -> Target | None:
+def _targets(args: argparse.Namespace) -> list[Target]:
     """Raises: ConfigError: settings that contradict one another."""
     uniform = [name for name in ("weight_format", "activation_format") if getattr(args, name) is not None]
-    targets = [(kind, value) for kind, values in given_targets(vars(args)).items() for value in values]
-    given = [f"target_{kind}" for kind, _ in targets]
+    found = targets(args)
+    given = [f"target_{target.kind}" for target in found]
     ways = [uniform[0]] if uniform else []
     ways += ["allocation"] if args.allocation else []
-    ways += given
+    ways += given[:1]
     if len(ways) > 1:
         raise ConfigError(f"give one of --{' and --'.join(ways)}: each says all formats")
     if given and not args.calibration:
         raise ConfigError(
             f"--{given[0]} chooses formats by their effect on images: give some with --calibration DATASET"
         )
+    for name in ("require", "min_bits"):
+        if getattr(args, name) and not given:
+            raise ConfigError(f"--{name} is about formats that are chosen: give a target, such as --target_bits 4")
+    rules(args)
     check(args)
-    if not given:
-        return None
-    ((kind, value),) = targets
-    return Target(kind, value, target_kinds()[kind].is_limit)
+    return found
 
 
 def _costed(model: Any) -> tuple[LayerInfo, ...]:

@@ -117,12 +117,7 @@ class Target:
         Raises: TargetError: below the cheapest or above the dearest allocation; it gives the range in the unit of
             the target. ConfigError: a table of the wrong kind.
         """
-        kind = self._kind
-        if table.measure != kind.cost:
-            raise ConfigError(
-                f"a target in {self.kind} needs a cost table of {kind.cost.name}, not of {table.measure.name}"
-            )
-        wanted = kind.to_cost(self.value, table)
+        kind, wanted = self._kind, self.in_cost(table)
         low, high = table.reachable if reachable is None else reachable
         slack = 1e-9 * high  # a ratio such as 1/64 is rounded when it is multiplied out
         if low - slack <= wanted <= high + slack:
@@ -136,6 +131,19 @@ class Target:
             f"target_{self.kind}={figure(self.value)} is {problem} allocation of the search space, which reaches from "
             f"{figure(kind.from_cost(low, table))} to {figure(kind.from_cost(high, table))}; {remedy}"
         )
+
+    def in_cost(self, table: CostTable) -> float:
+        """The target in the unit of `table`, in reach or not. Raises: ConfigError: a table of the wrong kind."""
+        kind = self._kind
+        if table.measure != kind.cost:
+            raise ConfigError(
+                f"a target in {self.kind} needs a cost table of {kind.cost.name}, not of {table.measure.name}"
+            )
+        return kind.to_cost(self.value, table)
+
+    def in_own_unit(self, cost: float, table: CostTable) -> float:
+        """A cost of `table` in the unit of this target: the inverse of `in_cost`."""
+        return self._kind.from_cost(cost, table)
 
     def is_met(self, cost: float, resolved: float) -> bool:
         """Whether `cost` meets the target whose cost `resolve` gave."""

@@ -203,6 +203,7 @@ class OneShotSearch:
         argmax = self.policy.argmax().cpu()
         argmax_cost = float(self.problem.cost(argmax))
         keep = self.config.derive == "argmax" and self.problem.aim.is_met(argmax_cost, self.problem.target_cost)
+        keep = keep and self.problem.keeps_limits(argmax)
         choice = argmax if keep else self._program()
         self.final = self._final_choice(choice)
         return self.final

@@ -42,6 +42,7 @@ def check_arguments(
     if search_args.latency_table is not None:
         use(LatencyTable.load(search_args.latency_table))
     targets = targets_of(search_args)
+    limits_of(search_args)
     try:
         parse_formats(search_space(search_args))
     except FormatError as error:
@@ -82,6 +83,15 @@ def targets_of(search_args: SearchArguments) -> list[Target]:
     targets = [Target(kind, value, search_args.cap or target_kinds()[kind].is_limit) for value in values]
     check_distinct(f"target_{kind}", [target.label for target in targets])  # which names their folders
     return targets
+
+
+def limits_of(search_args: SearchArguments) -> list[Target]:
+    """Costs that are never exceeded, beside the target. Raises: ConfigError: one that is given twice."""
+    found = []
+    for kind, values in given_targets({"target": search_args.limits}).items():
+        check_distinct("limits", [kind] * len(values))
+        found.append(Target(kind, values[0], cap=True))
+    return found
 
 
 def search_config(search_args: SearchArguments) -> SearchConfig:

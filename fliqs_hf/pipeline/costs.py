@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from safetensors.torch import save
@@ -13,31 +14,44 @@ from fliqs_hf.cost import CostTable, LayerInfo, Target, weight_bytes
 from fliqs_hf.cost.models import find
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.nn import QuantizerSettings, make_searchable
-from fliqs_hf.selection import SearchProblem, SearchSpace
+from fliqs_hf.selection import CostLimit, SearchProblem, SearchSpace
 
 
 def search_problem(
     model: Any,
     layers: Sequence[LayerInfo],
     space: SearchSpace,
-    target: Target,
+    target: Target | Sequence[Target],
     settings: QuantizerSettings | None = None,
+    limits: Sequence[Target] = (),
 ) -> SearchProblem:
     """What is searched, with the costs that the target is measured by.
 
     Args:
         model: the fp32 model. layers: all that were traced; those outside of the space stay in fp32.
+        target: several are to be met together, each as a limit that is never exceeded.
+        limits: on other costs, beside a target that may be two-sided.
     Returns: costs whose `fixed_cost` is that of the layers in fp32; in bytes, that of everything else in the file of
         the packed model, header included.
     """
+    targets = [target] if isinstance(target, Target) else list(target)
+    if len(targets) > 1:
+        targets = [replace(one, cap=True) for one in targets]
+    targets += [replace(one, cap=True) for one in limits]
+    first, *others = (CostLimit(_costs(model, layers, space, one, settings), one) for one in targets)
+    return SearchProblem(space, first.costs, first.target, tuple(others))
+
+
+def _costs(
+    model: Any, layers: Sequence[LayerInfo], space: SearchSpace, target: Target, settings: QuantizerSettings | None
+) -> CostTable:
     cost = find(target.cost_kind)
     searched = {layer.name for layer in space.layers}
     if cost.of_file:
         fixed: float = _file_bytes(model, space, settings or QuantizerSettings())
     else:
         fixed = sum(cost.layer(layer, None) for layer in layers if layer.name not in searched)
-    costs = CostTable(space.layers, space.formats, cost, fixed_cost=fixed, alike=space.activation == "same")
-    return SearchProblem(space, costs, target)
+    return CostTable(space.layers, space.formats, cost, fixed_cost=fixed, alike=space.activation == "same")
 
 
 def _file_bytes(model: Any, space: SearchSpace, settings: QuantizerSettings) -> int:

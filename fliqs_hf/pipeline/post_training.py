@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from fliqs_hf.formats import Format
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.pipeline.costs import search_problem
-from fliqs_hf.selection import SearchSpace, Sensitivity, fisher_scores
+from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores
 from fliqs_hf.selection.space import ActivationMode
 from fliqs_hf.training.losses import check_problem, logits_of
 
@@ -25,8 +25,10 @@ class Found:
 
     Attributes:
         layers: all that were traced, those that stay in fp32 included.
-        cost, target_cost: in the unit of the target's cost table (BOPs, or bytes of the whole checkpoint).
+        cost, target_cost: of the first target, in the unit of its costs (BOPs, or bytes of the whole checkpoint).
+        used: the share of each target, by its kind.
         loss_increase: expected by the sensitivities, summed over decisions.
+        problem: that was solved.
     """
 
     allocation: Allocation
@@ -35,18 +37,22 @@ class Found:
     sensitivity: Sensitivity
     cost: float
     target_cost: float
+    used: Mapping[str, float]
     loss_increase: float
+    problem: SearchProblem
 
 
 def allocate(
     model: Any,
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
-    target: Target,
+    target: Target | Sequence[Target],
     *,
     search_space: str | Sequence[str | Format] = "mixed",
     activation: ActivationMode = "same",
     modules_to_not_convert: Sequence[str] | None = None,
     tie: Sequence[str] = (),
+    require: Mapping[str, Sequence[str | Format]] | None = None,
+    min_bits: Mapping[str, float] | None = None,
 ) -> Found:
     """The allocation of least expected loss that meets `target`, for an fp32 model that is not trained further.
 
@@ -54,16 +60,19 @@ def allocate(
         model: an image classifier of Transformers, on its device.
         batches: gives (pixel values [batch, 3, height, width], labels int64 [batch]) on that device; called once,
             after the target has been checked. 1500 images or more make the scores reliable (docs/search.md).
-        search_space, activation, tie: see `SearchSpace`.
-    Returns: the allocation, which costs between 97 % and 100 % of the target where the space has such a one.
-    Raises: TargetError: out of reach. DataError: no images, or labels or scores without a meaning. ConfigError,
-        FormatError: a bad space, a model that does not choose one class per image, or one with NaN or infinity in it.
+        target: several are to be met together, each as a limit that is never exceeded.
+        search_space, activation, tie, require, min_bits: see `SearchSpace`.
+    Returns: the allocation, which costs between 97 % and 100 % of a single target where the space has such a one.
+    Raises: TargetError: out of reach, alone or together. DataError: no images, or labels or scores without a meaning.
+        ConfigError, FormatError: a bad space, a model that does not choose one class per image, or one with NaN or
+        infinity in it.
     """
     check_finite(model)
     check_problem(model.config)
     names = quantizable_layers(model, list(modules_to_not_convert) if modules_to_not_convert else None)
     layers = trace_layers(model)
-    space = SearchSpace([layer for layer in layers if layer.name in names], search_space, activation, tie)
+    searched = [layer for layer in layers if layer.name in names]
+    space = SearchSpace(searched, search_space, activation, tie, require=require, min_bits=min_bits)
     problem = search_problem(model, layers, space, target)
     wanted = problem.target_cost  # out of reach, it fails before the images are run
     sensitivity = fisher_scores(model, batches(), lambda images: logits_of(model(images)), space)
@@ -76,5 +85,7 @@ def allocate(
         sensitivity=sensitivity,
         cost=float(problem.cost(choice)),
         target_cost=wanted,
+        used=problem.used(choice),
         loss_increase=float(scores.gather(1, choice[:, None]).sum()),
+        problem=problem,
     )

@@ -27,7 +27,7 @@ from fliqs_hf.lock import locked
 from fliqs_hf.nn import format_switch, make_searchable, quantizable_layers, restore
 from fliqs_hf.oneshot import OneShotSearch
 from fliqs_hf.oneshot.hook import FixedFormats, SearchHook
-from fliqs_hf.pipeline.checks import check_arguments, search_space, targets_of, uniform_formats
+from fliqs_hf.pipeline.checks import check_arguments, limits_of, search_space, targets_of, uniform_formats
 from fliqs_hf.pipeline.completion import complete
 from fliqs_hf.pipeline.costs import search_problem
 from fliqs_hf.pipeline.job import Job, load
@@ -175,7 +175,8 @@ def searched(
         search_args.activation,
         search_args.tie or (),
     )
-    first = search_problem(job.model, layers, space, targets[0], job.quantizers)
+    limits = limits_of(search_args)
+    first = search_problem(job.model, layers, space, targets[0], job.quantizers, limits)
     problems = {target: replace(first, target=target) for target in targets}  # of one kind of cost
     for problem in problems.values():
         search = OneShotSearch(problem, job.search, job.steps)

@@ -1,6 +1,9 @@
-"""The exact step: the best allocation under a cost constraint, by integer programming (SciPy's HiGHS)."""
+"""The exact step: the best allocation under constraints on costs, by integer programming (SciPy's HiGHS)."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +17,7 @@ from fliqs_hf.errors import ConfigError, TargetError
 from fliqs_hf.selection.space import SearchSpace
 
 Array = npt.NDArray[np.float64]
+Bound = tuple[float, float]
 
 #: Branch-and-bound nodes after which the solver gives up. A limit on nodes, unlike one on time, stops all processes
 #: of a distributed run at the same point.
@@ -32,13 +36,30 @@ class IntegerProgram:
     apart, z[p, w, a] ≥ 0 per pair p of decisions with Σ_a z[p, w, a] = x[weight, w] and Σ_w z[p, w, a] = x[input, a],
     which makes z the product of the two exactly: the bilinear cost becomes linear."""
 
-    def __init__(self, space: SearchSpace, table: CostTable) -> None:
-        self.space, self.table = space, table
+    def __init__(self, space: SearchSpace, *tables: CostTable) -> None:
+        """
+        Args:
+            tables: of costs, at least one; each may be bounded, and one made least.
+        """
+        self.space, self.tables = space, tables
         self.decisions, self.formats = len(space.decisions), len(space.formats)
+        parts = [self._parts(table) for table in tables]
+        self.pairs = list(dict.fromkeys(pair for _, pairs in parts for pair in pairs))
+        nothing = np.zeros((self.formats, self.formats))
+        self.costs: list[Array] = [
+            np.concatenate([own.ravel(), *(pairs.get(pair, nothing).ravel() for pair in self.pairs)])
+            for own, pairs in parts
+        ]
+        self.structure, self.right = self._structure()
+        self.allowed: npt.NDArray[np.bool_] = space.allowed.numpy()
+        self.alike = self._alike(parts)
+
+    def _parts(self, table: CostTable) -> tuple[Array, dict[tuple[int, int], Array]]:
+        """Costs of single decisions [D, K], and of pairs of them [K, K] where a cost depends on both."""
         costs = table.table.numpy()
         pairs: dict[tuple[int, int], Array] = {}
         own = np.zeros((self.decisions, self.formats))
-        decisions = zip(space.weight_decision.tolist(), space.activation_decision.tolist(), strict=True)
+        decisions = zip(self.space.weight_decision.tolist(), self.space.activation_decision.tolist(), strict=True)
         for layer, (w, a) in enumerate(decisions):
             if w == a:
                 own[w] += costs[layer].diagonal()
@@ -46,46 +67,59 @@ class IntegerProgram:
                 own[w] += costs[layer][:, 0]
             else:
                 pairs[w, a] = pairs.get((w, a), 0.0) + costs[layer]
-        self.pairs = list(pairs)
-        self.costs: Array = np.concatenate([own.ravel(), *(matrix.ravel() for matrix in pairs.values())])
-        self.structure, self.right = self._structure()
-        self.allowed: npt.NDArray[np.bool_] = space.allowed.numpy()
-        self.alike = self._alike(own, pairs)
+        return own, pairs
 
-    def extreme(self, sign: float) -> Tensor:
-        """The dearest choice for sign +1, the cheapest for −1."""
-        choice = self._milp(sign * self.costs / np.abs(self.costs).max(), [], self.allowed)
+    def extreme(self, sign: float, table: int = 0) -> Tensor:
+        """The choice that costs most for sign +1, least for −1, by one of the tables."""
+        choice = self._milp(sign * self._normal(table), [], self.allowed)
         assert choice is not None, "every decision has a format"
         return choice
 
-    def solve(self, scores: Tensor, low: float, high: float) -> Tensor | None:
-        """The choice of highest total score whose cost is within [low, high]: int64 [D]; None where there is none.
+    def least(self, table: int, bounds: Sequence[Bound]) -> Tensor | None:
+        """The choice of least cost by one table within bounds; None where there is none."""
+        return self._within(-self._normal(table), bounds, self.allowed)
 
+    def solve(self, scores: Tensor, bounds: Sequence[Bound]) -> Tensor | None:
+        """The choice of highest total score whose costs are within bounds: int64 [D]; None where there is none.
+
+        Args:
+            bounds: lowest and highest cost by each table, which may be infinite.
         Raises: ConfigError: scores [D, K] of another shape or not finite. TargetError: the solver gave up.
         """
         values = self._scaled(scores)
-        gain = np.zeros(len(self.costs))
+        gain = np.zeros(len(self.costs[0]))
         gain[: self.decisions * self.formats] = values.ravel()
-        unit = max(abs(high - self.table.fixed_cost), 1.0)
-        bounds = [(limit - self.table.fixed_cost) / unit for limit in (low, high)]
-        allowed = self._undominated(values)
+        return self._within(gain, bounds, self._undominated(values))
+
+    def _within(self, gain: Array, bounds: Sequence[Bound], allowed: npt.NDArray[np.bool_]) -> Tensor | None:
+        """The choice of highest Σ gain·(x, z) within bounds, which hold exactly."""
         for margin in (0.0, _MARGIN):
-            constraints = [LinearConstraint((self.costs / unit)[None], bounds[0] + margin, bounds[1] - margin)]
+            constraints = [
+                _row(costs, low - table.fixed_cost, high - table.fixed_cost, margin)
+                for costs, table, (low, high) in zip(self.costs, self.tables, bounds, strict=True)
+                if math.isfinite(low) or math.isfinite(high)
+            ]
             for _ in range(_CUT_LIMIT):
                 choice = self._milp(gain, constraints, allowed)
                 if choice is None:
                     break
-                if low <= float(self.table.cost(*self.space.indices(choice))) <= high:
+                index = self.space.indices(choice)
+                found = (float(table.cost(*index)) for table in self.tables)
+                if all(low <= cost <= high for cost, (low, high) in zip(found, bounds, strict=True)):
                     return choice
                 constraints.append(self._other_than(choice))
         return None
 
+    def _normal(self, table: int) -> Array:
+        costs = self.costs[table]
+        return costs / (np.abs(costs).max() or 1.0)
+
     def _milp(self, gain: Array, constraints: list[LinearConstraint], allowed: npt.NDArray[np.bool_]) -> Tensor | None:
         """The choice of highest Σ gain·(x, z) among the `allowed`; None where the constraints leave none."""
         binary = self.decisions * self.formats
-        upper = np.ones(len(self.costs))
+        upper = np.ones(len(gain))
         upper[:binary] = allowed.ravel()
-        integrality = np.zeros(len(self.costs))
+        integrality = np.zeros(len(gain))
         integrality[:binary] = 1
         result = milp(
             -gain,
@@ -105,13 +139,16 @@ class IntegerProgram:
         return torch.from_numpy(result.x[:binary].reshape(self.decisions, self.formats).argmax(1))
 
     @staticmethod
-    def _alike(own: Array, pairs: dict[tuple[int, int], Array]) -> Array:
-        """Number of the first format that costs the same as this one whatever else is chosen, [D, K]."""
-        costs = [[row[:, None]] for row in own]
-        for (weight, activation), matrix in pairs.items():
-            costs[weight].append(matrix)
-            costs[activation].append(matrix.T)
-        every = (np.concatenate(parts, axis=1) for parts in costs)
+    def _alike(parts: Sequence[tuple[Array, dict[tuple[int, int], Array]]]) -> Array:
+        """Number of the first format that costs the same by every table, whatever else is chosen, [D, K]."""
+        costs: list[list[Array]] = [[] for _ in parts[0][0]]
+        for own, pairs in parts:
+            for decision, row in enumerate(own):
+                costs[decision].append(row[:, None])
+            for (weight, activation), matrix in pairs.items():
+                costs[weight].append(matrix)
+                costs[activation].append(matrix.T)
+        every = (np.concatenate(columns, axis=1) for columns in costs)
         return np.stack([(matrix[:, None] == matrix[None]).all(-1).argmax(1) for matrix in every])
 
     def _undominated(self, values: Array) -> npt.NDArray[np.bool_]:
@@ -139,14 +176,14 @@ class IntegerProgram:
 
     def _other_than(self, choice: Tensor) -> LinearConstraint:
         """Not exactly this choice: Σ x[d, choice[d]] ≤ D − 1."""
-        row = np.zeros(len(self.costs))
+        row = np.zeros(len(self.costs[0]))
         row[np.arange(self.decisions) * self.formats + choice.numpy()] = 1
         return LinearConstraint(row[None], -np.inf, self.decisions - 1)
 
     def _structure(self) -> tuple[csr_array, Array]:
         """Rows Σ_k x[d, k] = 1, then Σ_a z[p, w, a] − x[weight, w] = 0 and Σ_w z[p, w, a] − x[input, a] = 0."""
         d, k = self.decisions, self.formats
-        binary, total = d * k, len(self.costs)
+        binary, total = d * k, len(self.costs[0])
         blocks = [coo_array((np.ones(binary), (np.repeat(np.arange(d), k), np.arange(binary))), shape=(d, total))]
         if self.pairs:
             blocks.append(self._products(total))
@@ -164,3 +201,9 @@ class IntegerProgram:
                 values += [np.ones(k * k), -np.ones(k)]
         shape = (2 * k * len(self.pairs), total)
         return coo_array((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=shape)
+
+
+def _row(costs: Array, low: float, high: float, margin: float) -> LinearConstraint:
+    """low ≤ Σ costs·(x, z) ≤ high, in units of the upper bound."""
+    unit = abs(high if math.isfinite(high) else low) or 1.0
+    return LinearConstraint((costs / unit)[None], low / unit + margin, high / unit - margin)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.allocation import Allocation, LayerFormats
+from fliqs_hf.checks import is_number
 from fliqs_hf.cost import CostTable, LayerInfo
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
@@ -49,6 +50,8 @@ class SearchSpace:
         activation: ActivationMode = "same",
         tie: Iterable[str] = (),
         exclude: Mapping[str, Sequence[str | Format]] | None = None,
+        require: Mapping[str, Sequence[str | Format]] | None = None,
+        min_bits: Mapping[str, float] | None = None,
     ) -> None:
         """
         Args:
@@ -61,6 +64,8 @@ class SearchSpace:
                 once. With "same" this ties their weights too.
             exclude: pattern -> formats that matching layers must not have, weight or input, such as
                 `{"*patch_embeddings*": ["int2"]}`; a decision takes what none of its layers excludes.
+            require: pattern -> formats of which matching layers must have one, weight and input.
+            min_bits: pattern -> bits that formats of matching layers, weight and input, must at least have.
         Raises: ConfigError: an unknown mode, no layers, a pattern that matches none, or a decision that is left
             without a format. FormatError: bad formats.
         """
@@ -68,8 +73,11 @@ class SearchSpace:
             raise ConfigError(f"activation={activation!r} does not exist; choose 'same' or 'separate'")
         if isinstance(tie, str) or not isinstance(tie, Iterable):
             raise ConfigError(f'tie={tie!r}: give a list of "qkv", "block", "model" or patterns of layer names')
-        if exclude is not None and not isinstance(exclude, Mapping):
-            raise ConfigError(f"exclude={exclude!r}: give patterns of layer names, each with a list of formats")
+        rules: dict[str, Any] = {"exclude": exclude or {}, "require": require or {}, "min_bits": min_bits or {}}
+        for setting, given in rules.items():
+            if not isinstance(given, Mapping):
+                what = "a number" if setting == "min_bits" else "a list of formats"
+                raise ConfigError(f"{setting}={given!r}: give patterns of layer names, each with {what}")
         self.layers = tuple(layer for layer in layers if layer.quantizable)
         if not self.layers:
             raise ConfigError("a search space needs at least one layer that can be quantized")
@@ -92,7 +100,7 @@ class SearchSpace:
         self.weight_decision = torch.tensor(weight_of)
         self.activation_decision = torch.tensor(activation_of) + offset
         self.decisions = tuple(self._decision(index) for index in range(max(activation_of) + offset + 1))
-        self.allowed = self._allowed(exclude or {})
+        self.allowed = self._allowed(rules)
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def indices(self, choice: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,25 +169,37 @@ class SearchSpace:
             self._on_device[device] = (self.weight_decision.to(device), self.activation_decision.to(device))
         return self._on_device[device]
 
-    def _allowed(self, exclude: Mapping[str, Sequence[str | Format]]) -> Tensor:
+    def _allowed(self, rules: Mapping[str, Mapping[str, Any]]) -> Tensor:
         allowed = torch.ones(len(self.decisions), len(self.formats), dtype=torch.bool)
         for index, fmt in enumerate(self.formats):
             if fmt.for_inputs_only:
                 allowed[self.weight_decision, index] = False
-        for pattern, formats in exclude.items():
-            _check_pattern("exclude", pattern)
-            rows = [row for row, layer in enumerate(self.layers) if matches(layer.name, pattern)]
-            if not rows:
-                raise ConfigError(f"exclude: {pattern!r} matches none of the {len(self.layers)} layers")
-            for fmt in parse_formats([formats] if isinstance(formats, str) else formats):
-                if fmt not in self.formats:
-                    raise ConfigError(f"exclude: {pattern!r} has {fmt}, which is not in the search space anyway")
+        for setting, patterns in rules.items():
+            for pattern, value in patterns.items():
+                _check_pattern(setting, pattern)
+                rows = [row for row, layer in enumerate(self.layers) if matches(layer.name, pattern)]
+                if not rows:
+                    raise ConfigError(f"{setting}: {pattern!r} matches none of the {len(self.layers)} layers")
+                forbidden = self._forbidden(setting, pattern, value)
                 for decision in (self.weight_decision[rows], self.activation_decision[rows]):
-                    allowed[decision, self.formats.index(fmt)] = False
+                    allowed[decision] &= ~forbidden
+        given = " and ".join(setting for setting, patterns in rules.items() if patterns)
         for name, some in zip((decision.name for decision in self.decisions), allowed.any(-1).tolist(), strict=True):
             if not some:
-                raise ConfigError(f"exclude leaves {name!r} without a format; exclude fewer, or tie less")
+                raise ConfigError(f"{given} leaves {name!r} without a format; exclude fewer, or tie less")
         return allowed
+
+    def _forbidden(self, setting: str, pattern: str, value: Any) -> Tensor:
+        """Which of the formats a rule keeps matching layers from, bool [K]."""
+        if setting == "min_bits":
+            if not is_number(value, 0):
+                raise ConfigError(f"min_bits: {pattern!r} has {value!r}, which is no number of bits")
+            return torch.tensor([fmt.bits < value for fmt in self.formats])
+        named = parse_formats([value] if isinstance(value, str) else value)
+        if missing := [fmt for fmt in named if fmt not in self.formats]:
+            anyway = " anyway" if setting == "exclude" else ": add it there"
+            raise ConfigError(f"{setting}: {pattern!r} has {missing[0]}, which is not in the search space{anyway}")
+        return torch.tensor([(fmt in named) == (setting == "exclude") for fmt in self.formats])
 
     def _decision(self, index: int) -> Decision:
         rows = list(zip(self.layers, self.weight_decision.tolist(), self.activation_decision.tolist(), strict=True))

@@ -151,6 +151,9 @@ class SearchArguments:
     target: list[str] | None = field(
         default=None, metadata={"help": "or NAME=VALUE: any of these, or a cost that is registered"}
     )
+    limits: list[str] | None = field(
+        default=None, metadata={"help": "NAME=VALUE: other costs, named as targets, that are never exceeded either"}
+    )
     cap: bool = field(default=False, metadata={"help": "the target is a limit, never exceeded"})
     preset: str = field(default="default", metadata={"help": "default, or paper for FLIQS as published"})
     search_overrides: dict | str | None = field(

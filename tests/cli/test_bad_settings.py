@@ -85,6 +85,8 @@ RECIPE: list[tuple[dict[str, Any], str]] = [
     ({"target_bits": [4, 4]}, "more than once"),
     ({"target_bits": [4, 4.0000001]}, "more than once"),
     ({"target_bits": 4, "target_ratio": 0.1}, "target_bits and target_ratio"),
+    ({"limits": ["size_mb"]}, "give NAME=VALUE"),
+    ({"limits": ["size_mb=1", "size_mb=2"]}, "limits has 'size_mb' more than once"),
     ({"target_bits": None, "target_ratio": 2}, "target_ratio=2.0"),
     ({"target_bits": None, "target_size_mb": 0}, "target_size_mb=0.0"),
     ({"activation": "other"}, "'other'"),

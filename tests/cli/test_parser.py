@@ -25,7 +25,8 @@ OPTIONS = {
     "quantize": (
         "activation activation_format activations allocation batch_size bias_correction calibration "
         "calibration_images calibration_split device fold_batchnorm hardware image_column label_column "
-        "latency_table match_labels modules_to_not_convert overwrite revision rounding search_space target "
+        "latency_table match_labels min_bits modules_to_not_convert overwrite require revision rounding "
+        "search_space target "
         "target_bits target_bops target_energy_uj target_latency_ms target_ratio target_size_mb "
         "weight_format weight_scale"
     ),
