@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from fliqs_hf import checksums
+from fliqs_hf.checks import check_fields
 from fliqs_hf.errors import CheckpointError
-from fliqs_hf.fields import check_fields
 from fliqs_hf.json_file import parse_object, read_text
 
 _VERSION = "format_version"

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fliqs_hf.checks import is_whole
+from fliqs_hf.checks import check_fields, is_whole
 from fliqs_hf.cost.products import WeightProducts
 from fliqs_hf.errors import AllocationError, ConfigError, FliqsError
-from fliqs_hf.fields import check_fields
 from fliqs_hf.nn.evaluation import evaluation
 from fliqs_hf.nn.kinds import find_kind, kind_of, kinds, known_classes
 from fliqs_hf.nn.select import quantizable_layers, why_not

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fliqs_hf.checks import is_number
+from fliqs_hf.checks import check_fields, is_number
 from fliqs_hf.cost.models import BOPS, FP32_BITS, WEIGHT_BYTES, Cost, registered
 from fliqs_hf.cost.table import CostTable
 from fliqs_hf.errors import ConfigError, TargetError
-from fliqs_hf.fields import check_fields
 from fliqs_hf.wording import engineering, figure, percent, short, size
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from fliqs_hf.checks import check_fields
 from fliqs_hf.errors import ConfigError, TrainingError
-from fliqs_hf.fields import check_fields
 from fliqs_hf.interrupt import finishing
 from fliqs_hf.training.average import WeightAverage
 from fliqs_hf.training.backends import Backend, ShardedBackend

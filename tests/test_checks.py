@@ -13,9 +13,9 @@ import pytest
 
 from fliqs_hf import Allocation, FLIQSConfig
 from fliqs_hf.allocation import LayerFormats
+from fliqs_hf.checks import check_fields
 from fliqs_hf.cost import LayerInfo, Target
 from fliqs_hf.errors import AllocationError, ConfigError, FliqsError, FormatError
-from fliqs_hf.fields import check_fields
 from fliqs_hf.formats import parse
 from fliqs_hf.nn import QuantizerSettings
 from fliqs_hf.oneshot import SearchConfig
