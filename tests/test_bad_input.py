@@ -33,8 +33,8 @@ from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.pipeline.compare_methods import check_methods
 from fliqs_hf.ptq import static_scale
 from fliqs_hf.selection import SearchProblem, SearchSpace, fisher_scores
-from tests.models import images, tiny
-from tests.selection.networks import BLOCKS, LONE
+from tests.helpers.models import images, tiny
+from tests.helpers.networks import BLOCKS, LONE
 
 SPACE = SearchSpace(LONE, "int2,int4,int8")
 TABLE = CostTable(LONE, SPACE.formats)

@@ -22,8 +22,8 @@ from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.pipeline import compare
 from fliqs_hf.pipeline.compare_methods import check_methods
 from fliqs_hf.training.arguments import parse
-from tests.hub_server import HubServer, Repo
-from tests.models import tiny
+from tests.helpers.hub_server import HubServer, Repo
+from tests.helpers.models import tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

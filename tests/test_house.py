@@ -166,6 +166,17 @@ def test_the_folder_map_names_what_is_there() -> None:
     assert set(re.findall(r"`(\w+)/`", beside)) == folders - {PACKAGE.name}
 
 
+def test_tests_mirror_the_package() -> None:
+    """A folder of tests for each folder of the package; those of its files lie beside this one."""
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    own = ROOT / "tests"
+    tested = {path.parent.name for path in own.glob("*/test_*.py")}
+    assert tested - {"distributed", "gpu", "recipes"} == folders
+    files = {path.stem for path in MODULES if path.parent == PACKAGE}
+    beside = {path.stem.removeprefix("test_") for path in own.glob("*.py")}
+    assert beside - {"__init__", "conftest", "house", "docs", "bad_input"} <= files
+
+
 def test_import_is_light_and_registers() -> None:
     code = (
         "import json, sys, fliqs_hf, torch\n"

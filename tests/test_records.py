@@ -12,7 +12,7 @@ from fliqs_hf import checksums
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.records import PolicyStep, Record, RunResults, RunSettings, SensitivityScores
 from fliqs_hf.runs import FinishedRun, RunFolder
-from tests.hf.runs import change, write_run
+from tests.helpers.runs import change, write_run
 
 RECORDS: list[Record] = [
     RunSettings(arguments={"seed": 3, "dataset_name": None}, search={"band": 0.01}, command="x", versions={"a": "1"}),

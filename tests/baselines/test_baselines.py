@@ -16,7 +16,7 @@ from fliqs_hf.errors import TargetError
 from fliqs_hf.formats import parse
 from fliqs_hf.nn import make_searchable
 from fliqs_hf.selection import SearchProblem, SearchSpace
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 MODEL = tiny("vit")
 LAYERS = trace_layers(MODEL)

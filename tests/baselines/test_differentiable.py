@@ -21,8 +21,8 @@ from fliqs_hf.errors import CheckpointError, ConfigError, TargetError
 from fliqs_hf.nn import FormatSwitch, QuantizerSettings, make_searchable
 from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import TrainConfig, train
-from tests.models import images, tiny
-from tests.selection.networks import LONE
+from tests.helpers.models import images, tiny
+from tests.helpers.networks import LONE
 from tests.training.test_loop import Blobs
 
 FORMATS = ("int2", "int4", "e2m1", "int8")

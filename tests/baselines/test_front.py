@@ -12,7 +12,7 @@ from fliqs_hf.baselines import sensitivity_front
 from fliqs_hf.cost import CostTable, trace_layers
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.selection import SearchProblem, SearchSpace
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 LAYERS = trace_layers(tiny("vit"))
 

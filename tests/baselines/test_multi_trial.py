@@ -19,8 +19,8 @@ from fliqs_hf.errors import CheckpointError, ConfigError, DependencyError, Targe
 from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import TrainConfig
 from fliqs_hf.training.seeds import derived_seed
-from tests.models import tiny
-from tests.selection.networks import BLOCKS
+from tests.helpers.models import tiny
+from tests.helpers.networks import BLOCKS
 from tests.training.test_loop import Blobs
 
 FORMATS = ("int2", "int3", "int4", "e2m1", "int6", "int8")

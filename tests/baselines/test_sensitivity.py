@@ -14,7 +14,7 @@ from fliqs_hf.cost import LayerInfo, trace_layers
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.quant import IMAGE, ROW, quantize_activation, quantize_weight
 from fliqs_hf.selection import SearchSpace
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 FORMATS = ("int2", "e2m1", "int8", "bf16")
 LABELS = torch.tensor([0, 3, 1, 4, 2])

@@ -24,9 +24,9 @@ from fliqs_hf.runs.folder import RunFolder
 from fliqs_hf.training.images import pixels
 from fliqs_hf.training.splits import load_split
 from fliqs_hf_cli import main
-from tests.hf.runs import write_run
-from tests.hub_server import HubServer
-from tests.models import images, tiny
+from tests.helpers.hub_server import HubServer
+from tests.helpers.models import images, tiny
+from tests.helpers.runs import write_run
 from tests.recipes.test_vit import write as write_settings
 
 ROOT = Path(__file__).parents[2]

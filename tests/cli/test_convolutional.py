@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, ResNetForImageClassification, ViTImageProcessorPil
 
 from fliqs_hf_cli import main
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 
 @pytest.fixture

@@ -26,9 +26,9 @@ from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training.models import read_classifier
 from fliqs_hf.training.state import Best, load_state, save_state
 from fliqs_hf_cli import main
-from tests.hf.runs import write_run
-from tests.models import tiny
-from tests.selection.networks import LONE
+from tests.helpers.models import tiny
+from tests.helpers.networks import LONE
+from tests.helpers.runs import write_run
 
 
 def sparse(path: Path) -> None:

@@ -14,7 +14,7 @@ from fliqs_hf.cost import trace_layers
 from fliqs_hf.hf.card import model_card
 from fliqs_hf.pipeline.checkpoints import load_model
 from fliqs_hf_cli import main
-from tests.models import _VISION, _VIT
+from tests.helpers.models import _VISION, _VIT
 
 TEXT = {**_VIT, "vocab_size": 99, "eos_token_id": 98, "bos_token_id": 97, "pad_token_id": 1}
 VIDEO = {**_VISION, "num_frames": 4}

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from fliqs_hf.pipeline import search as searching
 from fliqs_hf_cli import main
 from tests.helpers.outputs import contents, fill, refused, write_model, write_photos
-from tests.hf.runs import write_run
+from tests.helpers.runs import write_run
 from tests.recipes.test_vit import write as write_settings
 
 FILES = [

@@ -15,7 +15,7 @@ from fliqs_hf.cli import validate as validating
 from fliqs_hf.pipeline import compare as comparing
 from fliqs_hf_cli import main
 from tests.helpers.outputs import contents, fill, refused, write_model, write_photos
-from tests.hf.runs import write_run
+from tests.helpers.runs import write_run
 
 
 @pytest.fixture(scope="module")

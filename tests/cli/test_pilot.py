@@ -9,8 +9,8 @@ import pytest
 
 from fliqs_hf_cli import main
 from tests.cli.test_commands import answer, failure, fp32, photos  # noqa: F401 - fixtures
+from tests.helpers.hub_server import HubServer
 from tests.hf.test_hub import hub  # noqa: F401 - a fixture
-from tests.hub_server import HubServer
 
 
 def test_every_step_of_the_pilot_shows_its_progress_and_refreshes_the_report(

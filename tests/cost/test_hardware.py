@@ -20,8 +20,8 @@ from fliqs_hf.formats.spaces import SPACES
 from fliqs_hf.nn import packed_layers
 from fliqs_hf.nn.native.choice import choose
 from fliqs_hf.nn.native.int8 import largest_exact_weight
-from tests.hf.runs import write_run
-from tests.models import tiny
+from tests.helpers.models import tiny
+from tests.helpers.runs import write_run
 
 VALID = "title: mine\nsource: https://example.org\nfallback: slow\npairs:\n  - {weights: [int4], inputs: [int8]}\n"
 

@@ -23,7 +23,7 @@ from fliqs_hf.errors import ConfigError, TargetError
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.pipeline.profiling import profile
 from fliqs_hf.selection import SearchProblem, SearchSpace
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 PAIRS = [LayerFormats.of("int8", "int8"), LayerFormats.of("int4", "int8"), LayerFormats.of("int4", None)]
 #: Of the device below: seconds per weight, by the bits of weights and inputs, and of each layer norm.

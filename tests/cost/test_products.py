@@ -19,7 +19,7 @@ from fliqs_hf.cost import CostTable, Target, bops, trace_layers, unlisted_bytes,
 from fliqs_hf.errors import AllocationError, ConfigError
 from fliqs_hf.nn import make_searchable, pack_model
 from fliqs_hf.selection import SearchSpace
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 
 class Standardized(nn.Conv2d):

@@ -20,8 +20,8 @@ from fliqs_hf.hf.card import model_card
 from fliqs_hf.report.run_report import write_report
 from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training.arguments import SearchArguments
-from tests.hf.runs import write_run
-from tests.models import tiny
+from tests.helpers.models import tiny
+from tests.helpers.runs import write_run
 
 LAYERS = tuple(LayerInfo(name, "linear", 100 * n, 10 * n, n, n) for n, name in enumerate("abc", 1))
 

@@ -15,7 +15,7 @@ from fliqs_hf import Allocation, make_searchable
 from fliqs_hf.cost import LayerInfo, example_image, trace_layers, unlisted_bytes, weight_bytes
 from fliqs_hf.errors import AllocationError, ConfigError
 from fliqs_hf.nn import pack_model, quantizable_layers
-from tests.models import ARCHITECTURES, images, tiny
+from tests.helpers.models import ARCHITECTURES, images, tiny
 
 
 def on_meta(cls: Any, config: Any) -> Any:

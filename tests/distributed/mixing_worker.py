@@ -13,7 +13,7 @@ from fliqs_hf.baselines.differentiable import DifferentiableConfig, Differentiab
 from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import StepHook, TrainConfig, train
-from tests.models import tiny
+from tests.helpers.models import tiny
 from tests.training.test_loop import Blobs
 
 

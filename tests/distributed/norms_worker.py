@@ -13,7 +13,7 @@ from fliqs_hf.cost import trace_layers
 from fliqs_hf.selection import SearchSpace, fisher_scores
 from fliqs_hf.training import TrainConfig, train
 from fliqs_hf.training.data import train_loader
-from tests.models import tiny
+from tests.helpers.models import tiny
 from tests.training.test_loop import Blobs
 
 

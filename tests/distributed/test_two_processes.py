@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fliqs_hf.cost import trace_layers
 from fliqs_hf.selection import SearchSpace, fisher_scores
 from fliqs_hf.training.data import train_loader
-from tests.models import tiny
+from tests.helpers.models import tiny
 from tests.recipes.test_vit import result_bytes, write
 from tests.training.test_loop import Blobs
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from tests.distributed.test_two_processes import launch
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 pytest.importorskip("deepspeed")
 

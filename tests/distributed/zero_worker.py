@@ -27,7 +27,7 @@ from fliqs_hf.pipeline import job as recipe_job
 from fliqs_hf.pipeline.search import main as recipe
 from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import TrainConfig, train
-from tests.models import tiny
+from tests.helpers.models import tiny
 from tests.recipes.test_vit import write
 from tests.training.test_loop import Blobs
 

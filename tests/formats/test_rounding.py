@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fliqs_hf.errors import FormatError
 from fliqs_hf.formats import COMMON, code_values, decode, encode, parse, round_to_format
-from tests.reference import Oracle
+from tests.helpers.reference import Oracle
 
 OTHERS = ("int9", "int12", "int16", "e4m1", "e5m0", "e5m1", "e6m0", "e2m4", "e2m5", "e6m1", "e7m0", "e8m0", "e4m4")
 WIDE = ("e5m10", "e2m13", "e4m11", "e7m8", "e8m3", "e5m6")

@@ -12,7 +12,7 @@ import torch
 from fliqs_hf.errors import FormatError
 from fliqs_hf.formats import COMMON, FloatFormat, Format, IntFormat, parse
 from fliqs_hf.formats.spec import ALIASES
-from tests.reference import Oracle
+from tests.helpers.reference import Oracle
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.quant import ROW, quantize_activation, quantize_weight
 from fliqs_hf.selection import SearchProblem, SearchSpace, fisher_scores, second_look
 from fliqs_hf.training import TrainConfig, train
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 from tests.training.test_loop import Blobs
 
 pytestmark = pytest.mark.gpu

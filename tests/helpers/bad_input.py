@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, ViTImageProcessor
 
 from fliqs_hf.pipeline import job as recipe_job
 from fliqs_hf.pipeline import search as recipe
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 #: Names of models, and what the message says of them. {} is the folder of `write_models`.
 SOURCES = [

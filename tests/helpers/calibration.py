@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fliqs_hf import Allocation, LayerFormats
 from fliqs_hf.formats import COMMON
 from fliqs_hf.nn import quantizable_layers
-from tests.models import images
+from tests.helpers.models import images
 
 LAYER = "vit.layers.0.mlp.fc1"
 STATIC = ("absmax", "percentile", "mse")

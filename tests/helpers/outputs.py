@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from transformers import ViTImageProcessor
 
 from fliqs_hf_cli import main
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -25,12 +25,12 @@ from fliqs_hf.hf.hub import push
 from fliqs_hf.report.validate import validate
 from fliqs_hf.runs.finished import FinishedRun
 from fliqs_hf.wording import milliseconds
-from tests.hf.runs import change, write, write_run
+from tests.helpers.hub_server import HubServer
+from tests.helpers.models import tiny
+from tests.helpers.runs import change, write, write_run
 from tests.hf.test_hub import hub  # noqa: F401 - a fixture
 from tests.hf.test_templating import Text
 from tests.hf.test_validation_record import record
-from tests.hub_server import HubServer
-from tests.models import tiny
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 
 from fliqs_hf import FLIQSConfig, quantize
 from fliqs_hf.errors import AllocationError, CheckpointError, ConfigError, FormatError
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 LAYER = "vit.layers.0.mlp.fc1"
 Tensors = dict[str, torch.Tensor]

@@ -17,7 +17,7 @@ from fliqs_hf.formats.packing import unpack
 from fliqs_hf.formats.rounding import decode
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf_cli import main
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 TENSORS = [
     "vit.layers.0.mlp.fc1.bias",

@@ -16,7 +16,7 @@ from transformers import AutoModel
 from fliqs_hf import Allocation, FLIQSConfig, fold_batchnorm, make_searchable, quantize
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.nn import packed_layers, quantizable_layers
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 CONVOLUTIONAL = {"resnet": 6, "mobilenet_v2": 52, "efficientnet": 22}
 REFERENCE = FLIQSConfig(kernels="reference")

@@ -20,8 +20,8 @@ from fliqs_hf.errors import AllocationError, ConfigError, DataError, FormatError
 from fliqs_hf.hf.checkpoint import read_header
 from fliqs_hf.nn import format_switch, packed_layers, quantizable_layers, select
 from fliqs_hf.ptq import calibrate
-from tests.foreign import built, detr_segmentation, encoder_decoder, mask2former, maskformer
-from tests.models import images, tiny
+from tests.helpers.foreign import built, detr_segmentation, encoder_decoder, mask2former, maskformer
+from tests.helpers.models import images, tiny
 
 #: name -> (model, keyword arguments of its forward pass, layers that stay in floating point)
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Tensor], list[str]]] = {

@@ -17,7 +17,7 @@ from fliqs_hf import Allocation, FLIQSConfig, LayerFormats, make_searchable, qua
 from fliqs_hf.formats import COMMON
 from fliqs_hf.formats.packing import packed_bytes
 from fliqs_hf.nn import format_switch, packed_layers, quantizable_layers
-from tests.models import ARCHITECTURES, images, tiny
+from tests.helpers.models import ARCHITECTURES, images, tiny
 
 
 def mixed_allocation(model: torch.nn.Module) -> Allocation:

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageClassification
 
 from fliqs_hf import FLIQSConfig, quantize
 from fliqs_hf.errors import FliqsError
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 ROUNDS = 320

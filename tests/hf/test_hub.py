@@ -17,9 +17,9 @@ import torch
 from fliqs_hf.errors import CheckpointError, HubError
 from fliqs_hf.hf.hub import push
 from fliqs_hf.runs.finished import FinishedRun
-from tests.hf.runs import change, write_run
-from tests.hub_server import TOKEN, HubServer
-from tests.models import images, tiny
+from tests.helpers.hub_server import TOKEN, HubServer
+from tests.helpers.models import images, tiny
+from tests.helpers.runs import change, write_run
 
 _LOADER = """
 import json, sys

@@ -19,7 +19,7 @@ from fliqs_hf import FLIQSConfig, quantize
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.hf import quantizer as quantizer_module
 from fliqs_hf.hf.config import FORMAT_VERSION
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 LAYER = "vit.layers.0.mlp.fc1"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import fliqs_hf
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,9 +15,9 @@ from fliqs_hf.hf.card import model_card
 from fliqs_hf.hf.hub import push
 from fliqs_hf.hf.private import command_line, last_part, published_json, published_page, without_paths, without_private
 from fliqs_hf.report.run_report import write_report
-from tests.hf.runs import change, write, write_run
+from tests.helpers.hub_server import HubServer
+from tests.helpers.runs import change, write, write_run
 from tests.hf.test_hub import hub  # noqa: F401 - a fixture
-from tests.hub_server import HubServer
 
 
 @pytest.mark.parametrize(("text", "shown"), [

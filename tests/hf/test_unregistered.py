@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, CLIPVision
 
 from fliqs_hf import FLIQSConfig, quantize
 from fliqs_hf.hf.unregistered import HINT
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 _FLAGS: list[dict[str, Any]] = [
     {},

@@ -18,8 +18,8 @@ from fliqs_hf.hf.quantizer import _align
 from fliqs_hf.json_file import MAX_DEPTH, read_json, read_objects, read_text
 from fliqs_hf.report.run_report import RunReport
 from fliqs_hf.runs.finished import FinishedRun
-from tests.hf.runs import write_run
-from tests.models import tiny
+from tests.helpers.models import tiny
+from tests.helpers.runs import write_run
 
 NESTED = "[" * 100_000 + "]" * 100_000
 EVIL = "re:(a|a)*b" + "a" * 30

@@ -14,7 +14,7 @@ from fliqs_hf.hf.card import model_card
 from fliqs_hf.hf.validation_record import Validation
 from fliqs_hf.report.run_report import write_report
 from fliqs_hf.runs.finished import FinishedRun
-from tests.hf.runs import change, write, write_run
+from tests.helpers.runs import change, write, write_run
 
 
 def record(formats: str | None, **changes: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 from fliqs_hf import FLIQSConfig, quantize
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.nn import packed_layers
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install 'fliqs-hf[peft]'")
 

@@ -15,7 +15,7 @@ from fliqs_hf.nn import QuantizerSettings, make_searchable
 from fliqs_hf.nn.swap import format_switch
 from fliqs_hf.quant import ROW, fake_quantize, format_data, quantize_activation, quantize_weight
 from fliqs_hf.quant.grid import FormatData, format_table, leading_power
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 FORMATS = ("int2", "int4", "e2m1", "e4m3", "bf16")
 

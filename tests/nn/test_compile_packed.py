@@ -10,7 +10,7 @@ import torch
 
 from fliqs_hf import FLIQSConfig, quantize
 from fliqs_hf.nn.kernels import set_kernels
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from fliqs_hf import FLIQSConfig
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.nn.kernels import ENVIRONMENT, kernels_of, set_kernels
 from tests.helpers.kernels import WAYS, choose_way
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 
 @pytest.fixture(autouse=True, params=WAYS)

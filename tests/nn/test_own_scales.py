@@ -17,7 +17,7 @@ from fliqs_hf.errors import CheckpointError, ConfigError, FormatError, TargetErr
 from fliqs_hf.hf.export.forms import OnnxSettings, layer_form
 from fliqs_hf.nn import make_searchable, pack_model, packed_layers, quantizable_layers
 from fliqs_hf.selection import SearchSpace
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 PAIRS = [
     ("mxfp4", "mxfp4"), ("mxfp6_e2m3", "mxfp6_e3m2"), ("mxfp8_e4m3", "mxfp8_e5m2"), ("mxfp8_e5m2", "int8"),

@@ -14,7 +14,7 @@ from fliqs_hf.errors import CheckpointError, ConfigError, TargetError
 from fliqs_hf.oneshot import OneShotSearch, SearchConfig
 from fliqs_hf.oneshot.objective import entropy_coefficient
 from fliqs_hf.selection import SearchProblem, SearchSpace
-from tests.selection.networks import BLOCKS, LONE
+from tests.helpers.networks import BLOCKS, LONE
 
 FORMATS = ("int2", "e2m1", "int4", "e4m3")
 STEPS = 40

@@ -13,7 +13,7 @@ from fliqs_hf.errors import CheckpointError
 from fliqs_hf.oneshot import Policy
 from fliqs_hf.oneshot.policy import marginal_costs, step_generator
 from fliqs_hf.selection import SearchProblem, SearchSpace
-from tests.selection.networks import BLOCKS, LONE
+from tests.helpers.networks import BLOCKS, LONE
 
 FORMATS = ("int2", "int4", "e2m1", "int8")
 

@@ -21,7 +21,7 @@ from fliqs_hf.nn.kernels import set_kernels
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.pipeline.checkpoints import load_model
 from fliqs_hf_cli import main
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 onnx_ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")

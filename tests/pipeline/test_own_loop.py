@@ -16,7 +16,7 @@ from fliqs_hf import Search, SearchConfig, Target
 from fliqs_hf.cost import bops
 from fliqs_hf.errors import ConfigError, DataError, TargetError
 from fliqs_hf.nn import packed_layers
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 CONFIG = SearchConfig(prior_images=16, explore_fraction=0.5)
 SPACE = ["int3", "int4", "e2m1", "int8"]

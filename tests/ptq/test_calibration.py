@@ -18,7 +18,7 @@ from fliqs_hf.ptq import calibrate
 from fliqs_hf.ptq.ranges import FACTORS, clip_factor
 from fliqs_hf.quant import IMAGE, quantize_activation
 from tests.helpers.calibration import LAYER, STATIC, inputs_of, logits, mixed, uniform
-from tests.models import ARCHITECTURES, images, tiny
+from tests.helpers.models import ARCHITECTURES, images, tiny
 
 
 @pytest.mark.parametrize("activations", ["dynamic", "clipped", *STATIC])

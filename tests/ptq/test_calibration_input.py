@@ -18,7 +18,7 @@ from fliqs_hf.errors import AllocationError, CheckpointError, ConfigError, DataE
 from fliqs_hf.nn import packed_layers
 from fliqs_hf.ptq import calibrate
 from tests.helpers.calibration import LAYER, STATIC, logits, uniform
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 from fliqs_hf import Allocation
 from fliqs_hf.nn import packed_layers, quantizable_layers
 from fliqs_hf.pipeline.search import main
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 SETTINGS: dict[str, Any] = {
     "dataset_name": "digits",

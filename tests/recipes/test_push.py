@@ -13,8 +13,8 @@ from transformers import AutoModelForImageClassification
 from fliqs_hf.errors import HubError
 from fliqs_hf.pipeline import outside
 from fliqs_hf.pipeline.search import main
-from tests.hub_server import HubServer
-from tests.models import images
+from tests.helpers.hub_server import HubServer
+from tests.helpers.models import images
 from tests.recipes.test_vit import command, write
 
 LOAD = """

@@ -26,7 +26,7 @@ from fliqs_hf.pipeline import prior as recipe_prior
 from fliqs_hf.pipeline import search as recipe
 from fliqs_hf.pipeline.search import main
 from fliqs_hf.training.arguments import DataArguments, TrainingArguments
-from tests.models import images
+from tests.helpers.models import images
 from tests.training.test_data import PROCESSOR, split_of
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from fliqs_hf.formats import parse
 from fliqs_hf.report.explain import explain
 from fliqs_hf.report.run_report import RunReport, write_report
 from fliqs_hf.selection import SearchSpace
-from tests.hf.runs import FORMATS, write, write_run
+from tests.helpers.runs import FORMATS, write, write_run
 from tests.report.test_validate_browser import CHROMIUM, DRIVER, OPTIONS
 
 LAYERS = (

@@ -24,8 +24,8 @@ from fliqs_hf.errors import CheckpointError, ConfigError, DataError
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.report.comparison import peak_memory
 from fliqs_hf.report.validate import ValidationResult, validate
+from tests.helpers.models import tiny
 from tests.hf.test_templating import render
-from tests.models import tiny
 
 CLASSES = 7
 NAMES = ("[ant](javascript:x)", "`bee`", "<script>alert(1)</script>", "dog|cat", "{{ emu }}", "_fox_ *gnu*", "# ibis")

@@ -12,7 +12,7 @@ from fliqs_hf.cost import trace_layers
 from fliqs_hf.errors import CheckpointError, DiskError
 from fliqs_hf.runs.folder import RunFolder
 from fliqs_hf.selection import SearchSpace, Sensitivity
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 
 def test_scores_are_recorded_bit_for_bit(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fliqs_hf.errors import DataError
 from fliqs_hf.nn import make_searchable
 from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores, second_look
 from fliqs_hf.selection.scores import fisher
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 from tests.selection.test_sensitivity import FORMATS, JOINT_BITS, LABELS, apply, logits_of, rounded
 
 

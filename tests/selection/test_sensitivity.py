@@ -22,7 +22,7 @@ from fliqs_hf.selection import SearchSpace, fisher_scores
 from fliqs_hf.selection.scores import probes
 from fliqs_hf.selection.scores.probes import JOINT_BITS
 from fliqs_hf.selection.space import ActivationMode
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 FORMATS = ("int2", "e2m1", "int8", "bf16")
 LABELS = torch.tensor([0, 3, 1, 4, 2])

@@ -12,7 +12,7 @@ from torch import Tensor
 from fliqs_hf.cost import CostTable, LayerInfo, Target
 from fliqs_hf.errors import ConfigError, TargetError
 from fliqs_hf.selection import SearchProblem, SearchSpace
-from tests.selection.networks import BLOCKS, LONE
+from tests.helpers.networks import BLOCKS, LONE
 
 FORMATS = ("int2", "e2m0", "e2m1", "int4", "int8")
 

@@ -11,8 +11,8 @@ from fliqs_hf import Allocation
 from fliqs_hf.cost import CostTable, trace_layers
 from fliqs_hf.errors import ConfigError, FormatError
 from fliqs_hf.selection import SearchProblem, SearchSpace
-from tests.models import tiny
-from tests.selection.networks import BLOCKS, LONE
+from tests.helpers.models import tiny
+from tests.helpers.networks import BLOCKS, LONE
 
 NAMES = [layer.name for layer in BLOCKS]
 

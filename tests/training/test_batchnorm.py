@@ -13,7 +13,7 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import DataError
 from fliqs_hf.nn import format_switch, make_searchable, quantizable_layers
 from fliqs_hf.training.batchnorm import reestimate_batchnorm, tracking_norms
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 
 def model() -> nn.Sequential:

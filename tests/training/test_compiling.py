@@ -18,7 +18,7 @@ from fliqs_hf.pipeline.checks import train_config
 from fliqs_hf.training import train
 from fliqs_hf.training.arguments import parse
 from fliqs_hf.training.compiling import can_compile
-from tests.models import tiny
+from tests.helpers.models import tiny
 from tests.training.test_loop import Blobs, config, same, weights
 
 

@@ -150,7 +150,7 @@ def test_columns_that_are_no_classes(values: list[object], name: str, named: str
 
 
 def test_classes_in_another_order_than_the_checkpoints() -> None:
-    from tests.models import tiny
+    from tests.helpers.models import tiny
 
     model = tiny("vit")
     model.config.id2label = dict(enumerate("abcde"))
@@ -163,7 +163,7 @@ def test_classes_in_another_order_than_the_checkpoints() -> None:
 
 def test_names_that_occur_twice_or_differ_in_case_alone() -> None:
     """ImageNet has two classes "crane", in this order; letters have "a" and "A"."""
-    from tests.models import tiny
+    from tests.helpers.models import tiny
 
     model = tiny("vit")
     model.config.id2label = dict(enumerate(["crane", "fox", "crane", "a", "A"]))
@@ -197,7 +197,7 @@ def test_load_classifier_needs_one_source() -> None:
 
 
 def test_a_checkpoint_for_another_size_and_other_classes(tmp_path: Path) -> None:
-    from tests.models import tiny
+    from tests.helpers.models import tiny
 
     original = tiny("vit")
     original.save_pretrained(tmp_path)

@@ -18,7 +18,7 @@ from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
 from fliqs_hf.training import TrainConfig, evaluate, train
 from fliqs_hf.training.loop import decay_groups
 from fliqs_hf.training.state import states
-from tests.models import ARCHITECTURES, tiny
+from tests.helpers.models import ARCHITECTURES, tiny
 
 
 class Blobs(torch.utils.data.Dataset[Any]):

@@ -14,7 +14,7 @@ from PIL import Image
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.training.images import resize_to
 from fliqs_hf.training.models import label_ids, load_classifier
-from tests.models import tiny
+from tests.helpers.models import tiny
 from tests.training.test_data import PROCESSOR
 
 FLOWERS = ["daisy", "iris", "lily", "rose", "tulip"]

@@ -20,7 +20,7 @@ import fliqs_hf.training.loop as loop
 from fliqs_hf.errors import CheckpointError, DiskError
 from fliqs_hf.training import Interrupted, train
 from fliqs_hf.training.state import Best, load_state, save_state, states
-from tests.models import tiny
+from tests.helpers.models import tiny
 from tests.training.test_loop import Blobs, Peak, StopError, config, same, stop_at, weights
 
 META = {"config": "settings", "world_size": 1, "name": "test"}

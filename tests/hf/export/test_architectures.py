@@ -14,7 +14,7 @@ from fliqs_hf.hf.export.forms import OnnxSettings
 from fliqs_hf.hf.export.onnx_file import write_onnx
 from fliqs_hf.hf.export.runtime import OnnxClassifier
 from fliqs_hf.nn.kernels import set_kernels
-from tests.models import images, tiny
+from tests.helpers.models import images, tiny
 
 onnx_ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")

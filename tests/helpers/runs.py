@@ -16,7 +16,7 @@ from fliqs_hf import Allocation, LayerFormats, quantize
 from fliqs_hf.cost import trace_layers
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.runs.files import record_text
-from tests.models import tiny
+from tests.helpers.models import tiny
 
 FORMATS = ("int4", "e2m1", "int3", "e4m3", "bf16")
 

@@ -77,7 +77,7 @@ class HubServer:
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """Of a client process that can import this project, with the cache under `home`; None: not logged in."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-        root = str(Path(__file__).parents[1])
+        root = str(Path(__file__).parents[2])
         hub = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": token or "", "HF_HUB_DISABLE_XET": "1"}
         return {**ours, **hub, "PYTHONPATH": root, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
