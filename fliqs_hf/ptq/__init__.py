@@ -3,5 +3,6 @@
 from fliqs_hf.ptq.calibration import calibrate
 from fliqs_hf.ptq.gptq import gptq_round, input_hessian
 from fliqs_hf.ptq.ranges import static_scale
+from fliqs_hf.ptq.rotation import rotate
 
-__all__ = ["calibrate", "gptq_round", "input_hessian", "static_scale"]
+__all__ = ["calibrate", "gptq_round", "input_hessian", "rotate", "static_scale"]

@@ -31,7 +31,7 @@ from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.replace import replace
 from fliqs_hf.nn.select import is_searchable
 from fliqs_hf.nn.swap import packed_like
-from fliqs_hf.ptq.gptq import DAMPING, check_damping, gptq_round, input_hessian
+from fliqs_hf.ptq.gptq import DAMPING, check_damping, gptq_round, gptq_round_scaled, input_hessian
 from fliqs_hf.ptq.ranges import METHODS, PERCENTILE, check_percentile, clip_factor, static_scale
 from fliqs_hf.quant.block import from_blocks
 
@@ -53,6 +53,7 @@ class _Options:
     rounding: str
     bias_correction: bool
     activations: str
+    weight_scale: str
     percentile: float
     damping: float
 
@@ -60,6 +61,8 @@ class _Options:
         for name, choices in (("rounding", ("nearest", "gptq")), ("activations", (*_GRANULARITIES, *METHODS))):
             if not isinstance(value := getattr(self, name), str) or value not in choices:
                 raise ConfigError(f"{name}={value!r} does not exist; choose from {', '.join(map(repr, choices))}")
+        if self.weight_scale == "output" and self.rounding != "gptq":
+            raise ConfigError(f"weight_scale='output' is what GPTQ finds; with rounding={self.rounding!r} take 'mse'")
         check_percentile(self.percentile)
         check_damping(self.damping)
         if not isinstance(self.bias_correction, bool):
@@ -79,7 +82,7 @@ def calibrate(
     rounding: Rounding = "gptq",
     bias_correction: bool | None = None,
     activations: Activations = "dynamic",
-    weight_scale: Literal["absmax", "mse"] = "mse",
+    weight_scale: Literal["absmax", "mse", "output"] | None = None,
     percentile: float = PERCENTILE,
     damping: float = DAMPING,
 ) -> Any:
@@ -101,7 +104,9 @@ def calibrate(
         activations: "dynamic" scales each input by itself (per token, per image in convolutions); "clipped" does the
             same times one factor of at most 1 per layer, which gives the least squared error of the layer's output;
             the others fix one scale per layer: "absmax", "percentile" of |x|, or "mse" for the least squared error.
-        weight_scale: "absmax", or "mse" for the scale of an output channel with the least squared error.
+        weight_scale: "absmax", "mse" for the scale of an output channel with the least squared error, or "output" for
+            the one with which GPTQ changes the layer's output least ("mse" in block formats). Default: "output" with
+            GPTQ, else "mse".
         percentile: with `activations="percentile"`, in (0, 100].
         damping: of GPTQ, as a part of the mean of the Hessian's diagonal.
     Returns: `model`, in evaluation mode.
@@ -114,13 +119,15 @@ def calibrate(
     """
     if bias_correction is None:
         bias_correction = activations not in tuple(_GRANULARITIES)
-    options = _Options(rounding, bias_correction, activations, percentile, damping)
+    if weight_scale is None:
+        weight_scale = "output" if rounding == "gptq" else "mse"
+    options = _Options(rounding, bias_correction, activations, weight_scale, percentile, damping)
     require_transformers(model)
     refuse_packed(model)
     check_finite(model)
     config = FLIQSConfig(
         allocation=allocation,
-        weight_scale=weight_scale,
+        weight_scale="mse" if weight_scale == "output" else weight_scale,
         activation_granularity=_GRANULARITIES.get(activations, "static"),
     )
     if not options.needs_images:
@@ -265,7 +272,12 @@ def _pack(packed: PackedLayer, name: str, layer: nn.Module, x: Tensor, options: 
             steps = from_blocks(scale.expand(-1, -1, formats.weight.block or row), row)
         try:
             hessian = input_hessian(layer, packed.quantized_input(x))
-            rounded = gptq_round(weight.flatten(1), steps, formats.weight, hessian, options.damping)
+            arguments = weight.flatten(1), steps, formats.weight, hessian, options.damping
+            if options.weight_scale == "output" and formats.weight.is_scaled and not formats.weight.scales_itself:
+                rounded, steps = gptq_round_scaled(*arguments)
+                scale = steps.view_as(scale)
+            else:
+                rounded = gptq_round(*arguments)
             packed.pack_(rounded.view_as(weight), scale, whole)
         except DataError as error:
             logger.warning("%s is rounded to nearest instead of by GPTQ: %s", name, error)

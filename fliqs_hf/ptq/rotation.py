@@ -17,7 +17,7 @@ Source: Ashkboos et al. 2024 (QuaRot, arXiv 2404.00456) and Liu et al. 2024 (Spi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,15 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.hf.quantizer import refuse_packed
+from fliqs_hf.nn.evaluation import evaluation
+from fliqs_hf.nn.select import is_searchable
 
-#: Largest change of a logit, of the largest logit, that rounding weights to float32 may make: a deep network hands on
-#: 2**-24 of each of some hundred layers. A wrong turn changes logits by their own size.
+logger = logging.getLogger(__name__)
+
+#: Largest change of an answer, as a part of the largest, that rounding weights to float32 may make: a deep network
+#: hands on 2**-24 of each of some hundred layers. A wrong turn changes answers by their own size.
 TOLERANCE = 1e-3
 
 #: What value projections of attention are called in Transformers.
 VALUE_NAMES = ("v_proj", "value", "v")
-
-Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -57,31 +60,48 @@ class _Stream:
 
 
 @torch.no_grad()
-def rotate(model: Any, images: Tensor, logits: Logits, seed: int = 0) -> dict[str, str]:
+def rotate(model: Any, images: Tensor, seed: int = 0) -> dict[str, str]:
     """Rotate the residual stream and the attention values of a plain model, in place, each where that changes no
-    logit beyond rounding.
+    answer beyond rounding; what stays, and why, is logged.
 
     Args:
-        model: a transformer in evaluation mode, of float32 parameters.
-        images: a few, as the model takes them, to find its structure with and to compare on.
-        logits: images -> what must not change.
+        model: a transformer of Transformers; its parameters must be float32, or it stays as it is.
+        images: a few, as the model takes them, [batch, channels, height, width], to find its structure with and to
+            compare on.
         seed: of the random orthogonal matrices.
     Returns: "residual stream" and "attention values" -> "" where it was rotated, else why it was not.
+    Raises: ConfigError: a packed or searchable model.
     """
-    before = logits(images)
-    result = {}
-    for name, change in (("residual stream", _rotate_stream), ("attention values", _rotate_values)):
-        saved = {key: value.clone() for key, value in model.state_dict().items()}
-        try:
-            change(model, images[:1], seed)
-            error = float((logits(images) - before).abs().max() / before.abs().max().clamp(min=1e-30))
-            if not error <= TOLERANCE:
-                raise ConfigError(f"it would change logits by {error:.1e} of the largest")
-            result[name] = ""
-        except ConfigError as error:
-            model.load_state_dict(saved)
-            result[name] = str(error)
-    return result
+    if any(is_searchable(module) for module in model.modules()):
+        raise ConfigError("a searchable model still learns: rotate the plain one, before make_searchable")
+    refuse_packed(model)
+    with evaluation(model):
+        before = _answer(model, images)
+        return {
+            name: _try(change, model, images, before, seed, name)
+            for name, change in (("residual stream", _rotate_stream), ("attention values", _rotate_values))
+        }
+
+
+def _try(change: Any, model: Any, images: Tensor, before: Tensor, seed: int, name: str) -> str:
+    """Make a change and compare. Returns: why it was undone, or ""."""
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        change(model, images[:1], seed)
+        error = float((_answer(model, images) - before).abs().max() / before.abs().max().clamp(min=1e-30))
+        if not error <= TOLERANCE:
+            raise ConfigError(f"its answers would change by {error:.1e} of the largest")
+    except ConfigError as reason:
+        model.load_state_dict(saved)
+        logger.info("%s: the %s stays as it is: %s", type(model).__name__, name, reason)
+        return str(reason)
+    return ""
+
+
+def _answer(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits, or the first that the model gives."""
+    answer: Tensor = model(images)[0]
+    return answer
 
 
 def orthogonal(size: int, seed: int) -> Tensor:
