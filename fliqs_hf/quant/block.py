@@ -101,7 +101,8 @@ def quantize_rows(x: Tensor, fmt: BlockFormat, shared: tuple[int, ...] | None) -
     """
     blocks = to_blocks(x.detach().float(), fmt)
     if fmt.zero_point:
-        rounded = from_blocks(_round_one_sided(blocks, fmt), x.shape[-1]).to(x.dtype)
+        codes, scale = one_sided_codes(blocks, fmt)
+        rounded = from_blocks(codes.mul_(scale), x.shape[-1]).to(x.dtype)
         value: Tensor = _StraightThrough.apply(x, rounded)
         return value
     whole = blocks.new_ones(())
@@ -110,13 +111,18 @@ def quantize_rows(x: Tensor, fmt: BlockFormat, shared: tuple[int, ...] | None) -
     return quantize_blocks(x, fmt, block_scale(absmax(blocks, (-1,)), fmt, whole))
 
 
-def _round_one_sided(x: Tensor, fmt: BlockFormat) -> Tensor:
-    """(code - zero point) * scale, codes 0 … 2**bits - 1. The range always holds 0, which is exact."""
+def one_sided_codes(x: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
+    """Codes 0 … 2**bits - 1 less the zero point of their row, and the scale of the row. The range always holds 0,
+    which is exact.
+
+    Args:
+        x: float32 [..., n], each row a block of its own.
+    Returns: float32 [..., n], whole numbers; float32 [..., 1], NaN where the row holds NaN or infinity.
+    """
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = block_scale(high / 2 - low / 2, fmt, low) * 2  # halves, whose difference cannot overflow
     zero = (-low / scale).round_().clamp_(0, fmt.max_value)
-    codes = (x / scale).round_().add_(zero).clamp_(0, fmt.max_value)
-    return codes.sub_(zero).mul_(scale)
+    return (x / scale).round_().add_(zero).clamp_(0, fmt.max_value).sub_(zero), scale
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 import fliqs_hf
 from fliqs_hf import Allocation, LayerFormats
-from fliqs_hf.formats import round_to_format
+from fliqs_hf.formats import BlockFormat, round_to_format
 from fliqs_hf.nn import QuantizerSettings, pack_model
 from fliqs_hf.nn.kernels import ENVIRONMENT, set_kernels
 from fliqs_hf.nn.kinds import PackedConv2d
 from fliqs_hf.nn.native import codes, compiled, int8
 from fliqs_hf.nn.packed import PackedLayer
+from fliqs_hf.quant.block import one_sided_codes
 
 #: Every test of kernels runs in both.
 WAYS = ("eager", "compiled")
@@ -60,8 +61,13 @@ def exact(layer: PackedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     """The layer in float64 from the same codes and scales, and the bound on what a native kernel may differ by."""
     fmt = layer.formats.activation
     assert fmt is not None and layer.weight_scale is not None
-    scale = codes.input_scale(layer, x)
-    quantized = round_to_format(torch.div(x, scale), fmt).double()
+    if isinstance(fmt, BlockFormat):
+        conv = isinstance(layer, PackedConv2d)
+        quantized, scale = one_sided_codes(x.flatten(1) if conv else x, fmt)
+        quantized, scale = quantized.view_as(x).double(), scale[..., None, None] if conv else scale
+    else:
+        scale = codes.input_scale(layer, x)
+        quantized = round_to_format(torch.div(x, scale), fmt).double()
     weight = layer.code_values().double().view(layer.weight_shape)
     shape = (1, -1, *[1] * (x.dim() - 2)) if isinstance(layer, PackedConv2d) else (-1,)
     scales = layer.weight_scale.double().expand(layer.weight_shape[0]).view(shape) * scale.double()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fliqs_hf import Allocation
-from fliqs_hf.formats import COMMON, code_values
+from fliqs_hf.formats import COMMON, code_values, parse
 from fliqs_hf.nn import pack_model
 from fliqs_hf.nn.kernels import set_kernels
 from fliqs_hf.nn.native import choice, codes, int8
@@ -24,6 +24,7 @@ from tests.helpers.kernels import WAYS, assert_exact, choose_way, packed, some
 ROOT = Path(__file__).parents[2]
 WEIGHT = "int7"  # the widest integers that every CPU sums exactly
 CODABLE = [fmt for fmt in COMMON if codes.int8_shift(fmt) is not None]
+ZERO_POINTS = [parse(f"int{bits}_zp") for bits in range(2, 8)]
 
 
 @pytest.fixture(autouse=True, params=WAYS)
@@ -41,8 +42,24 @@ def test_which_formats_are_8_bit_integers_follows_from_their_values(fmt: Any) ->
     assert codes.int8_shift(fmt) == expected
 
 
+@pytest.mark.parametrize("name", ["int8_zp", "int4_g32", "int4_g32_zp", "mxint8", "nvfp4"])
+def test_what_has_scales_of_blocks_or_a_wider_range_is_no_8_bit_integer(name: str) -> None:
+    assert codes.int8_shift(parse(name)) is None
+
+
+@pytest.mark.parametrize("fmt", ZERO_POINTS, ids=str)
+def test_codes_with_a_zero_point_are_those_of_the_reference_path(fmt: Any) -> None:
+    layer, x = packed(nn.Linear(97, 8), "int4", fmt.name), some(50, 97) * torch.logspace(-30, 30, 50)[:, None]
+    x[3], x[4], x[5] = 0, x[4].abs(), -x[5].abs()
+    found, scale = codes.quantized_codes(layer, x)
+    assert torch.equal((found.float() - codes.ZERO_POINT) * scale, layer.quantized_input(x))
+    x[0, 1], x[1, 1] = torch.nan, torch.inf
+    with torch.no_grad():
+        assert layer(x)[:2].isnan().all() and layer(x)[2:].isfinite().all()
+
+
 @pytest.mark.parametrize("weight", CODABLE, ids=str)
-@pytest.mark.parametrize("activation", CODABLE, ids=str)
+@pytest.mark.parametrize("activation", [*CODABLE, *ZERO_POINTS], ids=str)
 def test_every_pair_of_formats_is_exact(weight: Any, activation: Any) -> None:
     torch.manual_seed(1)
     layer = packed(nn.Linear(37, 11), weight.name, activation.name)
@@ -64,7 +81,7 @@ def test_shapes_and_granularities(granularity: str, shape: tuple[int, ...], bias
 
 @pytest.mark.parametrize("side", [(8, 8), (12, 8), (11, 9)], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("pair", [(WEIGHT, "int8"), ("int4", "e2m3"), ("e2m1", "int5")], ids=str)
+@pytest.mark.parametrize("pair", [(WEIGHT, "int8"), ("int4", "e2m3"), ("e2m1", "int5"), ("int4", "int4_zp")], ids=str)
 def test_patch_embeddings(side: tuple[int, int], batch: int, pair: tuple[str, str]) -> None:
     torch.manual_seed(3)
     assert_exact(packed(nn.Conv2d(3, 10, 4, stride=4), *pair), some(batch, 3, *side))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fliqs_hf.formats import Format
+from fliqs_hf.formats import BlockFormat, Format
 from fliqs_hf.nn.native.compiled import Scaling, library
+from fliqs_hf.quant.block import one_sided_codes
 from fliqs_hf.quant.grid import format_data, round_to_grid
 from fliqs_hf.quant.scale import activation_scale, clipped_scale
 
@@ -28,10 +29,11 @@ _MAGIC = 1.5 * 2.0**23  # adding it leaves the integer next to a float32 in its 
 
 @cache
 def int8_shift(fmt: Format) -> int | None:
-    """k such that every value of `fmt` times 2**k is an integer of at most 127, or None: E2M1 has 1, INT8 has 0."""
+    """k such that every value of `fmt` times 2**k is an integer of at most 127, or None: E2M1 has 1, INT8 has 0, and so
+    has INT4 with a zero point per token, whose values are codes less the zero point."""
     shift = max(0, -round(math.log2(fmt.smallest)))
-    # A format with scales of its own is no code times one scale.
-    return shift if fmt.is_scaled and not fmt.scales_itself and fmt.max_value * 2**shift <= 127 else None
+    one_scale = fmt.is_scaled and (not isinstance(fmt, BlockFormat) or fmt.block is None)
+    return shift if one_scale and fmt.max_value * 2**shift <= 127 else None
 
 
 def input_scale(layer: PackedLayer, x: Tensor) -> Tensor:
@@ -74,11 +76,22 @@ def _codes(layer: PackedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     fmt, values = layer.formats.activation, x.float()
     assert fmt is not None
     shift = int8_shift(fmt)
+    if isinstance(fmt, BlockFormat):
+        codes, scale = _one_sided(_rows(layer, values), fmt)
+        return codes.view(x.shape), scale
     if (compiled := library()) is None or shift is None:
         scale = input_scale(layer, values)
         return input_codes(values, scale, fmt, layer.input_scale is not None), scale
     codes, scale = compiled.codes(_rows(layer, values), fmt, shift, _scaling(layer))
     return codes.view(x.shape), scale
+
+
+def _one_sided(rows: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
+    """Codes less the zero point of their row, plus 128: uint8 [rows, width] and float32 [rows, 1]."""
+    if (compiled := library()) is not None:
+        return compiled.one_sided_codes(rows, fmt)
+    codes, scale = one_sided_codes(rows, fmt)
+    return codes.add_(ZERO_POINT).to(torch.uint8), scale
 
 
 def _values(layer: PackedLayer, x: Tensor) -> Tensor:
@@ -90,7 +103,8 @@ def _values(layer: PackedLayer, x: Tensor) -> Tensor:
 
 def _rows(layer: PackedLayer, x: Tensor) -> Tensor:
     """`x` as [scales, values that share one], contiguous."""
-    if layer.settings.activation_granularity == "per_tensor":
+    fmt = layer.formats.activation
+    if layer.settings.activation_granularity == "per_tensor" and not (fmt and fmt.scales_itself):
         return x.reshape(1, -1).contiguous()
     return x.reshape(-1, math.prod(x.shape[dim] for dim in layer.kind.tokens.dims)).contiguous()
 

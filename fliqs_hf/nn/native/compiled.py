@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fliqs_hf.formats import Format
-from fliqs_hf.quant.grid import format_data
+from fliqs_hf.formats import BlockFormat, Format
+from fliqs_hf.quant.grid import MIN_SCALE, format_data
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ class Library:
         self._c.fliqs_codes.argtypes = [pointer, size, size, grid, pointer, pointer, pointer, pointer, threads]
         self._c.fliqs_grid.argtypes = [pointer, size, size, grid, pointer, pointer, pointer, threads]
         self._c.fliqs_finish.argtypes = [pointer, size, size, pointer, size, pointer, threads]
-        for function in (self._c.fliqs_codes, self._c.fliqs_grid, self._c.fliqs_finish):
+        self._c.fliqs_one_sided.argtypes = [pointer, size, size, grid, pointer, pointer, threads]
+        for function in (self._c.fliqs_one_sided, self._c.fliqs_codes, self._c.fliqs_grid, self._c.fliqs_finish):
             function.restype = None
 
     def codes(self, rows: Tensor, fmt: Format, shift: int, scaling: Scaling) -> tuple[Tensor, Tensor]:
@@ -82,6 +83,15 @@ class Library:
             rows.data_ptr(), *rows.shape, _grid(fmt, shift, scaling.saturates), _pointer(scaling.factor),
             _pointer(scaling.fixed), codes.data_ptr(), scales.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
+        return codes, scales
+
+    def one_sided_codes(self, rows: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
+        """`quant.block.one_sided_codes` of rows [rows, width] plus 128, uint8, and their scales [rows, 1]."""
+        codes, scales = torch.empty(rows.shape, dtype=torch.uint8), torch.empty(rows.shape[0], 1)
+        grid = _Grid(limit=fmt.max_value, min_scale=MIN_SCALE, max_scale=2.0**127)
+        self._c.fliqs_one_sided(
+            rows.data_ptr(), *rows.shape, grid, codes.data_ptr(), scales.data_ptr(), torch.get_num_threads()
+        )
         return codes, scales
 
     def on_grid(self, rows: Tensor, fmt: Format, scaling: Scaling) -> Tensor:

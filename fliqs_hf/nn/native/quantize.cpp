@@ -103,6 +103,32 @@ void fliqs_codes(const float* x, int64_t rows, int64_t width, const Grid* g, con
     each_row(kernels, x, rows, width, *g, factor, fixed, scales, out, threads);
 }
 
+// Codes less the zero point of their row, plus 128, and scales: the range of a row always holds 0.
+void fliqs_one_sided(const float* x, int64_t rows, int64_t width, const Grid* g, uint8_t* out, float* scales,
+                     int threads) {
+    const float limit = g->limit;
+#pragma omp parallel for num_threads(threads) if (rows * width > SMALL)
+    for (int64_t r = 0; r < rows; r++) {
+        const float* row = x + r * width;
+        float low = 0.0f, high = 0.0f;
+        for (int64_t i = 0; i < width; i++) {
+            low = row[i] < low ? row[i] : low;
+            high = row[i] > high ? row[i] : high;
+        }
+        const float top = peak(row, width);  // comparisons lose NaN
+        float s = bounded((high / 2 - low / 2) / limit, *g) * 2;
+        scales[r] = s = s + top * 0.0f;
+        float zero = ((-low / s) + ROUND) - ROUND;
+        zero = zero > limit ? limit : zero;
+        for (int64_t i = 0; i < width; i++) {
+            float y = ((row[i] / s + ROUND) - ROUND) + zero;
+            y = y < 0.0f ? 0.0f : y;
+            y = (y > limit ? limit : y) - zero;
+            out[r * width + i] = static_cast<uint8_t>(bits(y + (ROUND + 128.0f)));
+        }
+    }
+}
+
 // Rows of x on the grid of the same scales.
 void fliqs_grid(const float* x, int64_t rows, int64_t width, const Grid* g, const float* factor, const float* fixed,
                 float* out, int threads) {
