@@ -29,7 +29,7 @@ _MAGIC = 1.5 * 2.0**23  # adding it leaves the integer next to a float32 in its 
 
 @cache
 def int8_shift(fmt: Format) -> int | None:
-    """k such that every value of `fmt` times 2**k is an integer of at most 127, or None: E2M1 has 1, INT8 has 0, and so
+    """k such that every value of `fmt` times 2**k is an integer of at most 127, or None: E2M1 has 1, INT8 has 0, as
     has INT4 with a zero point per token, whose values are codes less the zero point."""
     shift = max(0, -round(math.log2(fmt.smallest)))
     one_scale = fmt.is_scaled and (not isinstance(fmt, BlockFormat) or fmt.block is None)
