@@ -88,4 +88,6 @@ def _images(parser: Parser) -> None:
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label",
                         help="if there is no such column, the model's own answers are the labels")  # fmt: skip
+    parser.add_argument("--task", default="image-classification", metavar="NAME",
+                        help="what the model does (default: %(default)s)")  # fmt: skip
     match_labels(parser)

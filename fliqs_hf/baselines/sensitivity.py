@@ -22,12 +22,16 @@ from fliqs_hf.nn import make_searchable, restore
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.selection import SearchSpace, fisher_scores
 from fliqs_hf.selection.scores.fisher import Forward, frozen, layers_of, meaningful
-from fliqs_hf.training.losses import ClassLoss
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
 
 
 @torch.no_grad()
 def loss_delta_scores(
-    model: nn.Module, batches: Sequence[tuple[Any, Tensor]], forward: Forward, space: SearchSpace
+    model: nn.Module,
+    batches: Sequence[tuple[Any, Tensor]],
+    forward: Forward,
+    space: SearchSpace,
+    task: Task = IMAGE_CLASSIFICATION,
 ) -> Tensor:
     """Increase of the mean loss for each choice of each decision, all else in fp32: float32 [D, K].
 
@@ -42,7 +46,7 @@ def loss_delta_scores(
     model.eval()
 
     def loss() -> float:
-        losses = ClassLoss()
+        losses = task.losses()
         total = float(sum(losses(forward(x), y) for x, y in batches))
         if not losses.images:
             raise DataError("the loss deltas got no images: give them a split that is not empty")
@@ -75,6 +79,7 @@ def elementwise_scores(
     forward: Forward,
     space: SearchSpace,
     settings: QuantizerSettings | None = None,
+    task: Task = IMAGE_CLASSIFICATION,
 ) -> Tensor:
     """mean_i Σ (g_i·ΔY_i)², the sum over positions and channels of a layer's output: float32 [D, K].
 
@@ -96,6 +101,7 @@ def hessian_trace_scores(
     *,
     probes: int = 1,
     seed: int = 0,
+    task: Task = IMAGE_CLASSIFICATION,
 ) -> Tensor:
     """Tr(H)/n · ‖Q(W) − W‖² summed over a decision's layers, H the Hessian of the mean loss for the n weights of one
     layer: float32 [D, K].
@@ -135,6 +141,7 @@ def hessian_traces(
     *,
     probes: int = 1,
     seed: int = 0,
+    task: Task = IMAGE_CLASSIFICATION,
 ) -> Tensor:
     """Trace of the Hessian of the mean loss for each layer's weight, by Hutchinson's estimator: float64 [L].
 
@@ -150,7 +157,7 @@ def hessian_traces(
     weights = [layer.get_parameter("weight") for layer in layers_of(model, space).values()]
     total = torch.zeros(len(weights), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    losses = ClassLoss()
+    losses = task.losses()
     # fused attention has no second derivative
     with frozen(model, but=weights), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         for inputs, labels in batches:

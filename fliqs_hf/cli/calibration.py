@@ -17,10 +17,10 @@ from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.hf import quantize as round_to_nearest
 from fliqs_hf.ptq import calibrate
 from fliqs_hf.report.validation_data import label_reader
+from fliqs_hf.tasks import find_task
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import mode_of, pixels
 from fliqs_hf.training.labels import names_of
-from fliqs_hf.training.losses import check_problem, logits_of
 from fliqs_hf.training.splits import load_split, sample
 
 #: Images that GPTQ and bias correction see at most: they hold all of them in memory, and more did not help.
@@ -33,6 +33,7 @@ class CalibrationImages:
     def __init__(self, args: argparse.Namespace, model: Any, processor: Any) -> None:
         """Raises: DataError: the images cannot be loaded; the first one is read."""
         self._args, self._model, self._processor = args, model, processor
+        self.task = find_task(args.task)
         self._mode = mode_of(model.config)
         split, parts = load_split(args.calibration, args.calibration_split, TO_CALIBRATE)
         self.split = "+".join(f"{name}[{first}:{last}]" for name, first, last in parts)
@@ -48,11 +49,11 @@ class CalibrationImages:
             image is read.
         """
         column, config = self._args.label_column, self._model.config
-        check_problem(config)
+        self.task.check(config)
         if column not in self._rows.column_names:
             for images in self._batches("sensitivity (without labels)", len(self._images)):
                 with torch.no_grad():
-                    labels = logits_of(self._model(images)).argmax(-1)
+                    labels = self.task.answers(self.task.prediction(self._model(images)))
                 yield images, labels
             return
         names = tuple(names_of(config))

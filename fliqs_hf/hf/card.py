@@ -18,11 +18,11 @@ from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.hf.making import Making
 from fliqs_hf.hf.private import command_line, is_hub_id, last_part, without_private
 from fliqs_hf.hf.results import SEARCHED, Result, measured_models, validation_of
-from fliqs_hf.hf.templating import markdown
+from fliqs_hf.hf.templating import Markdown, markdown
 from fliqs_hf.runs.files import CARD, RunFiles
 from fliqs_hf.runs.finished import FinishedRun
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task, find_task
 
-TASK = "image-classification"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,60}")
 _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---\s", re.DOTALL)
 #: Of a README, to look for its licence in.
@@ -75,6 +75,8 @@ def model_card(
         "checkpoint_bytes": sum(file.stat().st_size for file in run.weight_files),
         "layer_rows": _layer_rows(run),
         "image_size": size if isinstance(size := run.model.get("image_size"), int) else 224,
+        "task": task_of(run),
+        "example": Markdown(task_of(run).example),  # a line of our own code
         "image_mode": "L" if run.model.get("num_channels") == 1 else "RGB",
     }
     try:
@@ -83,6 +85,11 @@ def model_card(
         raise CheckpointError(f"{run.path}: a record lacks a value that the model card needs: {error}") from error
     text = re.sub(r"\n{3,}", "\n\n", body)
     return ModelCard(f"---\n{data.to_yaml().strip()}\n---\n\n{text}")
+
+
+def task_of(run: FinishedRun) -> Task:
+    """Of the run's model. Raises: ConfigError: none that is registered."""
+    return find_task(run.settings.arguments.get("task") or IMAGE_CLASSIFICATION.name)
 
 
 def write_card(folder: str | Path) -> Path:
@@ -123,6 +130,7 @@ def _metadata(
 
     Args: dataset: that the accuracies were measured on.
     """
+    task = task_of(run).name
     used = _dataset(run)
     used_id = used if used and is_hub_id(used) else None
     source = _source(run)
@@ -136,23 +144,24 @@ def _metadata(
     evaluation: dict[str, Any] = {}
     if accuracy is not None and dataset is not None:
         where: dict[str, Any] = {
-            "task_type": TASK,
+            "task_type": task,
             "dataset_type": dataset if is_hub_id(dataset) else "custom",
             "dataset_name": last_part(dataset).rpartition("/")[2],
             "dataset_config": run.settings.arguments.get("dataset_config_name") if dataset == used else None,
         }
-        measured = [
-            EvalResult(**where, metric_type="accuracy", metric_name="Top-1 accuracy", metric_value=accuracy.top1)
-        ]
+        top1 = accuracy.measure == "top-1"
+        words = ("accuracy", "Top-1 accuracy") if top1 else (accuracy.key, accuracy.measure)
+        kind, title = words
+        measured = [EvalResult(**where, metric_type=kind, metric_name=title, metric_value=accuracy.value)]
         if accuracy.top5 is not None:
             top5 = EvalResult(
                 **where, metric_type="accuracy", metric_name="Top-5 accuracy", metric_value=accuracy.top5
             )
             measured.append(top5)
-        evaluation = {"eval_results": measured, "model_name": name, "metrics": ["accuracy"]}
+        evaluation = {"eval_results": measured, "model_name": name, "metrics": [kind]}
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag=TASK,
+        pipeline_tag=task,
         datasets=[used_id] if used_id else None,
         tags=["fliqs", "quantized", *(["mixed-precision"] if mixed else [])],
         **base,

@@ -14,6 +14,7 @@ from fliqs_hf.errors import CheckpointError, FormatError
 from fliqs_hf.formats import Format, parse
 from fliqs_hf.hf.validation_record import ValidatedModel, Validation
 from fliqs_hf.runs.finished import FinishedRun
+from fliqs_hf.tasks import recorded
 
 CONFIDENCE = 0.95
 FP32 = "fp32"
@@ -22,24 +23,33 @@ SEARCHED = "searched"
 
 @dataclass(frozen=True)
 class MeasuredAccuracy:
-    """Top-1 accuracy of one model with its two-sided 95 % Wilson interval, and top-5 where measured; fractions."""
+    """What a task measures of one model, and of counts of right answers the two-sided 95 % Wilson interval, and top-5
+    where measured; fractions.
 
-    correct: int
+    Attributes:
+        measure: "top-1", or what `value` is in another task, whose `correct`, `low` and `high` are None.
+    """
+
+    value: float
     images: int
-    low: float
-    high: float
-    top5: float | None
+    correct: int | None = None
+    low: float | None = None
+    high: float | None = None
+    top5: float | None = None
+    measure: str = "top-1"
 
     @property
-    def top1(self) -> float:
-        return self.correct / self.images
+    def key(self) -> str:
+        return self.measure.replace(" ", "_").lower()
 
     @classmethod
     def of(cls, name: str, data: Mapping[str, Any]) -> MeasuredAccuracy:
-        """From `{"top1", "top5", "correct", "n"}`; only top5 may be absent.
+        """From `{"top1", "top5", "correct", "n"}`, of which only top5 may be absent, or `{"measure", "value", "n"}`.
 
-        Raises: CheckpointError: counts that are impossible or contradict top1.
+        Raises: CheckpointError: counts that are impossible or contradict top1, or a value that is no fraction.
         """
+        if "measure" in data:
+            return cls._of_task(name, data)
         try:
             correct, images, top1 = int(data["correct"]), int(data["n"]), float(data["top1"])
         except (KeyError, TypeError, ValueError) as error:
@@ -58,7 +68,17 @@ class MeasuredAccuracy:
     @classmethod
     def counted(cls, correct: int, images: int, top5: float | None) -> MeasuredAccuracy:
         interval = binomtest(correct, images).proportion_ci(CONFIDENCE, method="wilson")
-        return cls(correct, images, float(interval.low), float(interval.high), top5)
+        return cls(correct / images, images, correct, float(interval.low), float(interval.high), top5)
+
+    @classmethod
+    def _of_task(cls, name: str, data: Mapping[str, Any]) -> MeasuredAccuracy:
+        try:
+            (measure, value), images = recorded(data), int(data["n"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"results.json: {name!r}: needs measure, value and n ({error!r})") from error
+        if not (0 <= value <= 1 and images > 0):
+            raise CheckpointError(f"results.json: {name!r}: {measure}={value} of {images} images cannot be")
+        return cls(value, images, measure=measure)
 
 
 @dataclass(frozen=True)

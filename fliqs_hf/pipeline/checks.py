@@ -18,6 +18,7 @@ from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.limits import check_distinct
 from fliqs_hf.oneshot import SearchConfig
+from fliqs_hf.tasks import find_task
 from fliqs_hf.training import TrainConfig
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
 from fliqs_hf.training.augment import check_augment
@@ -63,6 +64,10 @@ def check_arguments(
         )
     if data_args.streaming and args.num_train_epochs is not None:
         raise ConfigError("a stream has no known length: give max_steps instead of num_train_epochs")
+    task = find_task(model_args.task)
+    for name in ("streaming", "augment"):
+        if getattr(data_args, name) and not task.class_per_image:
+            raise ConfigError(f"{name} is for tasks with one class per image, not for {task.name!r}: leave it out")
     check_augment(data_args.augment or [])
     check_run_name(args.run_name, trackers_of(args.report_to))
     _check_hub_name(args, targets)

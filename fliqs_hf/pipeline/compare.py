@@ -80,11 +80,11 @@ from fliqs_hf.pipeline.compare_table import COLUMNS, Table, is_table, provenance
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, data_source
 from fliqs_hf.report.comparison import peak_memory
 from fliqs_hf.selection import SearchProblem, SearchSpace
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION
 from fliqs_hf.training import ImageData, StepHook, TrainConfig, evaluate, load_splits, train
 from fliqs_hf.training.data import labelled
 from fliqs_hf.training.labels import match_given, names_of
 from fliqs_hf.training.loading import load
-from fliqs_hf.training.losses import check_problem
 
 #: Arguments that say which rows there are and where, not what is in them.
 FREE = ("methods", "target_bits", "seeds", "output", "use_cpu")
@@ -110,7 +110,7 @@ class Comparison:
         processor = load_processor(arguments.model)
         *splits, names = labelled(*load_splits(arguments.dataset_name), "label")
         labels, ids = self.model.config.num_labels, None
-        check_problem(self.model.config)
+        IMAGE_CLASSIFICATION.check(self.model.config)
         if getattr(splits[0].features["label"], "names", None) is not None:  # numbers are taken as they are
             ids = match_given(names, names_of(self.model.config), labels, arguments.match_labels).ids
         limits = (arguments.max_train_samples, arguments.max_eval_samples)

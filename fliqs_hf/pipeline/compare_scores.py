@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 from fliqs_hf.baselines import elementwise_scores, hessian_trace_scores, loss_delta_scores
 from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores, second_look
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION
 from fliqs_hf.training import ImageData
 from fliqs_hf.training.data import train_loader
 
 #: Images that the dearer scores are measured on, at most.
 SCORE_IMAGES = {"loss-delta": 512, "hessian": 512}
-MEASURES = {"elementwise": elementwise_scores, "hessian": hessian_trace_scores}
+MEASURES: dict[str, Callable[..., Tensor]] = {"elementwise": elementwise_scores, "hessian": hessian_trace_scores}
 
 
 class Scores:
@@ -92,5 +93,4 @@ class Scores:
         return shown
 
     def _logits(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images).logits
-        return logits
+        return IMAGE_CLASSIFICATION.prediction(self.model(images))

@@ -11,6 +11,7 @@ from fliqs_hf.hf.card import write_card
 from fliqs_hf.runs.finished import FinishedRun
 from fliqs_hf.runs.folder import RunFolder, cost_lines, layer_table
 from fliqs_hf.selection import SearchSpace
+from fliqs_hf.tasks import recorded
 
 
 def complete(run: RunFolder, layers: Sequence[LayerInfo], space: SearchSpace, result: dict[str, Any]) -> str:
@@ -40,10 +41,10 @@ def summary(result: dict[str, Any]) -> str:
         *cost_lines(cost),
         f"checkpoint      {result['fp32_bytes'] / 1e6:9.3f} MB fp32 -> "
         f"{result['checkpoint_bytes'] / 1e6:9.3f} MB on disk",
-        f"accuracy        {fp32['top1']:9.2%} fp32    -> {found['top1']:9.2%} searched  ({found['n']} images)",
+        f"{_heading(found)}{_value(fp32):9.2%} fp32    -> {_value(found):9.2%} searched  ({found['n']} images)",
     ]
     lines += [
-        f"                {other['top1']:9.2%} {name.replace('_', ' ')}, trained for as many steps"
+        f"                {_value(other):9.2%} {name.replace('_', ' ')}, trained for as many steps"
         for name, other in accuracy.items()
         if name.startswith("uniform_")
     ]
@@ -57,6 +58,15 @@ def summary(result: dict[str, Any]) -> str:
             "its log-probabilities chose this allocation instead.\n",
         )
     return "\n".join(lines)
+
+
+def _value(score: dict[str, Any]) -> float:
+    return recorded(score)[1]
+
+
+def _heading(score: dict[str, Any]) -> str:
+    measure, _ = recorded(score)
+    return f"{'accuracy' if measure == 'top-1' else measure:<16}"
 
 
 def report(run: RunFolder) -> str:

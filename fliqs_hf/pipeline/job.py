@@ -15,10 +15,11 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.nn import QuantizerSettings
 from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.pipeline.checks import RUN_NAMES, model_settings, search_config, trackers_of, train_config
-from fliqs_hf.training import Accuracy, ImageData, TrainConfig, evaluate, load_splits
+from fliqs_hf.tasks import Task, find_task
+from fliqs_hf.training import ImageData, TrainConfig, evaluate, load_splits
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
 from fliqs_hf.training.augment import BatchAugment
-from fliqs_hf.training.data import held_in_memory, labelled, undecoded
+from fliqs_hf.training.data import held_in_memory, undecoded
 from fliqs_hf.training.evaluation import load_metric
 from fliqs_hf.training.models import label_ids, load_classifier
 from fliqs_hf.training.splits import sample
@@ -41,6 +42,7 @@ class Job:
     eval_data: ImageData
     augment: BatchAugment | None
     metrics: list[str]
+    task: Task
 
     @property
     def steps(self) -> int:
@@ -52,20 +54,23 @@ class Job:
         return train_config(self.args, steps, learning_rate, self.search.quality)
 
     def score(self, model: Any) -> float:
-        return self.evaluate(model, "evaluation").top1
+        value: float = self.evaluate(model, "evaluation").value
+        return value
 
-    def evaluate(self, model: Any, name: str) -> Accuracy:
+    def evaluate(self, model: Any, name: str) -> Any:
+        """`Score`, or what has its attributes."""
         size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         return evaluate(
-            model, self.eval_data, self.accelerator, batch_size=size, workers=workers, name=name, metrics=self.metrics
-        )
+            model, self.eval_data, self.accelerator, batch_size=size, workers=workers, name=name,
+            metrics=self.metrics, task=self.task,
+        )  # fmt: skip
 
 
 def load(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, search_args: SearchArguments
 ) -> Job:
     """Accelerator, data, model and image processor."""
-    search = search_config(search_args)
+    task, search = find_task(model_args.task), search_config(search_args)
     quantizers = QuantizerSettings(activation_granularity=search_args.activation_granularity)
     quantizers.require_dynamic(learned=True)
     trackers = trackers_of(args.report_to)
@@ -94,7 +99,7 @@ def load(
             seed=args.seed,
             cache_dir=model_args.cache_dir,
         )
-        train_split, eval_split, names = labelled(train_split, eval_split, data_args.label_column_name)
+        train_split, eval_split, names = task.classes(train_split, eval_split, data_args.label_column_name)
     model, processor = load_classifier(names, **model_settings(model_args))
     if args.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -119,8 +124,8 @@ def load(
             label_column=data_args.label_column_name,
         )
     else:
-        train_data = image_data(train_split, processor, len(names), data_args.max_train_samples, data_args, columns)
-    eval_data = image_data(eval_split, processor, len(names), data_args.max_eval_samples, data_args, columns)
+        train_data = task_data(task, train_split, processor, names, data_args.max_train_samples, data_args, columns)
+    eval_data = task_data(task, eval_split, processor, names, data_args.max_eval_samples, data_args, columns)
     for data in (train_data, eval_data):
         data.first()  # a fault of all images shows before the training
     augment = None
@@ -136,17 +141,29 @@ def load(
     model.to(accelerator.device)
     metrics = data_args.metrics or []
     return Job(
-        args, accelerator, search, quantizers, settings, model, processor, train_data, eval_data, augment, metrics
+        args,
+        accelerator,
+        search,
+        quantizers,
+        settings,
+        model,
+        processor,
+        train_data,
+        eval_data,
+        augment,
+        metrics,
+        task,
     )
 
 
-def image_data(
-    split: Any, processor: Any, num_labels: int, limit: int | None, args: DataArguments, columns: dict[str, Any]
-) -> ImageData:
+def task_data(
+    task: Task, split: Any, processor: Any, names: list[str], limit: int | None, args: DataArguments,
+    columns: dict[str, Any],
+) -> Any:  # fmt: skip
     """All images of a split, or `limit` random ones: a split may be sorted by class."""
     if limit is not None and limit < len(split):
         split = sample(split, limit)
-    return ImageData(split, processor, num_labels, cache=args.cache_images, **columns)
+    return task.data(split, processor, len(names), cache=args.cache_images, **columns)
 
 
 def steps_of(args: TrainingArguments, data: ImageData | StreamData, processes: int) -> int:

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from tqdm.auto import tqdm
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.checks import is_whole
 from fliqs_hf.cost import LayerInfo, Target, trace_layers
-from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.hf.quantizer import refuse_packed, require_transformers
 from fliqs_hf.nn import QuantizerSettings, make_searchable, quantizable_layers
@@ -25,7 +24,7 @@ from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.pipeline.costs import search_problem
 from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores, second_look
 from fliqs_hf.selection.space import ActivationMode
-from fliqs_hf.training.losses import check_problem, logits_of
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task, find_task
 
 #: Images at a time, at most, as the recipe measures sensitivities.
 PRIOR_BATCH = 32
@@ -91,23 +90,26 @@ class Search:
         tie: Sequence[str] = (),
         activation_granularity: str = "per_token",
         seed: int = 0,
+        task: str | Task = IMAGE_CLASSIFICATION,
     ) -> None:
         """Measure how sensitive the loss is to every format, and make `model` searchable, in place.
 
         Args:
-            model: an fp32 image classifier of Transformers, on its device.
+            model: an fp32 model of Transformers for the task, on its device.
             steps: optimizer steps of the whole run; formats are searched in the first tenth (`explore_fraction`), and
                 the rest trains the weights for those that were found.
             images: batches as for `step`, which can be gone through more than once, such as a DataLoader; only the
                 first `config.prior_images` images of it are used, to measure sensitivities. Not needed with
                 `SearchConfig(prior="none")`.
             search_space, activation, tie: see `SearchSpace`.
+            task: what the output and the labels mean: an object, or the name of a registered one.
         Raises: ConfigError: settings or a model that cannot work. TargetError: out of reach. DataError: no images, or
             labels without a meaning. The model is as it was then.
         """
         require_transformers(model)
         refuse_packed(model)
-        check_problem(model.config)
+        self.task = find_task(task) if isinstance(task, str) else task
+        self.task.check(model.config)
         check_finite(model)
         self.config = config or SearchConfig()
         if not is_whole(steps, 1):
@@ -135,8 +137,8 @@ class Search:
 
         Args:
             batch: `{"pixel_values": [batch, 3, height, width], "labels": int64 [batch]}`, or the pair of both.
-        Returns: mean cross-entropy, float32 []: call `backward` on it before the next step.
-        Raises: ConfigError: no such batch. DataError: on a CPU, a label that is no class.
+        Returns: mean loss, float32 []: call `backward` on it before the next step.
+        Raises: ConfigError: no such batch. DataError: on a CPU, a target without a meaning.
         """
         images, labels = _pair(batch, self.model.device)
         passes = self._hook.begin_step(self.steps_done)
@@ -146,8 +148,8 @@ class Search:
             with torch.no_grad():
                 qualities.append(self._quality(*self._loss(images, labels), labels))
         passes[0]()
-        loss, logits = self._loss(images, labels)
-        qualities.append(self._quality(loss, logits, labels))
+        loss, prediction = self._loss(images, labels)
+        qualities.append(self._quality(loss, prediction, labels))
         self._hook.end_step(self.steps_done, torch.stack(qualities[::-1]))
         self.steps_done += 1
         return loss
@@ -167,13 +169,14 @@ class Search:
         )
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits_of(self.model(images))
-        if labels.device.type == "cpu" and not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
-            raise DataError(f"labels must be classes of the model, 0 to {logits.shape[1] - 1}")
-        return functional.cross_entropy(logits.float(), labels), logits
+        prediction = self.task.prediction(self.model(images)).float()
+        if labels.device.type == "cpu":  # elsewhere a look at every batch would wait for the device
+            with torch.no_grad():
+                self.task.losses()(prediction, labels)  # which refuses what means nothing
+        return self.task.loss(prediction, labels), prediction
 
-    def _quality(self, loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        measured = -loss if self.config.quality == "loss" else (logits.argmax(-1) == labels).float().mean()
+    def _quality(self, loss: Tensor, prediction: Tensor, labels: Tensor) -> Tensor:
+        measured = -loss if self.config.quality == "loss" else self.task.quality(prediction, labels)
         return measured.detach()
 
     def _scores(self, images: Iterable[Any] | None, problem: SearchProblem) -> Sensitivity:
@@ -186,13 +189,20 @@ class Search:
             raise ConfigError("images= can be gone through once only: give what it is made from, such as a DataLoader")
 
         def forward(batch: Tensor) -> Tensor:
-            return logits_of(self.model(batch))
+            return self.task.prediction(self.model(batch))
 
-        first = fisher_scores(self.model, self._prior(images), forward, problem.space, self.settings)
+        first = fisher_scores(self.model, self._prior(images), forward, problem.space, self.settings, task=self.task)
         if self.config.prior_passes == 1:
             return first
         return second_look(
-            self.model, self._prior(images), forward, problem, first, self.config.band, settings=self.settings
+            self.model,
+            self._prior(images),
+            forward,
+            problem,
+            first,
+            self.config.band,
+            settings=self.settings,
+            task=self.task,
         )
 
     def _prior(self, images: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -215,11 +225,13 @@ def _pair(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     if isinstance(batch, Mapping) and {"pixel_values", "labels"} <= batch.keys():
         batch = batch["pixel_values"], batch["labels"]
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
-    if not pair or batch[0].ndim != 4 or batch[1].shape != batch[0].shape[:1] or batch[1].is_floating_point():
+    if not pair or batch[0].ndim != 4 or batch[1].shape[:1] != batch[0].shape[:1]:
         raise ConfigError(
-            "a batch is {'pixel_values': [batch, channels, height, width], 'labels': whole numbers [batch]}, or the "
+            "a batch is {'pixel_values': [batch, channels, height, width], 'labels': [batch, ...]}, or the "
             f"pair of both, not {type(batch).__name__}"
             + (f" with {sorted(map(str, batch))}" if isinstance(batch, Mapping) else "")
         )
     images, labels = batch
-    return images.to(device, non_blocking=True), labels.to(device, torch.int64, non_blocking=True)
+    return images.to(device, non_blocking=True), labels.to(
+        device, None if labels.is_floating_point() else torch.int64, non_blocking=True
+    )

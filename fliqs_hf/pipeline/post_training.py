@@ -16,7 +16,7 @@ from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.pipeline.costs import search_problem
 from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores
 from fliqs_hf.selection.space import ActivationMode
-from fliqs_hf.training.losses import check_problem, logits_of
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,31 @@ def allocate(
     tie: Sequence[str] = (),
     require: Mapping[str, Sequence[str | Format]] | None = None,
     min_bits: Mapping[str, float] | None = None,
+    task: Task = IMAGE_CLASSIFICATION,
 ) -> Found:
     """The allocation of least expected loss that meets `target`, for an fp32 model that is not trained further.
 
     Args:
-        model: an image classifier of Transformers, on its device.
-        batches: gives (pixel values [batch, 3, height, width], labels int64 [batch]) on that device; called once,
-            after the target has been checked. 1500 images or more make the scores reliable (docs/search.md).
+        model: of Transformers, on its device.
+        batches: gives (pixel values [batch, 3, height, width], targets of the task, such as labels int64 [batch]) on
+            that device; called once, after the target has been checked. 1500 images or more make the scores reliable
+            (docs/search.md).
         target: several are to be met together, each as a limit that is never exceeded.
         search_space, activation, tie, require, min_bits: see `SearchSpace`.
     Returns: the allocation, which costs between 97 % and 100 % of a single target where the space has such a one.
     Raises: TargetError: out of reach, alone or together. DataError: no images, or labels or scores without a meaning.
-        ConfigError, FormatError: a bad space, a model that does not choose one class per image, or one with NaN or
+        ConfigError, FormatError: a bad space, a model that is not for the task, or one with NaN or
         infinity in it.
     """
     check_finite(model)
-    check_problem(model.config)
+    task.check(model.config)
     names = quantizable_layers(model, list(modules_to_not_convert) if modules_to_not_convert else None)
     layers = trace_layers(model)
     searched = [layer for layer in layers if layer.name in names]
     space = SearchSpace(searched, search_space, activation, tie, require=require, min_bits=min_bits)
     problem = search_problem(model, layers, space, target)
     wanted = problem.target_cost  # out of reach, it fails before the images are run
-    sensitivity = fisher_scores(model, batches(), lambda images: logits_of(model(images)), space)
+    sensitivity = fisher_scores(model, batches(), lambda images: task.prediction(model(images)), space, task=task)
     scores = sensitivity.decision_scores
     choice = problem.choice_at_target(-scores)
     return Found(

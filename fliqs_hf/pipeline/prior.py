@@ -44,16 +44,18 @@ class Prior:
         job.model.load_state_dict(self.original)
         if self.first is None:
             batches = self._batches("sensitivity")
-            self.first = fisher_scores(job.model, batches, self._logits, problem.space, combine=self._sum)
+            self.first = fisher_scores(
+                job.model, batches, self._logits, problem.space, combine=self._sum, task=job.task
+            )
         if config.prior_passes == 1:
             return self.first
         return second_look(
             job.model, self._batches("sensitivity again"), self._logits, problem, self.first, config.band, self._sum,
+            task=job.task,
         )  # fmt: skip
 
     def _logits(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.job.model(images).logits
-        return logits
+        return self.job.task.prediction(self.job.model(images))
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over processes."""

@@ -12,7 +12,6 @@ from typing import Any
 
 from accelerate.utils import get_int_from_env
 from torch import Tensor
-from transformers import AutoModelForImageClassification
 
 from fliqs_hf import checksums
 from fliqs_hf.allocation import Allocation
@@ -38,7 +37,8 @@ from fliqs_hf.pipeline.statistics import settle_batchnorm
 from fliqs_hf.records import RunResults
 from fliqs_hf.runs.folder import RunFolder, cost_summary, write_front
 from fliqs_hf.selection import SearchProblem, SearchSpace
-from fliqs_hf.training import Accuracy, train
+from fliqs_hf.tasks import Task
+from fliqs_hf.training import train
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, parse
 from fliqs_hf.training.loading import hub_token
 from fliqs_hf.training.loop import UNSETTLED
@@ -53,7 +53,7 @@ class Start:
     Attributes:
         layers: all that were traced; those of `space` are searched, the others stay in fp32.
         problems: of one space, by target.
-        original: the fp32 weights. fp32: their accuracy.
+        original: the fp32 weights. fp32: their `Score`.
         other_bytes, fp32_bytes: of the checkpoint, beside the layers' weights, and of the whole in fp32.
         prior: sensitivity scores.
         uniform: formats of the uniform models to train for comparison, in `folder`.
@@ -64,7 +64,7 @@ class Start:
     layers: tuple[LayerInfo, ...]
     problems: dict[Target, SearchProblem]
     original: dict[str, Tensor]
-    fp32: Accuracy
+    fp32: Any
     prior: Prior
     other_bytes: int
     fp32_bytes: int
@@ -121,7 +121,7 @@ def _run(
 
     finetune(job, folder)
     fp32 = job.evaluate(job.model, "fp32 evaluation")
-    job.accelerator.print(f"fp32 accuracy: {fp32.top1:.2%} of {fp32.n} images")
+    job.accelerator.print(f"fp32 {job.task.measure}: {fp32.value:.2%} of {fp32.n} images")
     state = {name: tensor.detach().clone() for name, tensor in job.model.state_dict().items()}
     start = Start(
         folder, layers, problems,
@@ -212,7 +212,7 @@ def finetune(job: Job, folder: RunFolder) -> None:
         return
     kept, state = finetuned(folder), folder.records / "fp32-state"
     if job.args.resume and kept.exists():
-        job.model.load_state_dict(_intact(kept).state_dict())
+        job.model.load_state_dict(_intact(kept, job.task).state_dict())
         if job.accelerator.is_main_process:
             folder.discard(state.name)
         return
@@ -223,6 +223,7 @@ def finetune(job: Job, folder: RunFolder) -> None:
     job.model = train(
         job.model, job.train_data, config, job.accelerator, augment=job.augment, score=job.score, state_folder=state,
         resume=job.args.resume, on_log=Tracking(job, "fp32/").log, name="fp32 training",
+        task=job.task,
     )  # fmt: skip
     settle_batchnorm(job, job.model, "fp32")
     if job.accelerator.is_main_process:
@@ -234,11 +235,11 @@ def finetune(job: Job, folder: RunFolder) -> None:
     job.accelerator.wait_for_everyone()
 
 
-def _intact(kept: Path) -> Any:
+def _intact(kept: Path, task: Task) -> Any:
     """The fine-tuned model as it was written. Raises: CheckpointError: damaged, or changed since."""
     try:
         checksums.check_folder(kept)
-        return AutoModelForImageClassification.from_pretrained(kept)
+        return task.auto_class().from_pretrained(kept)
     except (CheckpointError, OSError, ValueError) as error:
         raise CheckpointError(
             f"the fine-tuned model is lost: {error}; restore it, or remove {kept}, and --resume trains it again"
@@ -293,7 +294,7 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
     final = search.finalize()
     accuracy = deliver(job, run, final.allocation, None, "searched evaluation")
     accelerator.wait_for_everyone()
-    track.log({"step": job.steps, "eval/top1": accuracy.top1, "eval/loss": accuracy.loss})
+    track.log({"step": job.steps, f"eval/{accuracy.key}": accuracy.value, "eval/loss": accuracy.loss})
     others = {f"uniform_{name}": train_uniform(job, start, name) for name in start.uniform}
     seconds = run.seconds()
     result: dict[str, Any] = {
@@ -337,11 +338,11 @@ def train_formats(
     job.model = train(
         job.model, job.train_data, job.train_config(job.steps, job.args.learning_rate),
         job.accelerator, hook=hook(switch), augment=job.augment, teacher=teacher, score=job.score,
-        state_folder=state, resume=job.args.resume, on_log=on_log, name=name,
+        state_folder=state, resume=job.args.resume, on_log=on_log, name=name, task=job.task,
     )  # fmt: skip
 
 
-def deliver(job: Job, run: RunFolder, allocation: Allocation, folder: str | None, name: str) -> Accuracy:
+def deliver(job: Job, run: RunFolder, allocation: Allocation, folder: str | None, name: str) -> Any:
     """Pack `job.model`, load it as a user would, and evaluate what was loaded. The model is plain afterwards.
 
     Args:
@@ -363,7 +364,7 @@ def deliver(job: Job, run: RunFolder, allocation: Allocation, folder: str | None
     restore(job.model)
     job.accelerator.wait_for_everyone()
     place = run.path if folder is None else run.records / folder
-    packed = AutoModelForImageClassification.from_pretrained(place).to(job.accelerator.device)
+    packed = job.task.auto_class().from_pretrained(place).to(job.accelerator.device)
     return job.evaluate(packed, name)
 
 

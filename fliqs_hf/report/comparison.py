@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from fliqs_hf.errors import CheckpointError, DataError
 from fliqs_hf.nn.evaluation import evaluation
 from fliqs_hf.report.validation_data import Batch
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION
 from fliqs_hf.training.labels import checked_label
-from fliqs_hf.training.losses import logits_of
 
 MODELS = ("original", "quantized")
 
@@ -149,7 +149,7 @@ class Outputs:
 def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), pixels.dtype)
     output = model(pixels.to(dtype))
-    return logits_of(output)
+    return IMAGE_CLASSIFICATION.prediction(output)
 
 
 def _outputs(logits: list[Tensor], batch: Batch) -> tuple[Outputs, Outputs]:

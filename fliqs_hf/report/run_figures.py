@@ -21,6 +21,7 @@ with needed_for("a report"):
     from matplotlib.patches import Patch
 
 if TYPE_CHECKING:
+    from fliqs_hf.hf.results import MeasuredAccuracy
     from fliqs_hf.report.run_report import RunReport
 
 INK, MUTED, GRID, SOFT = "#1f2430", "#5b6472", "#d8dce3", "#f0f2f5"
@@ -88,11 +89,19 @@ def allocation_figure(report: RunReport) -> Figure:
         return figure
 
 
+def _interval(accuracy: MeasuredAccuracy) -> list[list[float]] | None:
+    """Below and above the value, in percent."""
+    if accuracy.low is None or accuracy.high is None:
+        return None
+    return [[100 * (accuracy.value - accuracy.low)], [100 * (accuracy.high - accuracy.value)]]
+
+
 def cost_figure(report: RunReport) -> Figure | None:
     """Accuracy against bit operations of every model of the results, with Wilson intervals; None without them."""
     points = [(point, point.accuracy, point.bops) for point in report.results if point.accuracy and point.bops]
     if len(points) < 2:
         return None
+    interval = "" if points[0][1].low is None else " (95 % Wilson interval)"
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.6, 3.4), layout="constrained")
         axes = figure.subplots()
@@ -104,15 +113,14 @@ def cost_figure(report: RunReport) -> Figure | None:
             searched = point.name == "searched"
             ink = ACCENT if searched else MUTED if point.name == "fp32" else BASELINE
             axes.errorbar(
-                place / 1e9, 100 * accuracy.top1,
-                yerr=[[100 * (accuracy.top1 - accuracy.low)], [100 * (accuracy.high - accuracy.top1)]],
+                place / 1e9, 100 * accuracy.value, yerr=_interval(accuracy),
                 fmt="D" if searched else "o", color=ink, capsize=3, markersize=7 if searched else 5,
                 label=point.label,
             )  # fmt: skip
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(axis="y", color=GRID, linewidth=0.7)
-        axes.set(xlabel="bit operations per image, G (log scale)", ylabel="top-1, % (95 % Wilson interval)")
+        axes.set(xlabel="bit operations per image, G (log scale)", ylabel=f"{points[0][1].measure}, %{interval}")
         figure.legend(frameon=False, loc="outside upper left", ncols=3)
         return figure
 

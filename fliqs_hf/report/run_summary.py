@@ -73,14 +73,16 @@ def _accuracy_tile(report: RunReport) -> tuple[str, str, str]:
     searched, fp32 = _accuracy(report, SEARCHED), _accuracy(report, FP32)
     if searched is None:
         return name, "unknown", "not measured yet"
-    text = (
-        f"right on {wording.count(searched.images)} images (95 % interval {wording.percent(searched.low)} to "
-        f"{wording.percent(searched.high)})"
-    )
+    text = f"{searched.measure} over {wording.count(searched.images)} images"
+    if searched.low is not None and searched.high is not None:
+        text = (
+            f"right on {wording.count(searched.images)} images (95 % interval {wording.percent(searched.low)} to "
+            f"{wording.percent(searched.high)})"
+        )
     if fp32 is not None:
-        change = wording.change(searched.top1 - fp32.top1)
-        text += f", {change} points against the original in fp32 ({wording.percent(fp32.top1)})"
-    return name, wording.percent(searched.top1), text
+        change = wording.change(searched.value - fp32.value)
+        text += f", {change} points against the original in fp32 ({wording.percent(fp32.value)})"
+    return name, wording.percent(searched.value), text
 
 
 def _size_tile(report: RunReport) -> tuple[str, str, str]:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fliqs_hf.errors import DataError
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION
 from fliqs_hf.training.data import undecoded
 from fliqs_hf.training.images import Lazy, decoded, name_of
 from fliqs_hf.training.labels import LabelReader, MatchLabels, generic_names, names_of
-from fliqs_hf.training.losses import check_problem
 from fliqs_hf.training.splits import ROW, check_column
 
 
@@ -41,7 +41,7 @@ def class_names(original: Any, quantized: Any) -> tuple[str, ...] | None:
         table = getattr(config, "id2label", None)
         if not table:
             continue
-        check_problem(config)
+        IMAGE_CLASSIFICATION.check(config)
         if size is not None and len(table) != size:
             raise DataError(f"the original has {size} classes, the quantized model {len(table)}: not the same task")
         size = len(table)

@@ -27,7 +27,7 @@ from fliqs_hf.records import PolicyStep, Record, RunSettings, SensitivityScores
 from fliqs_hf.runs.files import RUN, RunFiles
 from fliqs_hf.selection.scores.fisher import Sensitivity
 from fliqs_hf.selection.space import SearchSpace
-from fliqs_hf.training import Accuracy
+from fliqs_hf.tasks import recorded
 
 #: Settings that may change between an interruption and `--resume`: they do not decide the result.
 FREE = (
@@ -267,8 +267,8 @@ def layer_table(layers: Sequence[LayerInfo], allocation: Allocation) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def write_front(folder: RunFolder, results: Sequence[dict[str, Any]], fp32: Accuracy) -> str:
-    """`front.csv` and `front.png` of several targets. Returns: the table as text."""
+def write_front(folder: RunFolder, results: Sequence[dict[str, Any]], fp32: Any) -> str:
+    """`front.csv` and `front.png` of several targets. Args: fp32: its `Score`. Returns: the table as text."""
     import csv
     import io
 
@@ -279,7 +279,7 @@ def write_front(folder: RunFolder, results: Sequence[dict[str, Any]], fp32: Accu
             ),
             "gbops": round(result["cost"]["bops"] / 1e9, 4),
             "megabytes": round(result["checkpoint_bytes"] / 1e6, 4),
-            "top1": round(result["accuracy"]["searched"]["top1"], 5),
+            fp32.key: round(recorded(result["accuracy"]["searched"])[1], 5),
         }
         for result in results
     ]
@@ -296,15 +296,15 @@ def write_front(folder: RunFolder, results: Sequence[dict[str, Any]], fp32: Accu
         pass
     else:
         figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
-        points = sorted((row["gbops"], 100 * row["top1"]) for row in rows)
+        points = sorted((row["gbops"], 100 * row[fp32.key]) for row in rows)
         axes.plot(*zip(*points, strict=True), "o-", label="searched")
-        axes.axhline(100 * fp32.top1, color="0.5", linestyle="--", label="fp32")
-        axes.set(xlabel="bit operations per image, G", ylabel="top-1, %")
+        axes.axhline(100 * fp32.value, color="0.5", linestyle="--", label="fp32")
+        axes.set(xlabel="bit operations per image, G", ylabel=f"{fp32.measure}, %")
         axes.legend()
         folder.claim("front.png")
         with replacing(folder.records / "front.png") as draft:
             figure.savefig(draft, dpi=150)
         pyplot.close(figure)
-    lines = [f"{'target':<16}{'GBOPs':>10}{'MB':>10}{'top-1':>10}"]
-    lines += [f"{r['target']:<16}{r['gbops']:>10.3f}{r['megabytes']:>10.3f}{r['top1']:>10.2%}" for r in rows]
+    lines = [f"{'target':<16}{'GBOPs':>10}{'MB':>10}{fp32.measure:>10}"]
+    lines += [f"{r['target']:<16}{r['gbops']:>10.3f}{r['megabytes']:>10.3f}{r[fp32.key]:>10.2%}" for r in rows]
     return "\n".join(lines)

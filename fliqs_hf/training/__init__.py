@@ -1,8 +1,9 @@
 """Data, one training loop on accelerate, and evaluation."""
 
 from fliqs_hf.interrupt import Interrupted
+from fliqs_hf.tasks import Accuracy
 from fliqs_hf.training.data import ImageData
-from fliqs_hf.training.evaluation import Accuracy, evaluate
+from fliqs_hf.training.evaluation import evaluate
 from fliqs_hf.training.loop import StepHook, TrainConfig, train
 from fliqs_hf.training.splits import load_splits
 

@@ -22,6 +22,9 @@ from fliqs_hf.training.schedule import Schedule
 class ModelArguments:
     """Which model."""
 
+    task: str = field(
+        default="image-classification", metadata={"help": "what the model does, as pipelines of Transformers name it"}
+    )
     model_name_or_path: str | None = field(default=None, metadata={"help": "fp32 checkpoint: a Hub id or a folder"})
     model_revision: str | None = field(default=None, metadata={"help": "its branch, tag or commit on the Hub"})
     model_type: str | None = field(default=None, metadata={"help": "train this architecture from scratch, e.g. vit"})

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
 from fliqs_hf.training.compiling import compiled
 from fliqs_hf.training.shards import gathered_into, load_whole, whole_optimizer, whole_weights
 
@@ -20,6 +21,7 @@ class Backend:
     Attributes:
         model, optimizer: the prepared ones.
         given: the model as it was handed in, whose weights these are.
+        task: what its output is.
         compiles: whether its passes are compiled, if that works here.
     """
 
@@ -31,8 +33,9 @@ class Backend:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         compile_backend: str | None = None,
+        task: Task = IMAGE_CLASSIFICATION,
     ) -> None:
-        self.accelerator, self.given = accelerator, model
+        self.accelerator, self.given, self.task = accelerator, model, task
         if accelerator.ddp_handler is None:
             # DDP refuses parameters that get no gradient otherwise, such as DINOv2's mask token.
             from accelerate.utils import DistributedDataParallelKwargs
@@ -43,11 +46,11 @@ class Backend:
             self.compiles = True
             self.model = compiled(self.model, compile_backend, accelerator.device)
 
-    def logits(self, images: Tensor) -> Tensor:
-        """float32 [batch, classes], in the precision that accelerate is configured for."""
+    def prediction(self, images: Tensor) -> Tensor:
+        """Of the task, float32, in the precision that accelerate is configured for."""
         with self.accelerator.autocast():
-            logits: Tensor = self.model(images).logits
-        return logits.float()
+            prediction = self.task.prediction(self.model(images))
+        return prediction.float()
 
     @contextmanager
     def training_pass(self, last: bool) -> Iterator[None]:
@@ -114,9 +117,9 @@ class Backend:
 class ShardedBackend(Backend):
     """A model that FSDP2 shards."""
 
-    def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, task: Task) -> None:
         self.whole = copy.deepcopy(model)  # to return: a sharded model stays one
-        super().__init__(accelerator, model, optimizer)
+        super().__init__(accelerator, model, optimizer, task=task)
 
     def step(self, max_norm: float) -> Tensor:
         norm: Any = super().step(max_norm)

@@ -1,9 +1,8 @@
-"""Accuracy of a model on a split: exact counts, independent of batch size and number of processes."""
+"""What a task measures of a model on a split: exact counts, independent of batch size and number of processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,69 +11,54 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.training.data import ImageData, Loader
-from fliqs_hf.training.losses import ClassLoss, logits_of
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Counts over `n` images, the mean cross-entropy, and what metrics of the `evaluate` library say."""
-
-    correct: int
-    correct5: int
-    n: int
-    loss: float
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def top1(self) -> float:
-        return self.correct / self.n
-
-    @property
-    def top5(self) -> float:
-        return self.correct5 / self.n
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"top1": self.top1, "top5": self.top5}
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
+from fliqs_hf.training.data import Loader
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    data: ImageData,
+    data: Any,
     accelerator: Any,
     *,
     batch_size: int = 64,
     workers: int = 0,
     name: str = "evaluation",
     metrics: Sequence[str] = (),
-) -> Accuracy:
+    task: Task = IMAGE_CLASSIFICATION,
+) -> Any:
     """Evaluate in evaluation mode; every rank takes its share of the images and all get the same result.
 
     Args:
         metrics: of the `evaluate` library, by Hub name or local path, given predicted and true labels; where a metric
             averages over classes (F1, precision, recall), it takes the macro average.
-    Raises: ConfigError: a metric that cannot be loaded, or does not take labels, or a model that chooses no class.
-        DataError: a label that is no class.
+        task: says what the model's output means and what is measured of it.
+    Returns: `task.score(…)`, such as `Accuracy`.
+    Raises: ConfigError: a metric that cannot be loaded, or does not take labels, or a model that is not for the task.
+        DataError: a target without a meaning.
     """
-    losses = ClassLoss()
+    losses = task.losses()
     loaded = {metric: load_metric(metric) for metric in metrics}
     predictions: list[int] = []
     references: list[int] = []
     training = model.training
     model.eval()
-    mine = Subset(data, range(accelerator.process_index, len(data), accelerator.num_processes))
-    loader = Loader(mine, batch_size, num_workers=workers)
-    totals = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
-    for images, labels in tqdm(loader, desc=name, leave=False, disable=not accelerator.is_local_main_process):
+    rows = range(accelerator.process_index, len(data), accelerator.num_processes)
+    loader = Loader(Subset(data, rows or [0]), batch_size, num_workers=workers)
+    sums: list[Tensor] = []
+    for images, target in tqdm(loader, desc=name, leave=False, disable=not accelerator.is_local_main_process):
         with accelerator.autocast():
-            logits = logits_of(model(images.to(accelerator.device))).float()
-        totals[:3] += _counts(logits, labels.to(accelerator.device), losses)
-        if loaded:
-            predictions += logits.argmax(-1).tolist()
-            references += labels.tolist()
-    totals[3], totals[4] = losses.images, losses.invalid
-    correct, correct5, loss, n, invalid = accelerator.reduce(totals, reduction="sum").tolist()
+            prediction = task.prediction(model(images.to(accelerator.device))).float()
+        target = target.to(accelerator.device)
+        loss = losses(prediction, target).double()
+        sums.append(torch.cat([task.counts(prediction, target), loss.view(1)]))
+        if loaded and rows:
+            predictions += task.answers(prediction).flatten().tolist()
+            references += target.flatten().tolist()
+    totals = torch.cat([sum(sums), sums[0].new_tensor([losses.images, int(losses.invalid)])])  # type: ignore[list-item]
+    if not rows:  # fewer images than processes: the one above told how many sums there are
+        totals.zero_()
+    *counts, loss, n, invalid = accelerator.reduce(totals, reduction="sum").tolist()
     model.train(training)
     losses.check(round(invalid), round(n))
     if loaded:
@@ -82,7 +66,7 @@ def evaluate(
 
         predictions, references = gather_object(predictions), gather_object(references)
     values = {metric: _compute(module, metric, predictions, references) for metric, module in loaded.items()}
-    return Accuracy(round(correct), round(correct5), round(n), loss / n, values)
+    return task.score(counts, round(n), loss / n, values)
 
 
 def load_metric(metric: str) -> Any:
@@ -102,10 +86,3 @@ def _compute(module: Any, metric: str, predictions: list[int], references: list[
     except (ValueError, TypeError) as error:
         raise ConfigError(f"the metric {metric!r} does not take predicted and true labels: {error}") from error
     return next(iter(result.values())) if len(result) == 1 else result
-
-
-def _counts(logits: Tensor, labels: Tensor, losses: ClassLoss) -> Tensor:
-    """[correct, correct among the first five, sum of losses], float64."""
-    loss = losses(logits, labels)
-    top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
-    return torch.stack([top[:, 0].sum(), top.sum(), loss]).double()

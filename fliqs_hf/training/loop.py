@@ -16,17 +16,16 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm.auto import tqdm
 
 from fliqs_hf.checks import check_fields
 from fliqs_hf.errors import ConfigError, TrainingError
 from fliqs_hf.interrupt import finishing
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
 from fliqs_hf.training.average import WeightAverage
 from fliqs_hf.training.backends import Backend, ShardedBackend
 from fliqs_hf.training.compiling import check_backend
 from fliqs_hf.training.data import ImageData, train_loader
-from fliqs_hf.training.losses import check_problem
 from fliqs_hf.training.schedule import Schedule, check_schedule, learning_rate_at
 from fliqs_hf.training.seeds import derived_seed
 from fliqs_hf.training.state import Best, load_state, save_state, states
@@ -158,11 +157,12 @@ def train(
     resume: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     name: str = "training",
+    task: Task = IMAGE_CLASSIFICATION,
 ) -> nn.Module:
     """Train `model`, in place where it is whole on every process.
 
     Args:
-        model: takes `pixel_values`, returns an output with `.logits`.
+        model: takes `pixel_values`, returns what `task` understands.
         accelerator: an `accelerate.Accelerator`; mixed precision and distribution are its business.
         score: evaluates the model, higher is better, the same on every process; called every `eval_steps` steps.
         state_folder: where states for `resume` go; none are written without it.
@@ -173,13 +173,13 @@ def train(
         a signal arrived, the state is saved. CheckpointError: `resume` with a damaged state, or of other settings.
     """
     _check_support(accelerator, config)
-    check_problem(getattr(model, "config", None))
+    task.check(getattr(model, "config", None))
     if config.keep_best and (score is None or state_folder is None):
         raise ConfigError("keeping the best weights needs a score and a state_folder")
     if config.keep_best and hook is not None and not hook.settled(config.max_steps - 1):
         raise ConfigError(UNSETTLED)
     optimizer = torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=config.learning_rate)
-    backend = _backend(accelerator, model, optimizer, config)
+    backend = _backend(accelerator, model, optimizer, config, task)
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
     best = Best(state_folder / "best") if config.keep_best and state_folder is not None else None
     meta = {"config": repr(config), "world_size": accelerator.num_processes, "name": name}
@@ -205,7 +205,7 @@ def train(
         while step < config.max_steps:
             torch.manual_seed(derived_seed("step", config.seed, step, accelerator.process_index))
             backend.set_learning_rate(config.learning_rate_at(step))
-            loss, quality = _step(backend, batches, config, accelerator, hook, augment, teacher, step)
+            loss, quality = _step(backend, batches, config, accelerator, hook, augment, teacher, task, step)
             norm = backend.step(config.max_grad_norm)
             extra = hook.end_step(step, quality) if hook is not None else {}
             if average is not None:
@@ -275,6 +275,7 @@ def _step(
     hook: StepHook | None,
     augment: Augment | None,
     teacher: nn.Module | None,
+    task: Task,
     step: int,
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward passes of one optimizer step. Returns: mean loss, and the quality of each pass [passes]."""
@@ -288,20 +289,20 @@ def _step(
         imitated = None
         if teacher is not None and config.distill_weight > 0:
             with torch.no_grad(), accelerator.autocast():
-                imitated = teacher(images).logits.float().softmax(-1)
+                imitated = task.prediction(teacher(images)).float()
         for index, set_formats in enumerate(passes):
             set_formats()
             # The first pass trains; the others are there to be compared with it, and need no gradient.
             with backend.training_pass(last=m == micro - 1) if index == 0 else torch.no_grad():
-                logits = backend.logits(images)
-                loss = functional.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+                prediction = backend.prediction(images)
+                loss = task.loss(prediction, targets, config.label_smoothing)
                 if imitated is not None:
-                    imitation = functional.cross_entropy(logits, imitated)
+                    imitation = task.imitation(prediction, imitated)
                     loss = (1 - config.distill_weight) * loss + config.distill_weight * imitation
                 if index == 0:
                     backend.backward(loss / micro)
             with torch.no_grad():
-                measured = -loss if config.quality == "loss" else (logits.argmax(-1) == labels).float().mean()
+                measured = -loss if config.quality == "loss" else task.quality(prediction, labels)
                 quality[index] += measured / micro
                 if index == 0:
                     losses += loss / micro
@@ -335,16 +336,18 @@ def _resume(
     return known
 
 
-def _backend(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Backend:
+def _backend(
+    accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, task: Task
+) -> Backend:
     kind = str(accelerator.distributed_type)
     if "DEEPSPEED" in kind:
         return ZeroBackend(
             accelerator, model, optimizer, batch_size=config.batch_size,
-            accumulation=config.gradient_accumulation_steps, max_norm=config.max_grad_norm,
+            accumulation=config.gradient_accumulation_steps, max_norm=config.max_grad_norm, task=task,
         )  # fmt: skip
     if "FSDP" in kind:
-        return ShardedBackend(accelerator, model, optimizer)
-    return Backend(accelerator, model, optimizer, config.compile_backend)
+        return ShardedBackend(accelerator, model, optimizer, task=task)
+    return Backend(accelerator, model, optimizer, config.compile_backend, task)
 
 
 def _check_support(accelerator: Any, config: TrainConfig) -> None:

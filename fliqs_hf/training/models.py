@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, find_task
 from fliqs_hf.training.images import resize_to
 from fliqs_hf.training.labels import are_numbered, match_trained, names_of
 from fliqs_hf.training.loading import load
-from fliqs_hf.training.losses import check_problem
 from fliqs_hf.training.scratch import check_patches, image_side, scratch_config
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,9 @@ def load_classifier(
     config_overrides: Mapping[str, Any] | None = None,
     image_size: int | None = None,
     cache_dir: str | None = None,
+    task: str = IMAGE_CLASSIFICATION.name,
 ) -> tuple[Any, Any]:
-    """An image classifier over the classes `names`, and its image processor.
+    """A model of `task` over the classes `names`, and its image processor.
 
     A head of as many classes is kept, matched with the data set's by the rules of `training.labels`, and what nothing
     is known of in its order. Where the names are not the same, the config has the data set's; the checkpoint's stay
@@ -44,29 +45,28 @@ def load_classifier(
         image_size: side in pixels, where it differs from the checkpoint's: the processor resizes to it and absolute
             position embeddings are interpolated once (bicubic), as is usual in fine-tuning.
         cache_dir: where downloads are kept.
+        task: the name of a registered one.
     Raises: ConfigError: see `read_classifier`; the weights cannot be loaded, or not for images of that size; or the
         head that is kept is not one that chooses one of its classes.
     """
-    from transformers import AutoModelForImageClassification
-
     config, processor = read_classifier(
         model_name_or_path=model_name_or_path, model_revision=model_revision, model_type=model_type,
-        config_overrides=config_overrides, image_size=image_size, cache_dir=cache_dir,
+        config_overrides=config_overrides, image_size=image_size, cache_dir=cache_dir, task=task,
     )  # fmt: skip
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     if model_type is not None:
         config.id2label, config.label2id = labels["id2label"], labels["label2id"]
-        return AutoModelForImageClassification.from_config(config), processor
+        return find_task(task).auto_class().from_config(config), processor
     kept = _class_names(config, names, str(model_name_or_path))
     if len(kept) == config.num_labels:
-        check_problem(config)
+        find_task(task).check(config)
     else:
         config.problem_type = None  # what the old head was for
     if kept != names_of(config):
         config.num_labels = len(kept)
         config.id2label, config.label2id = dict(enumerate(kept)), {name: index for index, name in enumerate(kept)}
     model = load(
-        AutoModelForImageClassification, str(model_name_or_path), revision=model_revision, config=config,
+        find_task(task).auto_class(), str(model_name_or_path), revision=model_revision, config=config,
         ignore_mismatched_sizes=True, dtype=torch.float32, cache_dir=cache_dir,
     )  # fmt: skip
     if image_size and getattr(config, "image_size", None) not in (None, image_size):
@@ -84,18 +84,19 @@ def read_classifier(
     config_overrides: Mapping[str, Any] | None = None,
     image_size: int | None = None,
     cache_dir: str | None = None,
+    task: str = IMAGE_CLASSIFICATION.name,
 ) -> tuple[Any, Any]:
     """Configuration and image processor of what `load_classifier` will load: what is wrong shows without weights.
 
     Raises: ConfigError: neither or both of checkpoint and architecture are given, there is no such or it is no image
         classifier, the model does not take three channels or images of that size, or a setting does not exist.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+    from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessor
 
     if (model_name_or_path is None) == (model_type is None):
         raise ConfigError("give either model_name_or_path (a checkpoint) or model_type (training from scratch)")
     if model_type is not None:
-        config = scratch_config(model_type, config_overrides or {}, image_size)
+        config = scratch_config(model_type, config_overrides or {}, image_size, task=task)
         _check_channels(config, model_type)
         side = image_side(config, image_size)
         return config, ViTImageProcessor(size={"height": side, "width": side})
@@ -105,8 +106,8 @@ def read_classifier(
     config = load(AutoConfig, name, "configuration", **options)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{model_name_or_path} is quantized already; start from the fp32 checkpoint")
-    if type(config) not in AutoModelForImageClassification._model_mapping:
-        raise ConfigError(f"{name!r} is a model of type {config.model_type}, which is no image classifier")
+    if type(config) not in find_task(task).auto_class()._model_mapping:
+        raise ConfigError(f"{name!r} is a model of type {config.model_type}, which is not {find_task(task).models}")
     _check_channels(config, name)
     if image_size is not None and image_size != image_side(config):
         check_patches(config, image_size)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fliqs_hf.errors import ConfigError, did_you_mean
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, find_task
 
 #: What the data set decides, or `load_classifier` itself.
 _DECIDED = {
@@ -24,8 +25,14 @@ _DECIDED = {
 }
 
 
-def scratch_config(model_type: str, overrides: Mapping[str, Any], image_size: int | None, num_labels: int = 2) -> Any:
-    """The configuration of an untrained classifier.
+def scratch_config(
+    model_type: str,
+    overrides: Mapping[str, Any],
+    image_size: int | None,
+    num_labels: int = 2,
+    task: str = IMAGE_CLASSIFICATION.name,
+) -> Any:
+    """The configuration of an untrained model of `task`.
 
     The model is built on the meta device and run on one image, so a setting that cannot work is refused before there
     are data or memory for it.
@@ -35,14 +42,17 @@ def scratch_config(model_type: str, overrides: Mapping[str, Any], image_size: in
             processor gets it.
     Raises: ConfigError: an architecture or setting that does not exist, or that does not work.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageClassification
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    mapping, wanted = find_task(task).auto_class()._model_mapping, find_task(task).models
 
     if model_type not in CONFIG_MAPPING:
         raise ConfigError(f"model_type={model_type!r} does not exist{did_you_mean(model_type, CONFIG_MAPPING)}")
     known = AutoConfig.for_model(model_type)
-    if type(known) not in AutoModelForImageClassification._model_mapping:
-        raise ConfigError(f"model_type={model_type!r} is no image classifier: choose one such as vit, deit or resnet")
-    classes = AutoModelForImageClassification._model_mapping[type(known)]
+    if type(known) not in mapping:
+        some = ", ".join(sorted(config.model_type for config in mapping)[:5])
+        raise ConfigError(f"model_type={model_type!r} is not {wanted}: choose one such as {some}")
+    classes = mapping[type(known)]
     cls = classes[0] if isinstance(classes, tuple) else classes  # of DeiT's two, that without a distillation token
     changes = _with_size(known, overrides, image_size)
     _check_settings(model_type, known, changes)

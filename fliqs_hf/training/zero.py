@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.tasks import Task
 from fliqs_hf.training.backends import Backend
 
 #: Adam's moments, as torch names them.
@@ -51,6 +52,7 @@ class ZeroBackend(Backend):
         batch_size: int,
         accumulation: int,
         max_norm: float,
+        task: Task,
     ) -> None:
         """
         Args:
@@ -76,16 +78,15 @@ class ZeroBackend(Backend):
         }
         self.whole = copy.deepcopy(model)  # to return: a model of DeepSpeed's stays one
         with _filled(accelerator, settings):
-            super().__init__(accelerator, model, optimizer)
+            super().__init__(accelerator, model, optimizer, task=task)
         self.stage = accelerator.state.deepspeed_plugin.zero_stage
         # DeepSpeed makes its float32 weights from the bfloat16 ones: these lack the digits of the originals.
         self._set_weights(self.whole.state_dict())
         self._begin_moments()
 
-    def logits(self, images: Tensor) -> Tensor:
+    def prediction(self, images: Tensor) -> Tensor:
         dtype = next(parameter.dtype for parameter in self.given.parameters() if parameter.is_floating_point())
-        logits: Tensor = self.model(images.to(dtype)).logits
-        return logits.float()
+        return self.task.prediction(self.model(images.to(dtype))).float()
 
     @contextmanager
     def training_pass(self, last: bool) -> Iterator[None]:
@@ -195,7 +196,7 @@ class ZeroBackend(Backend):
         self.set_learning_rate(0.0)
         self.model.eval()  # one image has no batch statistics
         with self.training_pass(last=True):
-            self.backward(0 * self.logits(image.to(self.accelerator.device)).sum())
+            self.backward(0 * self.prediction(image.to(self.accelerator.device)).sum())
         self.model.step()
         self.model.train()
 

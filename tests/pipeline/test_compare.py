@@ -22,8 +22,8 @@ from fliqs_hf.pipeline.compare_methods import METHODS as DEFAULTS
 from fliqs_hf.pipeline.compare_methods import UNIFORM, check_methods, runs, uniform_format
 from fliqs_hf.pipeline.compare_summary import markdown, summarise, write_summary
 from fliqs_hf.pipeline.compare_table import COLUMNS, Table, rows_of
+from fliqs_hf.tasks import Accuracy
 from fliqs_hf.training import train
-from fliqs_hf.training.evaluation import Accuracy
 
 METHODS = [
     "uniform-int", "uniform-fp", "manual", "random", "random-no-int2", "loss-delta", "fisher", "elementwise",

@@ -25,6 +25,7 @@ from fliqs_hf.pipeline import job as recipe_job
 from fliqs_hf.pipeline import prior as recipe_prior
 from fliqs_hf.pipeline import search as recipe
 from fliqs_hf.pipeline.search import main
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION
 from fliqs_hf.training.arguments import DataArguments, TrainingArguments
 from tests.helpers.models import images
 from tests.training.test_data import PROCESSOR, split_of
@@ -236,15 +237,19 @@ def test_limits_choose_among_all_images() -> None:
     """Folders of images are sorted by class: the first ones would be of one class."""
     split = split_of(sorted([0, 1, 2] * 30))
     columns = {"image_column": "image", "label_column": "label"}
-    chosen = recipe_job.image_data(split, PROCESSOR, 3, 30, DataArguments(), columns)
-    again = recipe_job.image_data(split, PROCESSOR, 3, 30, DataArguments(), columns)
+    chosen = recipe_job.task_data(
+        IMAGE_CLASSIFICATION, split, PROCESSOR, ["a", "b", "c"], 30, DataArguments(), columns
+    )
+    again = recipe_job.task_data(IMAGE_CLASSIFICATION, split, PROCESSOR, list("abc"), 30, DataArguments(), columns)
     assert len(chosen) == 30 and set(chosen.labels) == {0, 1, 2} and chosen.labels == again.labels
 
 
 @pytest.mark.parametrize(("epochs", "processes", "steps"), [(1.0, 1, 5), (2.0, 1, 9), (0.1, 1, 1), (2.0, 2, 4)])
 def test_epochs_are_steps(epochs: float, processes: int, steps: int) -> None:
     """90 images in batches of 10, two to a step: 9 batches (4 with two processes) are 4.5 (2) steps, rounded up."""
-    data = recipe_job.image_data(split_of([0] * 90), PROCESSOR, 3, None, DataArguments(), {})
+    data = recipe_job.task_data(
+        IMAGE_CLASSIFICATION, split_of([0] * 90), PROCESSOR, ["a", "b", "c"], None, DataArguments(), {}
+    )
     args = TrainingArguments(num_train_epochs=epochs, per_device_train_batch_size=10, gradient_accumulation_steps=2)
     assert recipe_job.steps_of(args, data, processes) == steps
 

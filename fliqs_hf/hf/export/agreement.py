@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.errors import DataError, ExportError
-from fliqs_hf.training.losses import logits_of
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def compare(packed: Any, exported: Any, batches: Iterable[Tensor], scale: Any = 
     squares = total = count = 0.0
     for pixels in batches:
         with torch.no_grad():
-            expected = logits_of(packed(pixels)).double()
-            found = logits_of(exported(pixels if scale is None else scale(pixels))).double()
+            expected = IMAGE_CLASSIFICATION.prediction(packed(pixels)).double()
+            found = IMAGE_CLASSIFICATION.prediction(exported(pixels if scale is None else scale(pixels))).double()
         if found.shape != expected.shape or not bool(found.isfinite().all()):
             what = "NaN or infinities" if found.shape == expected.shape else f"logits of shape {list(found.shape)}"
             raise ExportError(f"the exported model answers with {what}, the packed one with finite {expected.shape}")

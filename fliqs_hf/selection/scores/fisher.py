@@ -25,7 +25,7 @@ from fliqs_hf.nn.evaluation import evaluation
 from fliqs_hf.selection.problem import SearchProblem
 from fliqs_hf.selection.scores.probes import Probes, Reduction
 from fliqs_hf.selection.space import SearchSpace
-from fliqs_hf.training.losses import ClassLoss
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
 
 #: A second look takes no score for less than this share of the first.
 LEAST_SHARE = 1e-3
@@ -61,13 +61,14 @@ def fisher_scores(
     settings: QuantizerSettings | None = None,
     reduction: Reduction = "image",
     combine: Combine | None = None,
+    task: Task = IMAGE_CLASSIFICATION,
 ) -> Sensitivity:
     """Per-sample Fisher scores of every choice of every decision.
 
     Args:
         model: plain, or searchable with its switch disabled. It runs in evaluation mode and is left as it was.
-        batches: (inputs, labels); labels int64 [batch]. A progress bar, if any, is the caller's.
-        forward: inputs -> logits.
+        batches: (inputs, targets of the task), such as labels, int64 [batch]. A progress bar, if any, is the caller's.
+        forward: inputs -> predictions of the task, such as logits.
         reduction: "image" for ½·(Σ g·ΔY)², "element" for Σ (g·ΔY)², which takes a product of matrices per layer and
             format (mean over the images of both).
         combine: where processes measure different images; all then get the scores of all images.
@@ -79,7 +80,7 @@ def fisher_scores(
         apart, or a layer whose input is overwritten before backward. A layer that the forward pass does not reach
         scores 0. ConfigError: logits that are not those of a classifier. AllocationError: a space of another model.
     """
-    found = _measured(model, batches, forward, space, settings or QuantizerSettings(), reduction, combine)
+    found = _measured(model, batches, forward, space, settings or QuantizerSettings(), reduction, combine, task)
     meaningful(found.decision_scores)
     return found
 
@@ -92,12 +93,13 @@ def _measured(
     settings: QuantizerSettings,
     reduction: Reduction,
     combine: Combine | None,
+    task: Task,
 ) -> Sensitivity:
     layers = layers_of(model, space)
     same = space.activation == "same"
     roles: tuple[tuple[bool, bool], ...] = ((True, True),) if same else ((True, False), (False, True))
     total = torch.zeros((), dtype=torch.float64)  # becomes [roles, L, K] on the device of the labels
-    losses, start = ClassLoss(), time.perf_counter()
+    losses, start = task.losses(), time.perf_counter()
     with frozen(model), Probes(layers, space.formats, roles, settings, reduction) as probes:
         for inputs, labels in batches:
             with probes.watching(), torch.enable_grad():
@@ -145,6 +147,7 @@ def second_look(
     band: float = 0.03,
     combine: Combine | None = None,
     settings: QuantizerSettings | None = None,
+    task: Task = IMAGE_CLASSIFICATION,
 ) -> Sensitivity:
     """Scores of the fp32 model and of the model near the target, as their geometric mean.
 
@@ -154,7 +157,7 @@ def second_look(
     thousandth as sensitive as at first, not free.
 
     Args:
-        model: plain; quantized meanwhile and left as it was. batches, forward, combine, settings: as for
+        model: plain; quantized meanwhile and left as it was. batches, forward, combine, settings, task: as for
             `fisher_scores`.
         first: scores of the plain model. band: as for `SearchProblem.choice_at_target`.
     Returns: the mean, with the images of one pass and the seconds of both.
@@ -166,7 +169,7 @@ def second_look(
     switch = make_searchable(model, space.formats, names=list(groups), input_groups=groups, settings=settings)
     try:
         switch.set_allocation(allocation)
-        second = _measured(model, batches, forward, space, settings, "image", combine)  # all may be 0 here
+        second = _measured(model, batches, forward, space, settings, "image", combine, task)  # all may be 0 here
     finally:
         restore(model)
     before = first.decision_scores.double()  # products of float32 scores would underflow

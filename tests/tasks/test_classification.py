@@ -16,8 +16,8 @@ from fliqs_hf.cost import Target, trace_layers
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.pipeline.post_training import allocate
 from fliqs_hf.selection import SearchSpace, fisher_scores
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION
 from fliqs_hf.training import TrainConfig, evaluate, train
-from fliqs_hf.training.losses import ClassLoss, check_problem, logits_of
 
 MEASURES = [fisher_scores, elementwise_scores, hessian_trace_scores, loss_delta_scores]
 
@@ -92,7 +92,7 @@ def test_models_that_choose_no_class_are_refused(config: dict[str, Any], message
     model = Head(config.pop("num_labels"), **config)
     unused: Any = None
     calls: list[Callable[[], Any]] = [
-        lambda: check_problem(model.config),
+        lambda: IMAGE_CLASSIFICATION.check(model.config),
         lambda: allocate(model, lambda: pytest.fail("images were read"), Target.of(target_bits=4)),
         lambda: train(model, unused, TrainConfig(max_steps=1), Accelerator(cpu=True)),
     ]
@@ -114,11 +114,11 @@ def test_evaluation_refuses_them() -> None:
 
 def test_a_model_without_logits() -> None:
     with pytest.raises(ConfigError, match="SimpleNamespace without logits"):
-        logits_of(SimpleNamespace(last_hidden_state=torch.zeros(1)))
+        IMAGE_CLASSIFICATION.prediction(SimpleNamespace(last_hidden_state=torch.zeros(1)))
 
 
 def test_the_loss_is_cross_entropy_of_all_images() -> None:
-    losses, logits, labels = ClassLoss(), torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    losses, logits, labels = IMAGE_CLASSIFICATION.losses(), torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     assert torch.equal(losses(logits, labels), expected) and (losses.images, int(losses.invalid)) == (5, 0)
     losses.check(0, 5)
