@@ -19,6 +19,7 @@ EXTRAS = {
     "onnx_ir": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
+    "openvino": "openvino",
 }
 
 

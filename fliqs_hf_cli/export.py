@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from fliqs_hf_cli.parser import Parser
 
-HELP = "a packed model for other programs: ONNX, compared with itself"
+HELP = "a packed model for other programs: ONNX, OpenVINO, torch.export, compared with itself"
 EXAMPLES = """  fliqs-hf export runs/pilot exported --dataset_name photos/ --min_agreement 99
   fliqs-hf export runs/pilot exported --form qdq               for TensorRT and NPUs; static scales fit best
+  fliqs-hf export runs/pilot exported --to openvino
   fliqs-hf validate MODEL exported --dataset_name photos/      the file, as a model like any other
-The file runs in ONNX Runtime without this package, and holds the allocation as metadata. Before it is kept, it answers
-the same images as the packed model; exit status 1, and no file, where too few answers are the same."""
+The file runs in ONNX Runtime or OpenVINO without this package, and holds the allocation. Before it is kept,
+it answers the same images as the packed model; exit status 1, and no file, where too few answers are the same."""
 
 
 def arguments(parser: Parser) -> None:
     parser.add_argument("run", help="run folder, checkpoint folder or Hub id of a packed model")
-    parser.add_argument("output", help="folder to write: model.onnx, its config and image processor, a record")
-    parser.add_argument("--to", choices=("onnx", "torch"), default="onnx",
-                        help="an ONNX file, or a program of torch.export (.pt2); default: %(default)s")  # fmt: skip
+    parser.add_argument(
+        "output", help="folder to write: model.onnx or the like, its config and image processor, a record"
+    )
+    parser.add_argument("--to", choices=("onnx", "openvino", "torch"), default="onnx",
+                        help="a file of ONNX or OpenVINO, or a program of torch.export (.pt2); default: "
+                        "%(default)s")  # fmt: skip
     parser.add_argument("--form", choices=("auto", "integer", "qdq"),
                         help="products of 8-bit integers, in the fastest operators of ONNX Runtime (auto, the "
                         "default) or in those of the standard (integer), or between QuantizeLinear and "
@@ -24,6 +28,9 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--input_scales", choices=("as_packed", "per_tensor"),
                         help="per_tensor: one scale for the whole batch where inputs are 8-bit integers: faster, and "
                         "another quantization")  # fmt: skip
+    parser.add_argument("--inputs", choices=("auto", "as_packed"),
+                        help="of OpenVINO: as_packed rounds all inputs in the graph, instead of leaving those of 8 "
+                        "bits and more to its own quantization: slower")  # fmt: skip
     parser.add_argument("--dataset_name", help="images to compare on: Hub id, folder of images, or 'digits'; default: "
                         "generated noise")  # fmt: skip
     parser.add_argument("--split", help="or a part, such as 'test[:500]'; default: validation or test if there is one")

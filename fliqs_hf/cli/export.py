@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fliqs_hf.cli.data import to_validate
 from fliqs_hf.cli.output import answer, table
-from fliqs_hf.hf.export.forms import OnnxSettings
+from fliqs_hf.errors import ConfigError
+from fliqs_hf.hf.export.targets import TARGETS, Settings, find_target
 from fliqs_hf.pipeline.checkpoints import load_processor, read_config
 from fliqs_hf.pipeline.export import ExportResult
 from fliqs_hf.pipeline.export import export as export_model
@@ -37,10 +38,17 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> OnnxSettings | None:
-    """Those of an ONNX file, where some are given."""
-    given = {field.name: value for field in fields(OnnxSettings) if (value := getattr(args, field.name)) is not None}
-    return OnnxSettings(**given) if given else None
+def _settings(args: argparse.Namespace) -> Settings | None:
+    """Those of the file, where some are given. Raises: ConfigError: one that its target has not."""
+    own = find_target(args.to).settings
+    given: dict[str, Any] = {}
+    for target in TARGETS.values():
+        for field in fields(target.settings) if target.settings else ():
+            if (value := getattr(args, field.name)) is not None:
+                if target.settings is not own:
+                    raise ConfigError(f"--{field.name} is no setting of --to {args.to}: leave it out")
+                given[field.name] = value
+    return own(**given) if own is not None and given else None
 
 
 class _Pixels:

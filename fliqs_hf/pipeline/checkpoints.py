@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from fliqs_hf.cost import LayerInfo, example_image, trace_layers
 from fliqs_hf.errors import ConfigError, FliqsError
 from fliqs_hf.hf.config import METHOD, FLIQSConfig
-from fliqs_hf.hf.export.runtime import OnnxClassifier, exported_file
+from fliqs_hf.hf.export.runtime import exported_file, load_exported
 from fliqs_hf.training.loading import load
 
 #: Of a text that goes with an image; CLIP reads so many.
@@ -70,7 +70,7 @@ def load_model(name: str, revision: str | None = None) -> Any:
     """
     config, _ = read_config(name, revision)
     if (file := exported_file(name)) is not None:
-        return OnnxClassifier(file, config).eval()
+        return load_exported(file, config).eval()
     return load(model_class(config), name, revision=revision, dtype=torch.float32).eval()
 
 

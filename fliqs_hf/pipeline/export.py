@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,20 +14,18 @@ from torch import Tensor
 from fliqs_hf.cost import example_image
 from fliqs_hf.errors import ConfigError, ExportError
 from fliqs_hf.files import disk_errors, replacing
-from fliqs_hf.hf.export import onnx_file
 from fliqs_hf.hf.export.agreement import Agreement, compare
 from fliqs_hf.hf.export.forms import LayerForm, OnnxSettings
+from fliqs_hf.hf.export.openvino_file import OpenVinoSettings
 from fliqs_hf.hf.export.preprocessing import Normalization
-from fliqs_hf.hf.export.runtime import ONNX_FILE, OnnxClassifier
-from fliqs_hf.hf.export.torch_file import TORCH_FILE, TorchProgram, write_torch
+from fliqs_hf.hf.export.targets import ExportTarget, Settings, find_target
 from fliqs_hf.json_file import read_object
 from fliqs_hf.nn import packed_layers
-from fliqs_hf.nn.kernels import set_kernels
 from fliqs_hf.pipeline.checkpoints import is_classifier, load_model, load_processor, read_config
 from fliqs_hf.pipeline.outputs import check_apart, check_writable
 from fliqs_hf.version import __version__
 
-To = Literal["onnx", "torch"]
+To = Literal["onnx", "openvino", "torch"]
 #: What an export consists of; lists the files of its folder, so that another export may replace them.
 RECORD = "export.json"
 #: Of images with a meaning; on noise every class is nearly as likely as the next. Another order of sums rounds some
@@ -72,7 +70,7 @@ def export(
     to: To = "onnx",
     images: Iterable[Tensor] | None = None,
     min_agreement: float | None = None,
-    settings: OnnxSettings | None = None,
+    settings: Settings | None = None,
     include_preprocessing: bool = False,
     overwrite: bool = False,
 ) -> ExportResult:
@@ -80,33 +78,32 @@ def export(
 
     Args:
         run: run folder, checkpoint folder or Hub id of a packed image classifier.
-        to: "onnx", or "torch" for a program of `torch.export`.
+        to: "onnx", "openvino", or "torch" for a program of `torch.export`.
         output: folder to write: the model, its config and image processor, and a record.
         images: batches of pixel values [images, channels, height, width] as the image processor makes them, to compare
             on; default: noise.
         min_agreement: percent of the images that must get the same class; default: 95 on your images, none on noise.
-        settings: of an ONNX file.
+        settings: of a file of ONNX or OpenVINO.
         include_preprocessing: the file takes pixels from 0 to 255 of resized images and normalizes them itself.
         overwrite: replace an earlier export; nothing else is ever replaced.
-    Raises: ConfigError: a setting, or a model that cannot be exported. DependencyError: the extra "onnx" is missing.
+    Raises: ConfigError: a setting, or a model that cannot be exported. DependencyError: an extra is missing.
         ExportError: the agreement is below `min_agreement`; nothing is written. DiskError: `output` cannot be written.
     """
-    _check_settings(to, min_agreement, settings is not None or include_preprocessing)
-    settings = settings or OnnxSettings()
-    if to == "onnx":
-        onnx_file.check_environment()
+    target = find_target(to)
+    settings = _checked_settings(to, target, min_agreement, settings, include_preprocessing)
+    target.check()
     folder = Path(output)
     _check_output(folder, str(run), overwrite)
     source = _PackedModel.load(str(run))
-    if to == "onnx":
-        onnx_file.layer_forms(source.model, settings)
+    target.check_layers(source.model, settings)
     normalization = Normalization.of(source.processor, source.image.shape[1]) if include_preprocessing else None
     if images is not None and min_agreement is None:
         min_agreement = MIN_AGREEMENT
     with replacing(folder) as draft:
         draft.mkdir()
         with disk_errors(folder):
-            exported, layers = _write(source, to, draft, settings, normalization)
+            layers = target.write(source.model, source.image, draft / target.file, settings, normalization)
+            exported = target.load(draft / target.file, source.config)
         agreement = compare(
             source.model, exported, _noise(source.image) if images is None else images,
             None if normalization is None else normalization.pixels,
@@ -115,41 +112,35 @@ def export(
         source.config.save_pretrained(draft)
         source.processor.save_pretrained(draft)
         names = sorted(path.name for path in draft.iterdir())
-        names.sort(key=lambda name: not name.startswith((ONNX_FILE, TORCH_FILE)))
+        stem = Path(target.file).stem
+        names.sort(key=lambda name: (name != target.file, not name.startswith(f"{stem}.")))
         result = ExportResult(
             str(folder), to, (*names, RECORD), "generated" if images is None else "yours", agreement, min_agreement,
             layers, _packed_bytes(source.model), exported.file_bytes,
         )  # fmt: skip
-        _write_record(draft / RECORD, result, settings if to == "onnx" else None)
+        _write_record(draft / RECORD, result, settings)
     return result
 
 
-def _check_settings(to: str, min_agreement: float | None, of_onnx: bool) -> None:
-    """Args: of_onnx: whether something is set that only ONNX files have."""
-    if to not in get_args(To):
-        raise ConfigError(f"to={to!r} does not exist; choose from {', '.join(get_args(To))}")
+def _checked_settings(
+    to: str, target: ExportTarget, min_agreement: float | None, settings: Settings | None, include_preprocessing: bool
+) -> Settings | None:
+    """The settings that hold. Raises: ConfigError: a value that does not exist, or one that the target has not."""
     if min_agreement is not None and not 0 <= min_agreement <= 100:
         raise ConfigError(f"min_agreement={min_agreement!r}: give percent between 0 and 100")
-    if to != "onnx" and of_onnx:
-        raise ConfigError(f"to={to!r} has no settings of ONNX files, and no include_preprocessing: leave them out")
+    if include_preprocessing and not target.normalizes:
+        raise ConfigError(f"to={to!r} has no include_preprocessing: leave it out")
+    if target.settings is None or not isinstance(settings, (target.settings, type(None))):
+        if settings is not None:
+            raise ConfigError(f"to={to!r} has no {type(settings).__name__}: leave its settings out")
+        return None
+    return settings or target.settings()
 
 
-def _write_record(file: Path, result: ExportResult, settings: OnnxSettings | None) -> None:
+def _write_record(file: Path, result: ExportResult, settings: Settings | None) -> None:
     head = {"format_version": 1, "fliqs_hf": __version__, "settings": None if settings is None else asdict(settings)}
     text = json.dumps({**head, **result.to_dict(), "folder": None}, indent=1)
     file.write_text(text + "\n", encoding="utf-8")
-
-
-def _write(
-    source: _PackedModel, to: To, folder: Path, settings: OnnxSettings, normalization: Normalization | None
-) -> tuple[OnnxClassifier | TorchProgram, tuple[LayerForm, ...]]:
-    """Write the model alone, and load it in its runtime."""
-    if to == "torch":
-        set_kernels(source.model, "reference")
-        layers = write_torch(source.model, source.image, folder / TORCH_FILE)
-        return TorchProgram(folder / TORCH_FILE), layers
-    layers = onnx_file.write_onnx(source.model, source.image, folder / ONNX_FILE, settings, normalization)
-    return OnnxClassifier(folder / ONNX_FILE, source.config), layers
 
 
 @dataclass(frozen=True)
@@ -173,10 +164,14 @@ class _PackedModel:
         return cls(model, config, processor, torch.zeros_like(example_image(model, _side(processor, model))))
 
 
-def _check_agreement(agreement: Agreement, least: float | None, settings: OnnxSettings) -> None:
+def _check_agreement(agreement: Agreement, least: float | None, settings: Settings | None) -> None:
     if least is None or agreement.percent >= least:
         return
-    hint = "; input_scales='as_packed' keeps its own input scales" if settings.input_scales == "per_tensor" else ""
+    hint = ""
+    if isinstance(settings, OnnxSettings) and settings.input_scales == "per_tensor":
+        hint = "; input_scales='as_packed' keeps its own input scales"
+    elif isinstance(settings, OpenVinoSettings) and settings.inputs == "auto":
+        hint = "; inputs='as_packed' rounds inputs as the packed model does"
     raise ExportError(
         f"the exported model gives {agreement.percent:.2f} % of {agreement.images:,} images the class that the packed "
         f"model gives them, less than min_agreement={least:g} (logits differ by {agreement.rms:.3g} of "

@@ -144,7 +144,9 @@ def test_validate_takes_an_exported_file(checkpoint: Path, exported: Path, capsy
 
 @pytest.mark.parametrize(("settings", "words"), [
     ({"to": "tflite"}, "to='tflite' does not exist"), ({"min_agreement": 101}, "percent between 0 and 100"),
-    ({"to": "torch", "settings": OnnxSettings()}, "to='torch' has no settings of ONNX files"),
+    ({"to": "torch", "settings": OnnxSettings()}, "to='torch' has no OnnxSettings"),
+    ({"to": "openvino", "settings": OnnxSettings()}, "to='openvino' has no OnnxSettings"),
+    ({"to": "torch", "include_preprocessing": True}, "to='torch' has no include_preprocessing"),
 ])  # fmt: skip
 def test_bad_settings_are_named_before_any_work(
     checkpoint: Path, tmp_path: Path, settings: dict[str, Any], words: str
@@ -186,6 +188,29 @@ def test_bad_models_and_places_are_named(checkpoint: Path, tmp_path: Path) -> No
     ):
         with pytest.raises(ConfigError, match=words):
             fliqs_hf.export(run, output)
+
+
+def test_openvino_files_are_compared_and_validated(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the precision that OpenVINO takes by itself, bf16 on CPUs with units for it: logits within its 2**-8."""
+    pytest.importorskip("openvino")
+    out = tmp_path / "out"
+    command = ["export", str(checkpoint), str(out), "--to", "openvino", "--inputs", "as_packed", "--json"]
+    assert main([*command, "--include_preprocessing"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["files"][:2] == ["model.xml", "model.bin"]
+    assert set(data["files"]) == {path.name for path in out.iterdir()}
+    assert {(layer["form"], layer["stored"]) for layer in data["layers"]} == {("float", "INT4")}
+    assert data["file_bytes"] == sum((out / name).stat().st_size for name in data["files"][:2])
+    assert data["agreement"]["rms"] < 2**-8 * data["agreement"]["logits_rms"] * 4  # of four roundings in a row
+    pixels = torch.randint(0, 256, (2, 3, 32, 32)).float()
+    with torch.no_grad():
+        expected = load_model(str(checkpoint))((pixels / 255 - 0.5) / 0.5).logits
+    for name in (out, out / "model.xml"):
+        torch.testing.assert_close(load_model(str(name))(pixels).logits, expected, rtol=0, atol=0.02)
+    assert main([*command, "--overwrite", "--form", "qdq"]) == 2
+    assert "--form is no setting of --to openvino" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named_first(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

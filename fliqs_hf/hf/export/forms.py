@@ -25,7 +25,7 @@ _TWO_BITS = 25
 #: Sums of two products of uint8 and int8 fit into 16 bits up to this code: CPUs without VNNI sum them there.
 _EXACT_IN_16_BITS = 64
 _LONGEST_SUM = 2**31 // (255 * 127)
-_KNOWN_BUFFERS = {"weight_codes", "weight_scale", "input_scale"}
+_KNOWN_BUFFERS = {"weight_codes", "weight_scale", "weight_scale_codes", "input_scale"}
 _GRANULARITIES = ("per_token", "per_tensor", "per_token_clipped", "static")
 
 
@@ -64,7 +64,8 @@ class LayerForm:
     Attributes:
         weight, activation: its formats, "fp32" for an input that is not quantized.
         form: "integer": a product of 8-bit integers; "qdq": of quantized and dequantized tensors; "float": of tensors
-            that are rounded to their formats, in fp32; "reference": the operations of the packed layer itself.
+            that are rounded to their formats, in fp32; "compressed": of an input as it comes with a weight that is
+            decoded; "reference": the operations of the packed layer itself.
         stored: the type of the codes in the file.
         changed: what is not as in the packed layer, and why; "" where nothing is.
     """
@@ -72,14 +73,17 @@ class LayerForm:
     name: str
     weight: str
     activation: str
-    form: Literal["integer", "qdq", "float", "reference"]
+    form: Literal["integer", "qdq", "float", "compressed", "reference"]
     stored: str
     changed: str
 
 
 def layer_form(name: str, layer: PackedLayer, settings: OnnxSettings) -> LayerForm:
     """Raises: ConfigError: a layer that cannot be expressed."""
-    _check_known(name, layer)
+    check_expressible(name, layer)
+    own = [fmt for fmt in (layer.formats.weight, layer.formats.activation) if fmt is not None and fmt.scales_itself]
+    if own:
+        raise ConfigError(f"{name!r}: {own[0]} has scales of its own, which cannot be exported to ONNX yet")
     weight, activation = layer.formats.weight, layer.formats.activation
     reason = not_integer(layer)
     kind: Literal["integer", "qdq", "float"] = "float" if reason else "qdq" if settings.form == "qdq" else "integer"
@@ -93,12 +97,10 @@ def layer_form(name: str, layer: PackedLayer, settings: OnnxSettings) -> LayerFo
     return LayerForm(name, str(weight), str(activation or "fp32"), kind, stored, changed)
 
 
-def _check_known(name: str, layer: PackedLayer) -> None:
+def check_expressible(name: str, layer: PackedLayer) -> None:
+    """Raises: ConfigError: a layer of a kind that is not known here: it must not be written as something else."""
     granularity = layer.settings.activation_granularity
     unknown = {key for key, _ in layer.named_buffers(recurse=False)} - _KNOWN_BUFFERS
-    own = [fmt for fmt in (layer.formats.weight, layer.formats.activation) if fmt is not None and fmt.scales_itself]
-    if own:
-        raise ConfigError(f"{name!r}: {own[0]} has scales of its own, which cannot be exported yet")
     scales = 0 if layer.weight_scale is None else layer.weight_scale.numel()
     if not layer.kind.onnx or unknown or granularity not in _GRANULARITIES:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +31,13 @@ class Codes:
 
 
 class InputWriter:
-    """What was written for a tensor is written once."""
+    """What was written for a tensor is written once.
 
-    def __init__(self, writer: Writer) -> None:
-        self.writer = writer
+    Args: casts: formats to which the runtime rounds exactly where it casts to their type.
+    """
+
+    def __init__(self, writer: Writer, casts: Collection[str] = tuple(_CASTS)) -> None:
+        self.writer, self.casts = writer, casts
         self._written: dict[Any, Any] = {}
 
     def codes(self, x: Any, layer: PackedLayer) -> Codes:
@@ -140,7 +144,7 @@ class InputWriter:
         writer, float32 = self.writer, onnx_ir.DataType.FLOAT
         if fmt.is_integer:
             return writer.op("Round", y)
-        if fmt.name in _CASTS:
+        if fmt.name in self.casts:
             return writer.op("Cast", writer.op("Cast", y, to=onnx_ir.DataType[_CASTS[fmt.name]]), to=float32)
         step = self._step(y, fmt)
         return writer.op("Mul", writer.op("Round", writer.op("Div", y, step)), step)
