@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fliqs_hf.pipeline.post_training import allocate
     from fliqs_hf.ptq import calibrate
     from fliqs_hf.report.run_report import write_report
-    from fliqs_hf.report.validate import validate
+    from fliqs_hf.validation.validate import validate
 
 #: Imported at their first use: they bring libraries (SciPy, Matplotlib, …) that loading a model does not need.
 _LAZY = {
@@ -36,7 +36,7 @@ _LAZY = {
     "export": "fliqs_hf.pipeline.export",
     "model_card": "fliqs_hf.hf.card",
     "push": "fliqs_hf.hf.hub",
-    "validate": "fliqs_hf.report.validate",
+    "validate": "fliqs_hf.validation.validate",
     "write_report": "fliqs_hf.report.run_report",
 }
 

@@ -91,9 +91,9 @@ def test_the_extras_are_those_of_the_package() -> None:
             "from fliqs_hf.training.augment import BatchAugment as B; B(['flip'], 2, [0.5], [0.5])",
             "augment",
         ),
-        ("statsmodels", "import fliqs_hf.report.statistics", "report"),
+        ("statsmodels", "import fliqs_hf.validation.statistics", "report"),
         ("matplotlib", "import fliqs_hf.report.run_figures", "report"),
-        ("matplotlib", "import fliqs_hf.report.validation_figures", "report"),
+        ("matplotlib", "import fliqs_hf.validation.figures", "report"),
     ],
 )
 def test_what_is_missing_is_named_with_its_extra(

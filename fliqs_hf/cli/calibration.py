@@ -16,7 +16,7 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.hf import quantize as round_to_nearest
 from fliqs_hf.ptq import calibrate
-from fliqs_hf.report.validation_data import label_reader
+from fliqs_hf.validation.data import label_reader
 from fliqs_hf.tasks import find_task
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import mode_of, pixels

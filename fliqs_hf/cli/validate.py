@@ -14,10 +14,10 @@ from fliqs_hf.hf.card import write_card
 from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, check_writable, data_source
 from fliqs_hf.report.run_report import PAGE, WRITTEN, write_report
-from fliqs_hf.report.validate import ValidationResult
-from fliqs_hf.report.validate import validate as compare
 from fliqs_hf.runs.files import CARD, RUN, RunFiles, is_run, locked_run
 from fliqs_hf.training.splits import sample
+from fliqs_hf.validation.validate import ValidationResult
+from fliqs_hf.validation.validate import validate as compare
 
 FORMS = {
     ".html": ValidationResult.to_html,

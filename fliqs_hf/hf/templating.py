@@ -70,7 +70,7 @@ def literal(text: object) -> Markdown:
 
 
 def environment(package: str) -> jinja2.Environment:
-    """For the HTML templates of a package; Markdown ones are filled by `markdown`."""
+    """For the HTML templates of a package and those here; Markdown ones are filled by `markdown`."""
     return _environment(package, autoescape=True)
 
 
@@ -87,7 +87,7 @@ def _shown(value: Any) -> Any:
 
 def _environment(package: str, **settings: Any) -> jinja2.Environment:
     made = jinja2.Environment(
-        loader=jinja2.PackageLoader(package),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name) for name in (package, "fliqs_hf.hf")]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -78,7 +78,7 @@ from fliqs_hf.pipeline.compare_scores import Scores
 from fliqs_hf.pipeline.compare_summary import is_summary, summarise, write_summary
 from fliqs_hf.pipeline.compare_table import COLUMNS, Table, is_table, provenance
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, data_source
-from fliqs_hf.report.comparison import peak_memory
+from fliqs_hf.validation.comparison import peak_memory
 from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION
 from fliqs_hf.training import ImageData, StepHook, TrainConfig, evaluate, load_splits, train

@@ -15,8 +15,8 @@ import torch
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.files import append_text, replacing
 from fliqs_hf.json_file import parse_object, read_bytes
-from fliqs_hf.report.validate import processor_name
 from fliqs_hf.runs.folder import versions
+from fliqs_hf.validation.validate import processor_name
 
 COLUMNS = ("method", "target_bits", "seed", "top1", "loss", "cost_ratio", "steps", "seconds", "peak_mb", "allocation")
 _SETTINGS = "# settings: "

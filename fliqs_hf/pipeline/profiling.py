@@ -25,7 +25,7 @@ from fliqs_hf.files import remove, write_text
 from fliqs_hf.hf import quantize
 from fliqs_hf.json_file import read_object
 from fliqs_hf.nn.kernels import kernels_of
-from fliqs_hf.report.validate import processor_name
+from fliqs_hf.validation.validate import processor_name
 from fliqs_hf.version import __version__
 
 #: Passes of each model before the first round: weights are prepared, caches and clocks settle.

@@ -1,5 +1,4 @@
-"""What a person reads after a search: the report of a run, and a quantized model compared with its original.
+"""What a person reads after a search: the report of a run.
 
-The modules are imported by name, `from fliqs_hf.report.validate import validate`: each pulls in libraries (SciPy,
-statsmodels, Matplotlib, Jinja) that `import fliqs_hf` must not wait for.
+The modules are imported by name: each pulls in libraries (Matplotlib, Jinja) that `import fliqs_hf` must not wait for.
 """

@@ -29,7 +29,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import fliqs_hf
 from fliqs_hf import Allocation, FLIQSConfig, LayerFormats, kernels_of, set_kernels
 from fliqs_hf.nn import native, quantizable_layers
-from fliqs_hf.report.validate import processor_name
+from fliqs_hf.validation.validate import processor_name
 
 #: hidden size, heads, features of the MLP
 SIZES = {"tiny": (192, 3, 768), "small": (384, 6, 1536), "base": (768, 12, 3072)}

@@ -22,8 +22,8 @@ from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.formats import parse
 from fliqs_hf.hf.card import model_card
 from fliqs_hf.hf.hub import push
-from fliqs_hf.report.validate import validate
 from fliqs_hf.runs.finished import FinishedRun
+from fliqs_hf.validation.validate import validate
 from fliqs_hf.wording import milliseconds
 from tests.helpers.hub_server import HubServer
 from tests.helpers.models import tiny

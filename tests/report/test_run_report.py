@@ -20,7 +20,7 @@ from fliqs_hf.report.explain import explain
 from fliqs_hf.report.run_report import RunReport, write_report
 from fliqs_hf.selection import SearchSpace
 from tests.helpers.runs import FORMATS, write, write_run
-from tests.report.test_validate_browser import CHROMIUM, DRIVER, OPTIONS
+from tests.validation.test_page import CHROMIUM, DRIVER, OPTIONS
 
 LAYERS = (
     LayerInfo("a.q", "linear", 100, 64, 8, 0),

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from fliqs_hf.errors import ConfigError, DataError
-from fliqs_hf.report.validation_data import read_batches
 from fliqs_hf.training.images import decoded, mode_of, pixels
+from fliqs_hf.validation.data import read_batches
 from tests.training.test_data import PROCESSOR
 
 

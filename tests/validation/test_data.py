@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from fliqs_hf.errors import DataError
-from fliqs_hf.report.validation_data import class_names, read_batches
 from fliqs_hf.training.labels import LabelReader
+from fliqs_hf.validation.data import class_names, read_batches
 
 ANIMALS = ("cat", "dog", "emu")
 

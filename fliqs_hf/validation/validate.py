@@ -23,12 +23,12 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.hf.gate import NOT_ASKED, Gate
 from fliqs_hf.hf.private import last_part
-from fliqs_hf.report import statistics, validation_page
-from fliqs_hf.report.comparison import WARM_UP_BATCHES, Example, PairedPredictions, compare
-from fliqs_hf.report.statistics import ClassChange, ConfidenceCalibration, Proportion
-from fliqs_hf.report.validation_data import class_names, label_reader, read_batches
 from fliqs_hf.training.images import mode_of
 from fliqs_hf.training.labels import MatchLabels
+from fliqs_hf.validation import page, statistics
+from fliqs_hf.validation.comparison import WARM_UP_BATCHES, Example, PairedPredictions, compare
+from fliqs_hf.validation.data import class_names, label_reader, read_batches
+from fliqs_hf.validation.statistics import ClassChange, ConfidenceCalibration, Proportion
 from fliqs_hf.version import __version__
 
 FEWEST_TIMED_BATCHES = 5
@@ -159,11 +159,11 @@ class ValidationResult:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
 
     def to_markdown(self) -> str:
-        return validation_page.markdown(self)
+        return page.markdown(self)
 
     def to_html(self) -> str:
         """One self-contained page: no scripts, nothing loaded from elsewhere."""
-        return validation_page.html(self)
+        return page.html(self)
 
 
 def validate(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from fliqs_hf.report import statistics
+from fliqs_hf.validation import statistics
 
 Z = 1.6448536269514722  # 95 % quantile of the standard normal distribution
 

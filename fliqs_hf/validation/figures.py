@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from fliqs_hf.hf.gate import Gate
 from fliqs_hf.optional import needed_for
-from fliqs_hf.report.statistics import ConfidenceCalibration
+from fliqs_hf.validation.statistics import ConfidenceCalibration
 
 with needed_for("the figures of a validation"):
     import matplotlib as mpl

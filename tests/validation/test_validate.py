@@ -22,8 +22,8 @@ from transformers import ViTImageProcessorPil
 from fliqs_hf import Allocation, quantize
 from fliqs_hf.errors import CheckpointError, ConfigError, DataError
 from fliqs_hf.nn import quantizable_layers
-from fliqs_hf.report.comparison import peak_memory
-from fliqs_hf.report.validate import ValidationResult, validate
+from fliqs_hf.validation.comparison import peak_memory
+from fliqs_hf.validation.validate import ValidationResult, validate
 from tests.helpers.models import tiny
 from tests.hf.test_templating import render
 

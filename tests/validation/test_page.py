@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fliqs_hf.report.validate import validate
+from fliqs_hf.validation.validate import validate
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH")

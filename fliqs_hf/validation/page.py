@@ -5,30 +5,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fliqs_hf.hf import templating
-from fliqs_hf.report import statistics, validation_figures
-from fliqs_hf.report.comparison import MODELS
+from fliqs_hf.validation import figures, statistics
+from fliqs_hf.validation.comparison import MODELS
 
 if TYPE_CHECKING:
-    from fliqs_hf.report.validate import ValidationResult
+    from fliqs_hf.validation.validate import ValidationResult
 
 
 def markdown(result: ValidationResult) -> str:
-    return templating.markdown("fliqs_hf.report", "validate.md.j2", _context(result))
+    return templating.markdown("fliqs_hf.validation", "validate.md.j2", _context(result))
 
 
 def html(result: ValidationResult) -> str:
     drop = result.top1_drop
-    figures = {
-        "drop_figure": validation_figures.drop_figure(drop.value, (drop.low, drop.high), result.gate),
+    drawn = {
+        "drop_figure": figures.drop_figure(drop.value, (drop.low, drop.high), result.gate),
         "calibration_figures": [
-            (model, validation_figures.calibration_figure(getattr(result, model).calibration, model))
-            for model in MODELS
+            (model, figures.calibration_figure(getattr(result, model).calibration, model)) for model in MODELS
         ],
     }
     return (
-        templating.environment("fliqs_hf.report")
+        templating.environment("fliqs_hf.validation")
         .get_template("validate.html.j2")
-        .render(**_context(result), **figures)
+        .render(**_context(result), **drawn)
     )
 
 
