@@ -100,7 +100,7 @@ def test_what_is_missing_is_named_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, module: str, use: str, extra: str
 ) -> None:
     for name in list(sys.modules):
-        if name.partition(".")[0] == module or name.startswith("fliqs_hf.report."):
+        if name.partition(".")[0] == module or name.startswith(("fliqs_hf.report.", "fliqs_hf.validation.")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [_Missing(module), *sys.meta_path])
     with pytest.raises(DependencyError, match=rf"needs {module}: pip install 'fliqs-hf\[{extra}\]'"):
