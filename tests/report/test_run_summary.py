@@ -14,8 +14,8 @@ import pytest
 from fliqs_hf.hf.gate import Gate
 from fliqs_hf.hf.making import Making
 from fliqs_hf.report.run_report import RunReport, write_report
-from fliqs_hf.validation.statistics import gate
 from fliqs_hf.runs.finished import FinishedRun
+from fliqs_hf.validation.statistics import gate
 from tests.helpers.runs import change, write, write_run
 from tests.hf.test_validation_record import pilot
 
