@@ -16,12 +16,12 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.hf import quantize as round_to_nearest
 from fliqs_hf.ptq import calibrate
-from fliqs_hf.validation.data import label_reader
 from fliqs_hf.tasks import find_task
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import mode_of, pixels
 from fliqs_hf.training.labels import names_of
 from fliqs_hf.training.splits import load_split, sample
+from fliqs_hf.validation.data import label_reader
 
 #: Images that GPTQ and bias correction see at most: they hold all of them in memory, and more did not help.
 ROUNDING_IMAGES = 128

@@ -78,13 +78,13 @@ from fliqs_hf.pipeline.compare_scores import Scores
 from fliqs_hf.pipeline.compare_summary import is_summary, summarise, write_summary
 from fliqs_hf.pipeline.compare_table import COLUMNS, Table, is_table, provenance
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, data_source
-from fliqs_hf.validation.comparison import peak_memory
 from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION
 from fliqs_hf.training import ImageData, StepHook, TrainConfig, evaluate, load_splits, train
 from fliqs_hf.training.data import labelled
 from fliqs_hf.training.labels import match_given, names_of
 from fliqs_hf.training.loading import load
+from fliqs_hf.validation.comparison import peak_memory
 
 #: Arguments that say which rows there are and where, not what is in them.
 FREE = ("methods", "target_bits", "seeds", "output", "use_cpu")

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from fliqs_hf.errors import CheckpointError, DataError
 from fliqs_hf.nn.evaluation import evaluation
-from fliqs_hf.validation.data import Batch
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION
 from fliqs_hf.training.labels import checked_label
+from fliqs_hf.validation.data import Batch
 
 MODELS = ("original", "quantized")
 
