@@ -18,8 +18,8 @@ from fliqs_hf.hf.export.forms import LayerForm
 from fliqs_hf.hf.export.openvino_file import OpenVinoSettings, layer_form, stored_as, write_openvino
 from fliqs_hf.hf.export.runtime import OpenVinoClassifier
 from fliqs_hf.nn.kernels import set_kernels
+from tests.helpers.models import images, tiny
 from tests.hf.export.test_layers import convolution, linear
-from tests.models import images, tiny
 
 openvino = pytest.importorskip("openvino")
 pytest.importorskip("onnx_ir")
