@@ -89,6 +89,8 @@ LIMITS: Mapping[str, Limit] = {
     "threads": COUNT,
     # validation
     "max_drop": Limit(0, 100),
+    "min_accuracy": SHARE,
+    "held_out_images": Limit(2),
     "min_agreement": Limit(0, 100),
     "opset": Limit(21, 25),
     "confidence": Limit(0.5, 1, above=True, below=True),

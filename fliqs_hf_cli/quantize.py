@@ -11,7 +11,8 @@ EXAMPLES = """  fliqs-hf quantize MODEL runs/w8a8                               
   fliqs-hf quantize MODEL runs/w4a8 --weight_format int4 --activation_format int8 --calibration photos/
   fliqs-hf quantize MODEL runs/pilot --target_bits 4 --calibration photos/
   fliqs-hf quantize MODEL runs/small --target_size_mb 3 --target_energy_uj 400 --calibration photos/
-The last two measure how sensitive the loss is to every format of every layer (one backward pass per image) and solve
+  fliqs-hf quantize MODEL runs/safe --target_bits 4 --max_drop 0.5 --calibration photos/
+The last three measure how sensitive the loss is to every format of every layer (one backward pass per image) and solve
 for the best allocation at the target; several targets are met together, and none is exceeded. OUTPUT is a run folder:
 a model, and what is known of it in OUTPUT/fliqs."""
 
@@ -36,6 +37,7 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--activation", choices=("same", "separate"), default="same",
                         help="formats of weights and inputs: the same, or chosen apart")  # fmt: skip
     _images(parser)
+    _floor(parser)
     parser.add_argument(
         "--rounding", choices=("nearest", "gptq"), help="default: gptq with --calibration, else nearest"
     )
@@ -91,3 +93,16 @@ def _images(parser: Parser) -> None:
     parser.add_argument("--task", default="image-classification", metavar="NAME",
                         help="what the model does (default: %(default)s)")  # fmt: skip
     match_labels(parser)
+
+
+def _floor(parser: Parser) -> None:
+    parser.add_argument("--max_drop", type=float, metavar="POINTS",
+                        help="floor: top-1 may fall by less on held-out images, at the given confidence; precision is "
+                        "raised above a two-sided target until it does, else exit status 1")  # fmt: skip
+    parser.add_argument("--min_accuracy", type=float, metavar="FRACTION", help="floor: least top-1, such as 0.78")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of the floor (default: %(default)s)")
+    parser.add_argument("--held_out", metavar="DATASET",
+                        help="labelled images that decide; default: those of --calibration without the ones that "
+                        "calibrate")  # fmt: skip
+    parser.add_argument("--held_out_split", help="default: validation or test where there is one, else the only one")
+    parser.add_argument("--held_out_images", type=int, default=1000, help="how many (default: %(default)s)")

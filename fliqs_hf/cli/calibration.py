@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from tqdm.auto import tqdm
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.data import TO_CALIBRATE
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.hf import FLIQSConfig
+from fliqs_hf.hf import FLIQSConfig, fold_batchnorm
 from fliqs_hf.hf import quantize as round_to_nearest
 from fliqs_hf.ptq import calibrate
 from fliqs_hf.tasks import find_task
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import mode_of, pixels
 from fliqs_hf.training.labels import names_of
-from fliqs_hf.training.splits import load_split, sample
+from fliqs_hf.training.splits import ROW, Part, common, load_split, sample
 from fliqs_hf.validation.data import label_reader
 
 #: Images that GPTQ and bias correction see at most: they hold all of them in memory, and more did not help.
@@ -36,11 +37,21 @@ class CalibrationImages:
         self.task = find_task(args.task)
         self._mode = mode_of(model.config)
         split, parts = load_split(args.calibration, args.calibration_split, TO_CALIBRATE)
+        self._parts = parts
         self.split = "+".join(f"{name}[{first}:{last}]" for name, first, last in parts)
         self._rows = sample(split, args.calibration_images)
         self._images = Images(self._rows, args.image_column)
         self._device = next(model.parameters()).device
         self._pixels(0)
+
+    @property
+    def rows(self) -> set[int | str]:
+        """Which of the split, see `training.splits.ROW`."""
+        return set(self._rows[ROW])
+
+    def overlaps(self, parts: Sequence[Part]) -> bool:
+        """Whether the split that these were drawn from shares images with parts of the same data set."""
+        return common(self._parts, parts) > 0
 
     def labelled(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of pixel values and labels, which are the model's own answers where there is no such column.
@@ -88,15 +99,23 @@ def check(args: argparse.Namespace) -> None:
 
 
 def pack(args: argparse.Namespace, model: Any, allocation: Allocation, calibration: CalibrationImages | None) -> Any:
-    """Pack `model` in place, by GPTQ where there are images and nothing else is asked for."""
+    """Pack `model` in place, as it is delivered: by GPTQ where there are images and nothing else is asked for."""
     if calibration is None:
-        return round_to_nearest(model, FLIQSConfig(allocation=allocation, weight_scale=args.weight_scale or "absmax"))
-    return calibrate(
-        model,
-        allocation,
-        calibration.images(),
-        rounding=args.rounding or "gptq",
-        bias_correction=None if args.bias_correction is None else args.bias_correction == "true",
-        activations=args.activations or "dynamic",
-        weight_scale=args.weight_scale or "mse",
-    )
+        weight_scale = args.weight_scale or "absmax"
+        packed = round_to_nearest(model, FLIQSConfig(allocation=allocation, weight_scale=weight_scale))
+    else:
+        packed = calibrate(
+            model,
+            allocation,
+            calibration.images(),
+            rounding=args.rounding or "gptq",
+            bias_correction=None if args.bias_correction is None else args.bias_correction == "true",
+            activations=args.activations or "dynamic",
+            weight_scale=args.weight_scale or "mse",
+        )
+    if args.fold_batchnorm == "true":
+        try:
+            fold_batchnorm(packed)
+        except ConfigError as error:  # the model cannot be run
+            print(f"batch norms stay: {error}", file=sys.stderr)
+    return packed

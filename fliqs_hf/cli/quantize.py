@@ -10,16 +10,21 @@ from typing import Any
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.calibration import CalibrationImages, check, pack
+from fliqs_hf.cli.floor import floor_of, meeting, missed, record, summary
+from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer
 from fliqs_hf.cli.targets import formats, rules, targets
 from fliqs_hf.cost import LayerInfo, Target, unlisted_bytes
 from fliqs_hf.cost.hardware import Profile, load_profile, native_share
+from fliqs_hf.cost.latency import NAME as LATENCY
 from fliqs_hf.cost.latency import LatencyTable, use
+from fliqs_hf.cost.models import BOPS
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.hf import FLIQSConfig, fold_batchnorm
+from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.hf.card import write_card
 from fliqs_hf.lock import locked
 from fliqs_hf.pipeline.checkpoints import device_of, is_classifier, load_model, load_processor, read_config, traced
+from fliqs_hf.pipeline.floor import FloorTest, candidates
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.post_training import Found, allocate
 from fliqs_hf.records import RunResults
@@ -39,39 +44,42 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     latency = None if args.latency_table is None else LatencyTable.load(args.latency_table)
     if latency is not None:
         use(latency)
-    target = _targets(args)
+    target, floor = _targets(args), floor_of(args)
+    aim = _aim(args, target)
     profile = None if args.hardware is None else load_profile(args.hardware)
-    if target:
+    if aim is not None:
         formats(args, profile)
     check_run_folders([output], args.overwrite, "pass --overwrite to replace it")
-    if read_config(args.model, args.revision)[1] is not None:
-        raise ConfigError(f"{args.model} is quantized already; start from the fp32 checkpoint")
-    device = device_of(args.device)
-    processor = load_processor(args.model, args.revision)
-    model = load_model(args.model, args.revision)
-    if args.calibration and not is_classifier(model):
-        raise ConfigError(f"--calibration runs images through a classifier, which {type(model).__name__} is not")
+    model, processor = _loaded(args)
     if latency is not None:
         latency.check(traced(model)[0])
-    model.to(device)
     start = time.perf_counter()
     calibration = None if args.calibration is None else CalibrationImages(args, model, processor)
+    held_out = None if calibration is None or floor is None else HeldOutImages(args, model, processor, calibration)
     found = None
-    if target:
+    if aim is not None:
         assert calibration is not None, "checked with the target"
-        found = _allocated(args, model, calibration, target, profile)
+        found = _allocated(args, model, calibration, aim, profile)
         layers, allocation = found.layers, found.allocation
     else:
         allocation = _config(args).resolve(model)
         layers = _costed(model)
     state = model.state_dict().values()
     fp32_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state)
-    cost: dict[str, float] = cost_summary(layers, allocation, unlisted_bytes(model, layers)) if layers else {}
-    if found is not None:
-        cost |= {"target_ratio": max(found.used.values()), "expected_loss_increase": found.loss_increase}
-    pack(args, model, allocation, calibration)
-    if args.fold_batchnorm == "true":
-        _fold(model)
+    other_bytes = unlisted_bytes(model, layers)
+    trials: list[FloorTest] = []
+    if floor is not None and held_out is not None and calibration is not None:
+        tested = [allocation] if found is None else candidates(found.problem, found.sensitivity.decision_scores)
+        model, trials = meeting(args, model, tested, floor, held_out, calibration)
+        if model is None:
+            message = missed(trials, floor, len(tested) == 1)
+            answer(args.json, {"floor": record(trials, floor), "error": message}, message)
+            return 1
+        allocation = [trial for trial in trials if trial.met][-1].allocation
+        found = None if found is None else found.at(allocation)
+    else:
+        pack(args, model, allocation, calibration)
+    cost = _cost(layers, allocation, other_bytes, found)
     if calibration is not None:
         args.calibration_split = calibration.split
     run = _save(args, output, model, processor, layers, allocation, found)
@@ -80,23 +88,55 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
         "cost": cost,
         "fp32_bytes": fp32_bytes,
         "checkpoint_bytes": run.model_bytes(),
+        **({} if floor is None else {"floor": record(trials, floor)}),
     }
     run.write_record(RunResults(**result))
     write_card(run.path)
     result["seconds"] = time.perf_counter() - start
-    text = _text(args, result, layers, allocation, profile)
+    text = _text(args, result, layers, allocation, profile, "" if floor is None else summary(trials, floor))
     answer(args.json, {**result, "allocation": allocation.to_dict(), "output": args.output}, text)
     return 0
 
 
+def _loaded(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The fp32 model on its device, and its image processor. Raises: ConfigError: it is none that can be quantized."""
+    if read_config(args.model, args.revision)[1] is not None:
+        raise ConfigError(f"{args.model} is quantized already; start from the fp32 checkpoint")
+    device = device_of(args.device)
+    processor = load_processor(args.model, args.revision)
+    model = load_model(args.model, args.revision)
+    if args.calibration and not is_classifier(model):
+        raise ConfigError(f"--calibration runs images through a classifier, which {type(model).__name__} is not")
+    return model.to(device), processor
+
+
+def _aim(args: argparse.Namespace, target: list[Target]) -> list[Target] | str | None:
+    """What formats are chosen for, None where they are given: a floor alone asks for the cheapest that meet it."""
+    floor = args.max_drop is not None or args.min_accuracy is not None
+    given = args.allocation or args.weight_format or args.activation_format
+    if target or not floor or given:
+        return target or None
+    return BOPS.name if args.latency_table is None else LATENCY
+
+
+def _cost(
+    layers: Sequence[LayerInfo], allocation: Allocation, other_bytes: int, found: Found | None
+) -> dict[str, float]:
+    cost: dict[str, float] = cost_summary(layers, allocation, other_bytes) if layers else {}
+    if found is not None:
+        cost |= {"expected_loss_increase": found.loss_increase}
+        cost |= {"target_ratio": max(found.used.values())} if found.used else {}
+    return cost
+
+
 def _allocated(
-    args: argparse.Namespace, model: Any, images: CalibrationImages, target: list[Target], profile: Profile | None
+    args: argparse.Namespace, model: Any, images: CalibrationImages, aim: list[Target] | str, profile: Profile | None
 ) -> Found:
     require, min_bits = rules(args)
     return allocate(
         model,
         images.labelled,
-        target,
+        aim,
         search_space=formats(args, profile),
         activation=args.activation,
         modules_to_not_convert=args.modules_to_not_convert,
@@ -111,6 +151,7 @@ def _text(
     layers: Sequence[LayerInfo],
     allocation: Allocation,
     profile: Profile | None,
+    accuracy: str,
 ) -> str:
     """What is printed of a result; without `layers` its costs are unknown."""
     cost = result["cost"]
@@ -125,6 +166,7 @@ def _text(
     if profile is not None and layers:
         text += _hardware_line(profile, layers, allocation)
     return text + (
+        f"{accuracy}"
         f"checkpoint      {result['fp32_bytes'] / 1e6:9.3f} MB fp32 -> {result['checkpoint_bytes'] / 1e6:9.3f} MB\n"
         f"saved in        {args.output}\n"
         f"next            fliqs-hf validate {args.model} {args.output} --dataset_name … --max_drop 0.5"
@@ -165,14 +207,6 @@ def _costed(model: Any) -> tuple[LayerInfo, ...]:
     except ConfigError as error:
         print(f"costs are not known: {error}", file=sys.stderr)
         return ()
-
-
-def _fold(model: Any) -> None:
-    """Fold batch norms; all stay where the model cannot be run."""
-    try:
-        fold_batchnorm(model)
-    except ConfigError as error:
-        print(f"batch norms stay: {error}", file=sys.stderr)
 
 
 def _config(args: argparse.Namespace) -> FLIQSConfig:

@@ -21,7 +21,7 @@ def search_problem(
     model: Any,
     layers: Sequence[LayerInfo],
     space: SearchSpace,
-    target: Target | Sequence[Target],
+    target: Target | Sequence[Target] | str,
     settings: QuantizerSettings | None = None,
     limits: Sequence[Target] = (),
 ) -> SearchProblem:
@@ -29,23 +29,25 @@ def search_problem(
 
     Args:
         model: the fp32 model. layers: all that were traced; those outside of the space stay in fp32.
-        target: several are to be met together, each as a limit that is never exceeded.
+        target: several are to be met together, each as a limit that is never exceeded; the name of a cost is none.
         limits: on other costs, beside a target that may be two-sided.
     Returns: costs whose `fixed_cost` is that of the layers in fp32; in bytes, that of everything else in the file of
         the packed model, header included.
     """
+    if isinstance(target, str):
+        return SearchProblem(space, _costs(model, layers, space, target, settings))
     targets = [target] if isinstance(target, Target) else list(target)
     if len(targets) > 1:
         targets = [replace(one, cap=True) for one in targets]
     targets += [replace(one, cap=True) for one in limits]
-    first, *others = (CostLimit(_costs(model, layers, space, one, settings), one) for one in targets)
+    first, *others = (CostLimit(_costs(model, layers, space, one.cost_kind, settings), one) for one in targets)
     return SearchProblem(space, first.costs, first.target, tuple(others))
 
 
 def _costs(
-    model: Any, layers: Sequence[LayerInfo], space: SearchSpace, target: Target, settings: QuantizerSettings | None
+    model: Any, layers: Sequence[LayerInfo], space: SearchSpace, kind: str, settings: QuantizerSettings | None
 ) -> CostTable:
-    cost = find(target.cost_kind)
+    cost = find(kind)
     searched = {layer.name for layer in space.layers}
     if cost.of_file:
         fixed: float = _file_bytes(model, space, settings or QuantizerSettings())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -41,11 +41,22 @@ class Found:
     loss_increase: float
     problem: SearchProblem
 
+    def at(self, allocation: Allocation) -> Found:
+        """With another allocation of the space."""
+        choice = self.space.choice(allocation)
+        return replace(
+            self,
+            allocation=allocation,
+            cost=float(self.problem.cost(choice)),
+            used={} if self.problem.target is None else self.problem.used(choice),
+            loss_increase=float(self.sensitivity.decision_scores.gather(1, choice[:, None]).sum()),
+        )
+
 
 def allocate(
     model: Any,
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
-    target: Target | Sequence[Target],
+    target: Target | Sequence[Target] | str,
     *,
     search_space: str | Sequence[str | Format] = "mixed",
     activation: ActivationMode = "same",
@@ -58,11 +69,8 @@ def allocate(
     """The allocation of least expected loss that meets `target`, for an fp32 model that is not trained further.
 
     Args:
-        model: of Transformers, on its device.
-        batches: gives (pixel values [batch, 3, height, width], targets of the task, such as labels int64 [batch]) on
-            that device; called once, after the target has been checked. 1500 images or more make the scores reliable
-            (docs/search.md).
-        target: several are to be met together, each as a limit that is never exceeded.
+    wanted = problem.reachable[0] if problem.target is None else problem.target_cost  # before the images are run
+    sensitivity = fisher_scores(model, batches(), lambda images: task.prediction(model(images)), space, task=task)
         search_space, activation, tie, require, min_bits: see `SearchSpace`.
     Returns: the allocation, which costs between 97 % and 100 % of a single target where the space has such a one.
     Raises: TargetError: out of reach, alone or together. DataError: no images, or labels or scores without a meaning.
@@ -76,10 +84,13 @@ def allocate(
     searched = [layer for layer in layers if layer.name in names]
     space = SearchSpace(searched, search_space, activation, tie, require=require, min_bits=min_bits)
     problem = search_problem(model, layers, space, target)
-    wanted = problem.target_cost  # out of reach, it fails before the images are run
+    wanted = problem.reachable[0] if problem.target is None else problem.target_cost  # before the images are run
     sensitivity = fisher_scores(model, batches(), lambda images: task.prediction(model(images)), space, task=task)
     scores = sensitivity.decision_scores
-    choice = problem.choice_at_target(-scores)
+    if problem.target is None:
+        choice = problem.best_choice(-scores, low=0.0, high=wanted)
+    else:
+        choice = problem.choice_at_target(-scores)
     return Found(
         allocation=space.allocation(choice),
         layers=layers,
@@ -87,7 +98,7 @@ def allocate(
         sensitivity=sensitivity,
         cost=float(problem.cost(choice)),
         target_cost=wanted,
-        used=problem.used(choice),
+        used={} if problem.target is None else problem.used(choice),
         loss_increase=float(scores.gather(1, choice[:, None]).sum()),
         problem=problem,
     )

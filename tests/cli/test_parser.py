@@ -24,7 +24,8 @@ OPTIONS = {
     "profile": "activation batch_size device estimate overwrite revision rounds search_space threads",
     "quantize": (
         "activation activation_format activations allocation batch_size bias_correction calibration "
-        "calibration_images calibration_split device fold_batchnorm hardware image_column label_column "
+        "calibration_images calibration_split confidence device held_out held_out_images held_out_split "
+        "max_drop min_accuracy fold_batchnorm hardware image_column label_column "
         "latency_table match_labels min_bits modules_to_not_convert overwrite require revision rounding "
         "search_space target "
         "target_bits target_bops target_energy_uj target_latency_ms target_ratio target_size_mb "

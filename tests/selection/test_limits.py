@@ -18,8 +18,8 @@ from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import ConfigError, TargetError
 from fliqs_hf.oneshot import OneShotSearch, SearchConfig
 from fliqs_hf.selection import CostLimit, SearchProblem, SearchSpace
-from tests.models import tiny
-from tests.selection.networks import BLOCKS, LONE
+from tests.helpers.models import tiny
+from tests.helpers.networks import BLOCKS, LONE
 
 FORMATS = ("int2", "e2m1", "int4", "e4m3", "int8")
 SPACES = {

@@ -1,0 +1,72 @@
+"""Images that decide whether a quantized model is accurate enough: labelled, and none that it was calibrated on."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from fliqs_hf.cli.calibration import CalibrationImages
+from fliqs_hf.cli.data import TO_VALIDATE
+from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.training.data import Images
+from fliqs_hf.training.images import mode_of, pixels
+from fliqs_hf.training.labels import names_of
+from fliqs_hf.training.splits import ROW, load_split, numbered, sample
+from fliqs_hf.validation.data import label_reader
+
+FEWEST = 20
+
+
+class HeldOutImages:
+    """Random labelled images of a split without those of the calibration."""
+
+    def __init__(self, args: argparse.Namespace, model: Any, processor: Any, calibration: CalibrationImages) -> None:
+        """Raises: DataError: too few images are left, or they have no labels. ConfigError: splits that overlap."""
+        name = args.held_out or args.calibration
+        split, parts = load_split(name, args.held_out_split, TO_VALIDATE)
+        if name == args.calibration and calibration.overlaps(parts):
+            seen, split = calibration.rows, numbered(split)
+            if {type(row) for row in seen} != {type(row) for row in split[ROW]}:
+                raise ConfigError(
+                    "--held_out_split overlaps with the calibration images: name a split, or a part of one, that "
+                    "shares none with --calibration_split"
+                )
+            split = split.select([index for index, row in enumerate(split[ROW]) if row not in seen])
+        if len(split) < FEWEST:
+            raise DataError(
+                f"{len(split)} images are held out, of {FEWEST} at least that a floor needs: name others with "
+                "--held_out or --held_out_split, or calibrate on fewer (--calibration_images)"
+            )
+        rows = sample(split, args.held_out_images)
+        names = tuple(names_of(model.config))
+        if args.label_column not in rows.column_names:
+            raise DataError(f"the held-out images have no column {args.label_column!r}: name it with --label_column")
+        self._task = calibration.task
+        self._images = Images(rows, args.image_column)
+        read = label_reader(rows, args.label_column, names, len(names), args.match_labels)
+        self._labels = np.array([read(v, self._images[i][1]) for i, v in enumerate(rows[args.label_column])])
+        self._processor, self._mode, self._size = processor, mode_of(model.config), args.batch_size
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    @torch.no_grad()
+    def right(self, model: Any, name: str) -> NDArray[np.bool_]:
+        """Which images `model` gets right, bool [images]."""
+        device = next(iter([*model.parameters(), *model.buffers()])).device
+        answers = []
+        for first in tqdm(range(0, len(self), self._size), desc=name):
+            batch = [self._pixels(index) for index in range(first, min(first + self._size, len(self)))]
+            prediction = self._task.prediction(model(torch.stack(batch).to(device)))
+            answers.append(self._task.answers(prediction).cpu())
+        found: NDArray[np.bool_] = torch.cat(answers).numpy() == self._labels
+        return found
+
+    def _pixels(self, index: int) -> torch.Tensor:
+        image, name = self._images[index]
+        return pixels(image, self._processor, name, self._mode)
