@@ -1,4 +1,4 @@
-# make demo | test | check | style | bench: each makes the virtual environment first if there is none.
+# make demo | test | test-slow | check | style | bench: each makes the virtual environment first if there is none.
 # VENV chooses the environment, PYTHON the interpreter that makes it, WORKERS how many processes test, PYTEST_ARGS what
 # else pytest is given.
 VENV ?= .venv
@@ -10,7 +10,7 @@ BENCH_MODEL ?= ../shared/data/deit-tiny-imagenet
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check style bench clean
+.PHONY: demo test test-slow check style bench clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml constraints.txt plugins/optimum-fliqs/pyproject.toml
@@ -25,7 +25,10 @@ demo: $(INSTALLED)
 	$(BIN)/python recipes/vit.py recipes/configs/digits.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(PYTEST_ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from tests.training.test_loop import Blobs
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def launch(folder: Path, *arguments: str, worker: str = "worker", more: dict[str, str] | None = None) -> int:

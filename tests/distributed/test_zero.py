@@ -15,7 +15,7 @@ from tests.helpers.models import tiny
 
 pytest.importorskip("deepspeed")
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 #: No GPU for the processes even where there is one: two cannot share it.
 CPU = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
