@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from fliqs_hf.errors import CheckpointError, DependencyError, ExportError, FliqsError
+from fliqs_hf.interrupt import stopping
 from fliqs_hf.optional import install_hint
 
 #: Set to 1, it has every error print its traceback.
@@ -37,6 +40,22 @@ def explain(error: BaseException) -> tuple[str, int]:
 def trace(error: BaseException) -> str:
     """The traceback, if `FLIQS_HF_TRACEBACK=1` asks for it, else nothing."""
     return "".join(traceback.format_exception(error)) if os.environ.get(TRACEBACK) == "1" else ""
+
+
+def status_of(job: Callable[[], object], advice: str) -> int:
+    """Run a job as a program of its own: errors are one line on stderr.
+
+    Args: advice: what to do after it was stopped, as in `interrupt.stopping`.
+    Returns: the exit status: 0, that of `explain`, or 128 + number of the signal that stopped it.
+    """
+    try:
+        with stopping(advice):
+            job()
+    except (Exception, KeyboardInterrupt) as error:  # whatever it is: a program owes its user a sentence
+        message, status = explain(error)
+        print(f"{trace(error)}{message}", file=sys.stderr)
+        return status
+    return 0
 
 
 def _origin(error: BaseException) -> str:

@@ -30,7 +30,6 @@ import argparse
 import copy
 import glob
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,8 +54,7 @@ from fliqs_hf.baselines.multi_trial import is_journal
 from fliqs_hf.checks import is_whole
 from fliqs_hf.cost import CostTable, Target, bops, trace_layers
 from fliqs_hf.errors import ConfigError, TargetError
-from fliqs_hf.failures import explain, trace
-from fliqs_hf.interrupt import stopping
+from fliqs_hf.failures import status_of
 from fliqs_hf.limits import check_values
 from fliqs_hf.lock import locked
 from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
@@ -368,11 +366,4 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 
 def script(argv: list[str], command: str) -> int:
     """`main` for a terminal. Returns: the exit status: 0, 2 for an error, 128 + number of the signal if stopped."""
-    try:
-        with stopping("the same command goes on"):
-            main(argv, command)
-    except (Exception, KeyboardInterrupt) as error:  # whatever it is: a program owes its user a sentence
-        message, status = explain(error)
-        print(f"{trace(error)}{message}", file=sys.stderr)
-        return status
-    return 0
+    return status_of(lambda: main(argv, command), "the same command goes on")

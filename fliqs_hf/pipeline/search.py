@@ -18,10 +18,9 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, Target, trace_layers, unlisted_bytes
 from fliqs_hf.cost.latency import LatencyTable
 from fliqs_hf.errors import CheckpointError, ConfigError
-from fliqs_hf.failures import explain, trace
+from fliqs_hf.failures import status_of
 from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.hf import FLIQSConfig, fold_batchnorm, quantize
-from fliqs_hf.interrupt import stopping
 from fliqs_hf.lock import locked
 from fliqs_hf.nn import format_switch, make_searchable, quantizable_layers, restore
 from fliqs_hf.oneshot import OneShotSearch
@@ -150,14 +149,7 @@ def script(argv: list[str] | None = None, description: str | None = None) -> int
 
     Returns: the exit status, as `fliqs_hf.failures.explain` says it.
     """
-    try:
-        with stopping("add --resume to go on"):
-            main(argv, description)
-    except (Exception, KeyboardInterrupt) as error:  # whatever it is: a program owes its user a sentence
-        message, status = explain(error)
-        print(f"{trace(error)}{message}", file=sys.stderr)
-        return status
-    return 0
+    return status_of(lambda: main(argv, description), "add --resume to go on")
 
 
 def searched(

@@ -122,14 +122,7 @@ def calibrate(
     if weight_scale is None:
         weight_scale = "output" if rounding == "gptq" else "mse"
     options = _Options(rounding, bias_correction, activations, weight_scale, percentile, damping)
-    require_transformers(model)
-    refuse_packed(model)
-    check_finite(model)
-    config = FLIQSConfig(
-        allocation=allocation,
-        weight_scale="mse" if weight_scale == "output" else weight_scale,
-        activation_granularity=_GRANULARITIES.get(activations, "static"),
-    )
+    config = _checked(model, allocation, options)
     if not options.needs_images:
         return quantize(model, config)
     config.allocation = config.resolve(model)
@@ -141,6 +134,18 @@ def calibrate(
         model.get_submodule(norm).running_mean.sub_(shift)
     restore(model)
     return declare_packed(model, config)
+
+
+def _checked(model: Any, allocation: Allocation | Mapping[str, Any], options: _Options) -> FLIQSConfig:
+    """The configuration of the result, if the model can have one."""
+    require_transformers(model)
+    refuse_packed(model)
+    check_finite(model)
+    return FLIQSConfig(
+        allocation=allocation,
+        weight_scale="mse" if options.weight_scale == "output" else options.weight_scale,
+        activation_granularity=_GRANULARITIES.get(options.activations, "static"),
+    )
 
 
 def _packed(

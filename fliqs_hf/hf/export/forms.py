@@ -10,6 +10,7 @@ import torch
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
 from fliqs_hf.formats.rounding import code_values
+from fliqs_hf.nn.native.choice import no_integer_product
 from fliqs_hf.nn.native.codes import int8_shift
 from fliqs_hf.nn.packed import PackedLayer
 
@@ -24,7 +25,6 @@ OPSETS = range(21, 26)
 _TWO_BITS = 25
 #: Sums of two products of uint8 and int8 fit into 16 bits up to this code: CPUs without VNNI sum them there.
 _EXACT_IN_16_BITS = 64
-_LONGEST_SUM = 2**31 // (255 * 127)
 _KNOWN_BUFFERS = {"weight_codes", "weight_scale", "weight_scale_codes", "input_scale"}
 _GRANULARITIES = ("per_token", "per_tensor", "per_token_clipped", "static")
 
@@ -114,14 +114,8 @@ def check_expressible(name: str, layer: PackedLayer) -> None:
 
 def not_integer(layer: PackedLayer) -> str:
     """Why the layer is no product of 8-bit integers; "" where it is."""
-    weight, activation = layer.formats.weight, layer.formats.activation
-    if activation is None:
-        return "the input is not quantized"
-    for role, fmt in (("weights", weight), ("inputs", activation)):
-        if int8_shift(fmt) is None:
-            return f"{role} in {fmt} are no 8-bit integers"
-    if layer.weight_shape[1:].numel() >= _LONGEST_SUM:
-        return f"sums of {layer.weight_shape[1:].numel()} products may exceed 32 bits"
+    if reason := no_integer_product(layer):
+        return reason
     if layer.geometry.get("groups", 1) > 1:
         return "a grouped convolution, whose integer form is slower"
     return ""

@@ -45,21 +45,28 @@ def choose(layer: PackedLayer) -> Choice:
     return Choice("int8", f"{weight} and {activation} as 8-bit integers, summed exactly")
 
 
-def why_not_int8(layer: PackedLayer) -> str:
-    """What keeps `layer` from exact products of 8-bit integers on this CPU; "" for nothing."""
+def no_integer_product(layer: PackedLayer) -> str:
+    """What keeps `layer` from exact products of 8-bit integers on any machine; "" for nothing."""
     weight, activation = layer.formats.weight, layer.formats.activation
     if activation is None:
         return "the input is not quantized"
     for role, fmt in (("weights", weight), ("inputs", activation)):
         if int8_shift(fmt) is None:
             return f"{role} in {fmt} are no 8-bit integers"
+    if layer.weight_shape[1:].numel() >= LONGEST_SUM:
+        return f"sums of {layer.weight_shape[1:].numel()} products may exceed 32 bits"
+    return ""
+
+
+def why_not_int8(layer: PackedLayer) -> str:
+    """What keeps `layer` from exact products of 8-bit integers on this CPU; "" for nothing."""
+    if reason := no_integer_product(layer):
+        return reason
     if reason := layer.kind.not_a_product(layer):
         return reason
     if len(layer.kind.tokens.dims) > 1 and layer.settings.activation_granularity == "static":
         return "a static scale of images, which would not show NaN in one patch"
-    if layer.weight_shape[1:].numel() >= LONGEST_SUM:
-        return f"sums of {layer.weight_shape[1:].numel()} products may exceed 32 bits"
-    largest = largest_exact_weight()
+    weight, largest = layer.formats.weight, largest_exact_weight()
     if weight.max_value * 2 ** (int8_shift(weight) or 0) > largest:
         return f"this CPU sums int8 products exactly for weights up to {largest} only"
     return ""
