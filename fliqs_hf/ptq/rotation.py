@@ -140,11 +140,10 @@ def _rotate_stream(model: Any, images: Tensor, seed: int) -> None:
             weight = reader.weight.double().view(reader.out_features, -1, stream.width)
             if norm.bias is not None:
                 shift = (weight @ norm.bias.double()).sum(1)
-                if reader.bias is None:
-                    if bool(shift.any()):
-                        raise ConfigError("a layer that reads a norm has no bias to take the norm's")
-                else:
+                if reader.bias is not None:
                     reader.bias.copy_(reader.bias.double() + shift)
+                elif bool(shift.any()):
+                    raise ConfigError("a layer that reads a norm has no bias to take the norm's")
             if norm.weight is not None:
                 weight = weight * norm.weight.double()
             reader.weight.copy_((weight @ turn.T).flatten(1))
