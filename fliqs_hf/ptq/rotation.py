@@ -142,7 +142,7 @@ def _rotate_stream(model: Any, images: Tensor, seed: int) -> None:
                 shift = (weight @ norm.bias.double()).sum(1)
                 if reader.bias is not None:
                     reader.bias.copy_(reader.bias.double() + shift)
-                elif bool(shift.any()):
+                elif bool(shift.any()):  # type: ignore[unreachable]  # torch types a bias that may be None as a tensor
                     raise ConfigError("a layer that reads a norm has no bias to take the norm's")
             if norm.weight is not None:
                 weight = weight * norm.weight.double()
