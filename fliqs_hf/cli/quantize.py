@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.calibration import CalibrationImages, check, pack
@@ -32,15 +32,30 @@ from fliqs_hf.runs.folder import RunFolder, cost_lines, cost_summary, layer_tabl
 
 
 def quantize(args: argparse.Namespace) -> int:
+    outcome = quantized(args)
+    answer(args.json, outcome.data, outcome.text)
+    return outcome.status
+
+
+class Outcome(NamedTuple):
+    """Exit status, and what is said as JSON or as text."""
+
+    status: int
+    data: dict[str, Any]
+    text: str
+
+
+def quantized(args: argparse.Namespace) -> Outcome:
+    """Write the run, or say why there is none."""
     output = RunFolder(args.output)
     sources = {"MODEL": args.model, "--calibration": data_source(args.calibration), "--allocation": args.allocation}
     sources["--latency_table"] = args.latency_table
     check_places([output], sources)
     with locked(output.path):
-        return _quantize(args, output)
+        return _quantized(args, output)
 
 
-def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
+def _quantized(args: argparse.Namespace, output: RunFolder) -> Outcome:
     latency = None if args.latency_table is None else LatencyTable.load(args.latency_table)
     if latency is not None:
         use(latency)
@@ -73,8 +88,7 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
         model, trials = meeting(args, model, tested, floor, held_out, calibration)
         if model is None:
             message = missed(trials, floor, len(tested) == 1)
-            answer(args.json, {"floor": record(trials, floor), "error": message}, message)
-            return 1
+            return Outcome(1, {"floor": record(trials, floor), "error": message}, message)
         allocation = [trial for trial in trials if trial.met][-1].allocation
         found = None if found is None else found.at(allocation)
     else:
@@ -94,8 +108,7 @@ def _quantize(args: argparse.Namespace, output: RunFolder) -> int:
     write_card(run.path)
     result["seconds"] = time.perf_counter() - start
     text = _text(args, result, layers, allocation, profile, "" if floor is None else summary(trials, floor))
-    answer(args.json, {**result, "allocation": allocation.to_dict(), "output": args.output}, text)
-    return 0
+    return Outcome(0, {**result, "allocation": allocation.to_dict(), "output": args.output}, text)
 
 
 def _loaded(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -120,3 +120,19 @@ def test_the_command(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert message in capsys.readouterr().err
     uncalibrated = ["quantize", model, str(run), "--overwrite", "--max_drop", "1"]
     assert fliqs_hf_cli.main(uncalibrated) == 2 and "give some with --calibration" in capsys.readouterr().err
+
+
+def test_recommend(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    command = ["recommend", model, str(run), "--calibration", "digits", "--calibration_images", "16", "--match_labels",
+               "index", "--search_space", "int4", "int8", "--held_out_images", "100"]  # fmt: skip
+    assert fliqs_hf_cli.main([*command, "--max_drop", "99"]) == 0
+    text = capsys.readouterr().out
+    assert "safer" in text and "no faster model: nothing cheaper was tested" in text
+    found = json.loads((run / "fliqs/recommendation.json").read_text())
+    assert set(found) == {"fp32", "safer", "recommended"}
+    assert found["fp32"]["bytes"] > found["safer"]["bytes"] > found["recommended"]["bytes"]
+    assert all(entry["ms"] > 0 for entry in found.values())
+    assert found["recommended"]["allocation"] == json.loads((run / "fliqs/allocation.json").read_text())
+    assert fliqs_hf_cli.main([*command, "--overwrite", "--min_accuracy", "1", "--json"]) == 1
+    assert "no model is written" in json.loads(capsys.readouterr().out)["error"]
