@@ -111,7 +111,7 @@ def pack(args: argparse.Namespace, model: Any, allocation: Allocation, calibrati
             rounding=args.rounding or "gptq",
             bias_correction=None if args.bias_correction is None else args.bias_correction == "true",
             activations=args.activations or "dynamic",
-            weight_scale=args.weight_scale or "mse",
+            weight_scale=args.weight_scale,
         )
     if args.fold_batchnorm == "true":
         try:
