@@ -171,7 +171,7 @@ def test_tests_mirror_the_package() -> None:
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     own = ROOT / "tests"
     tested = {path.parent.name for path in own.glob("*/test_*.py")}
-    assert tested - {"distributed", "gpu", "recipes"} == folders
+    assert tested - {"distributed", "extensions", "gpu", "recipes"} == folders
     files = {path.stem for path in MODULES if path.parent == PACKAGE}
     beside = {path.stem.removeprefix("test_") for path in own.glob("*.py")}
     assert beside - {"__init__", "conftest", "house", "docs", "bad_input"} <= files

@@ -4,15 +4,18 @@ from fliqs_hf.baselines.allocations import manual, random_allocation, uniform
 from fliqs_hf.baselines.differentiable import DifferentiableConfig, differentiable_search
 from fliqs_hf.baselines.front import FrontPoint, sensitivity_front
 from fliqs_hf.baselines.multi_trial import MultiTrialResult, Trial, multi_trial
+from fliqs_hf.baselines.registry import Baseline, baselines, register_baseline, unregister_baseline
 from fliqs_hf.baselines.sensitivity import elementwise_scores, hessian_trace_scores, hessian_traces, loss_delta_scores
 from fliqs_hf.baselines.short_training import ShortTraining
 
 __all__ = [
+    "Baseline",
     "DifferentiableConfig",
     "FrontPoint",
     "MultiTrialResult",
     "ShortTraining",
     "Trial",
+    "baselines",
     "differentiable_search",
     "elementwise_scores",
     "hessian_trace_scores",
@@ -21,6 +24,8 @@ __all__ = [
     "manual",
     "multi_trial",
     "random_allocation",
+    "register_baseline",
     "sensitivity_front",
     "uniform",
+    "unregister_baseline",
 ]

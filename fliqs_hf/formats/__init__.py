@@ -4,7 +4,7 @@ from fliqs_hf.formats.block import BlockFormat
 from fliqs_hf.formats.packing import pack, packed_bytes, unpack
 from fliqs_hf.formats.plain import FloatFormat, IntFormat
 from fliqs_hf.formats.rounding import code_values, decode, encode, round_to_format
-from fliqs_hf.formats.spec import COMMON, Format, parse
+from fliqs_hf.formats.spec import COMMON, Format, parse, register_format, unregister_format
 
 __all__ = [
     "COMMON",
@@ -18,6 +18,8 @@ __all__ = [
     "pack",
     "packed_bytes",
     "parse",
+    "register_format",
     "round_to_format",
     "unpack",
+    "unregister_format",
 ]

@@ -33,6 +33,9 @@ COMMON: tuple[Format, ...] = (
     *(FloatFormat(e, m) for e, m in ((4, 3), (5, 2), (3, 4), (8, 7))),
 )
 
+#: What cannot be unregistered.
+_OWN = frozenset(NAMED)
+
 #: Digits that do not end would be a ValueError of `int`.
 _NUMBER = r"(\d{1,9})"
 _INT = re.compile(rf"int_?{_NUMBER}(?:_g{_NUMBER})?(_zp)?")
@@ -73,3 +76,26 @@ def parse(name: str | Format) -> Format:
         f"with a zero point, for inputs; "
         f"aliases {', '.join(ALIASES)}; any other eXmY with 2 to 8 exponent bits and at most {MAX_BITS} bits"
     )
+
+
+def register_format(fmt: BlockFormat) -> BlockFormat:
+    """Make a block format known by its name: to `parse`, and so to searches, configurations, checkpoints and commands.
+
+    Returns: `fmt`. Raises: FormatError: its name means another format, or is no word of small letters.
+    """
+    if not re.fullmatch("[a-z][a-z0-9_]*", fmt.name):
+        raise FormatError(f"a format is called {fmt.name!r}, and not by small letters, digits and _ as in 'mxfp4'")
+    try:
+        known = parse(fmt.name)
+    except FormatError:
+        known = NAMED[fmt.name] = fmt
+    if known != fmt:
+        raise FormatError(f"{fmt.name!r} is a format already: choose another name")
+    return fmt
+
+
+def unregister_format(name: str) -> None:
+    """Forget a registered format. Raises: FormatError: it is none, or one of the package's own."""
+    if name not in NAMED or name in _OWN:
+        raise FormatError(f"{name!r} is no format that was registered from outside")
+    del NAMED[name]

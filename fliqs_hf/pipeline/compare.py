@@ -44,6 +44,7 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.baselines import (
     DifferentiableConfig,
     ShortTraining,
+    baselines,
     differentiable_search,
     manual,
     multi_trial,
@@ -206,6 +207,8 @@ class Comparison:
             return manual(self.layers, f"int{bits:g}")
         if name in RANDOM:
             return random_allocation(problem, seed)
+        if name in (own := baselines()):
+            return own[name](problem, seed)
         objective = ShortTraining(
             self.model, self.layers, self.train, self.settings(seed, self.trial_steps), self.accelerator,
             settings=self.quantizers, teacher=self.teacher,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from fliqs_hf.baselines.registry import baselines
 from fliqs_hf.errors import ConfigError, FormatError, did_you_mean
 from fliqs_hf.formats import COMMON, Format, parse
 from fliqs_hf.oneshot import SearchConfig
@@ -80,7 +81,7 @@ def check_methods(methods: Iterable[str], activation: str = "same", granularity:
             raise ConfigError(f"{method} takes --activation same only: {reason}")
         if granularity != "per_token" and (method in ("differentiable", "gumbel") or method.startswith("ptq-")):
             raise ConfigError(f"{method} takes --activation_granularity per_token only: it learns no factors")
-        chosen_untrained = method.removeprefix("ptq-") in (*UNIFORM, *SCORES, *RANDOM)
+        chosen_untrained = method.removeprefix("ptq-") in (*UNIFORM, *SCORES, *RANDOM, *baselines())
         if chosen_untrained or method in TRAINED or uniform_format(method) is not None:
             continue
         if method.partition("-")[0] not in ("search", "paper"):
@@ -89,6 +90,6 @@ def check_methods(methods: Iterable[str], activation: str = "same", granularity:
 
 
 def _unknown(method: str) -> str:
-    untrained = (*UNIFORM, *SCORES, *RANDOM, *(f"uniform-{fmt.name}" for fmt in COMMON))
+    untrained = (*UNIFORM, *SCORES, *RANDOM, *baselines(), *(f"uniform-{fmt.name}" for fmt in COMMON))
     known = (*untrained, *(f"ptq-{name}" for name in untrained), *TRAINED, "search", "paper")
     return f"unknown method {method!r}{did_you_mean(method, known, '--help lists them')}"

@@ -3,6 +3,7 @@
 from fliqs_hf.nn.kinds.conv1d import CONV1D, PackedConv1d, SearchableConv1d
 from fliqs_hf.nn.kinds.conv2d import CONV2D, PackedConv2d, SearchableConv2d
 from fliqs_hf.nn.kinds.conv_transpose2d import CONV_TRANSPOSE2D, PackedConvTranspose2d, SearchableConvTranspose2d
+from fliqs_hf.nn.kinds.convolution import Convolution
 from fliqs_hf.nn.kinds.kind import (
     LayerKind,
     find_kind,
@@ -22,6 +23,7 @@ __all__ = [
     "CONV_TRANSPOSE2D",
     "LINEAR",
     "TRANSPOSED_LINEAR",
+    "Convolution",
     "LayerKind",
     "PackedConv1d",
     "PackedConv2d",

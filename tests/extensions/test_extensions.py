@@ -1,0 +1,153 @@
+"""What others may add: each in one file of less than 60 lines, from outside, and it goes all the way."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from fliqs_hf import Allocation, quantize
+from fliqs_hf.baselines import baselines, register_baseline, unregister_baseline
+from fliqs_hf.cost import CostTable, Target, trace_layers
+from fliqs_hf.errors import ConfigError, FliqsError, FormatError
+from fliqs_hf.formats import BlockFormat, FloatFormat, parse, register_format, unregister_format
+from fliqs_hf.nn import packed_layers, unregister_kind
+from fliqs_hf.nn.kinds import kinds
+from fliqs_hf.pipeline import compare
+from fliqs_hf.pipeline.search import main
+from fliqs_hf.selection import SearchProblem, SearchSpace
+from fliqs_hf.tasks import unregister_task
+from tests.helpers.models import images, tiny
+from tests.recipes.test_vit import write
+
+FILES = [file for file in sorted(Path(__file__).parent.glob("[a-z]*.py")) if file != Path(__file__)]
+SHORT: dict[str, Any] = {"finetune_steps": 0, "max_steps": 4, "max_train_samples": 64, "max_eval_samples": 32}
+SMALL = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_groups": 4}
+
+
+@pytest.fixture(autouse=True)
+def new_accelerator() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def added(name: str, forget: Callable[[], None]) -> Iterator[None]:
+    """What importing the extension registers, within this context."""
+    sys.modules.pop(f"tests.extensions.{name}", None)  # which another test may have imported, and forgotten
+    importlib.import_module(f"tests.extensions.{name}")
+    try:
+        yield
+    finally:
+        forget()
+
+
+def searched(folder: Path, **settings: Any) -> tuple[dict[str, Any], Any, str]:
+    """Search, pack, load, report. Returns: the result, the loaded model, the text of the report."""
+    (result,) = main([str(write(folder, **SHORT | settings))])
+    run = Path(result["run"])
+    model = AutoModelForImageClassification.from_pretrained(run)
+    assert (
+        Allocation.from_dict(json.loads((run / "fliqs/allocation.json").read_text())).keys()
+        == packed_layers(model).keys()
+    )
+    again = AutoModelForImageClassification.from_pretrained(run)
+    x = images(2)[:, :, :8, :8] if model.config.model_type == "vit" else images(2)
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, again(x).logits)
+    return result, model, (run / "fliqs/report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_each_is_short(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_a_block_format(tmp_path: Path) -> None:
+    with added("block_format", lambda: unregister_format("fp4_g8")):
+        result, model, report = searched(tmp_path, search_space=["fp4_g8", "int8"], target_bits=[7.0])
+        used = {str(layer.formats.weight) for layer in packed_layers(model).values()}
+        assert used == {"fp4_g8", "int8"} and "fp4_g8" in report
+        assert parse("fp4_g8").effective_bits == 6 and 0.97 <= result["cost"]["target_ratio"] <= 1
+    with pytest.raises(FormatError, match="unknown format 'fp4_g8'"):
+        parse("fp4_g8")
+    with pytest.raises(FliqsError, match="fp4_g8"):  # whoever has not registered it is told so
+        AutoModelForImageClassification.from_pretrained(result["run"])
+
+
+def test_a_layer_kind(tmp_path: Path) -> None:
+    with added("layer_kind", lambda: unregister_kind("standardized_conv2d")):
+        settings = {"model_type": "bit", "image_size": 32, "config_overrides": SMALL, "search_space": ["int4", "int8"]}
+        result, model, report = searched(tmp_path, **settings, target_bits=[5.0])
+        convolutions = [name for name, layer in packed_layers(model).items() if layer.kind.name != "linear"]
+        assert convolutions and all(name in report for name in convolutions)
+        assert result["cost"]["bops"] < result["cost"]["fp32_bops"] / 30  # all layers, and not the head alone
+    assert all(kind.name != "standardized_conv2d" for kind in kinds())
+
+
+def test_a_task(tmp_path: Path) -> None:
+    with added("task", lambda: unregister_task("image-regression")):
+        result, model, report = searched(tmp_path, task="image-regression", finetune_steps=40, learning_rate=2e-3)
+        assert model.config.num_labels == 1 and "explained variance" in report
+        card = (Path(result["run"]) / "README.md").read_text(encoding="utf-8")
+        assert "pipeline_tag: image-regression" in card and "print(logits.shape)" in card
+        found = result["accuracy"]
+        assert found["fp32"]["measure"] == "explained variance" and 0 <= found["searched"]["value"] <= 1
+        with pytest.raises(ConfigError, match="augment is for tasks with one class per image"):
+            main([str(write(tmp_path, **SHORT, task="image-regression", augment=["mixup"]))])
+    with pytest.raises(ConfigError, match=r"task='image-regression' does not exist: use 'image-classification'"):
+        main([str(write(tmp_path, **SHORT, task="image-regression"))])
+
+
+def test_a_baseline(tmp_path: Path) -> None:
+    vit = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
+        num_labels=10,
+    )  # fmt: skip
+    ViTForImageClassification(vit).save_pretrained(tmp_path / "fp32")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "fp32")
+    given = [
+        str(tmp_path / "fp32"), "--dataset_name", "digits", "--use_cpu", "--seeds", "0", "--target_bits", "4",
+        "--max_steps", "2", "--batch_size", "8", "--max_train_samples", "32", "--max_eval_samples", "16",
+        "--output", str(tmp_path / "out.csv"), "--methods", "first-layers", "ptq-first-layers", "uniform-int",
+    ]  # fmt: skip
+    with added("baseline", lambda: unregister_baseline("first-layers")):
+        compare.main(given)
+        lines = [line for line in (tmp_path / "out.csv").read_text().splitlines() if not line.startswith("#")]
+        rows = {row["method"]: row for row in csv.DictReader(lines)}
+        assert 0.97 <= float(rows["first-layers"]["cost_ratio"]) <= 1 and rows["ptq-first-layers"]["steps"] == "0"
+        model = tiny("vit")
+        layers = trace_layers(model)
+        space = SearchSpace(layers, ["int2", "int8"])
+        problem = SearchProblem(space, CostTable(layers, space.formats), Target.of(target_bits=4))
+        allocation = baselines()["first-layers"](problem, 0)
+        quantize(model, allocation).save_pretrained(tmp_path / "packed")
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "packed")
+        assert {name: layer.formats for name, layer in packed_layers(loaded).items()} == dict(allocation.items())
+    with pytest.raises(ConfigError, match="unknown method 'first-layers'"):
+        compare.main(given)
+    for name in ("ptq-mine", "two words"):
+        with pytest.raises(ConfigError, match="name of a baseline is a word"):
+            register_baseline(name, lambda problem, seed: allocation)
+
+
+def test_names_of_formats_are_taken_once() -> None:
+    element = FloatFormat(2, 1)
+    for name in ("int4", "half", "mxfp4", "int4_g32"):
+        with pytest.raises(FormatError, match="is a format already"):
+            register_format(BlockFormat(name, element, 8, "bf16"))
+    with pytest.raises(FormatError, match="small letters"):
+        register_format(BlockFormat("FP4 of 8", element, 8, "bf16"))
+    for name in ("mxfp4", "fp4_g8"):
+        with pytest.raises(FormatError, match="no format that was registered"):
+            unregister_format(name)
+    assert parse("mxfp4").name == "mxfp4"
