@@ -221,5 +221,6 @@ def _noise(image: Tensor) -> Iterator[Tensor]:
 
 
 def _packed_bytes(model: Any) -> int:
-    parts = [part for layer in packed_layers(model).values() for part in (layer.weight_codes, layer.weight_scale)]
+    layers = packed_layers(model).values()
+    parts = [part for x in layers for part in (x.weight_codes, x.weight_scale, x.weight_scale_codes)]
     return sum(part.numel() * part.element_size() for part in parts if part is not None)

@@ -88,8 +88,8 @@ def test_gptq_stays_on_the_grid_of_the_blocks() -> None:
     )
 
 
-def test_kernels_and_onnx_leave_them_alone() -> None:
-    for weight, activation in (("mxint8", "int8"), ("int4", "int4_zp"), ("int4_g32", "int4_g32")):
+def test_exact_products_leave_them_alone() -> None:
+    for weight, activation in (("mxint8", "int8"), ("int4", "int4_g32_zp"), ("int4_g32", "int4_g32")):
         model = nn.Sequential(nn.Linear(64, 64))
         pack_model(model, Allocation({"0": LayerFormats.of(weight, activation)}))
         layer = packed_layers(model)["0"]
@@ -98,8 +98,7 @@ def test_kernels_and_onnx_leave_them_alone() -> None:
         layer.kernels, layer.weight_cache = "auto", "decoded"
         assert layer.kernel.kernel == "decoded"
         assert torch.equal(model(x), expected)
-        with pytest.raises(ConfigError, match="scales of its own"):
-            layer_form("0", layer, OnnxSettings())
+        assert layer_form("0", layer, OnnxSettings()).form == "float"
 
 
 def test_damaged_scales_are_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.formats import Format
+from fliqs_hf.formats import BlockFormat, Format
 from fliqs_hf.formats.rounding import code_values
 from fliqs_hf.nn.native.choice import no_integer_product
 from fliqs_hf.nn.native.codes import int8_shift
@@ -81,9 +81,6 @@ class LayerForm:
 def layer_form(name: str, layer: PackedLayer, settings: OnnxSettings) -> LayerForm:
     """Raises: ConfigError: a layer that cannot be expressed."""
     check_expressible(name, layer)
-    own = [fmt for fmt in (layer.formats.weight, layer.formats.activation) if fmt is not None and fmt.scales_itself]
-    if own:
-        raise ConfigError(f"{name!r}: {own[0]} has scales of its own, which cannot be exported to ONNX yet")
     weight, activation = layer.formats.weight, layer.formats.activation
     reason = not_integer(layer)
     kind: Literal["integer", "qdq", "float"] = "float" if reason else "qdq" if settings.form == "qdq" else "integer"
@@ -129,10 +126,13 @@ def asymmetric(layer: PackedLayer, scales: InputScales) -> bool:
 
 
 def storage(fmt: Format, opset: int) -> tuple[str, int]:
-    """The narrowest ONNX type that holds every value of `fmt`, times 2**shift, exactly, and this shift.
+    """The narrowest ONNX type that holds every value of `fmt`, times 2**shift, exactly, and this shift; of
+    a format with blocks those of its elements.
 
     "UINT4" stands for positions in a table of 16 values: for 4-bit formats that are no 4-bit integers.
     """
+    if isinstance(fmt, BlockFormat):
+        fmt = fmt.element
     values = code_values(fmt).float()
     values = values[values.isfinite()]
     if (shift := int8_shift(fmt)) is not None:

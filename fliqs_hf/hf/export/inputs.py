@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from fliqs_hf.formats import Format
+from fliqs_hf.formats import BlockFormat, Format
+from fliqs_hf.hf.export.blocks import BlockInputs
 from fliqs_hf.hf.export.nodes import Writer
 from fliqs_hf.nn.native.codes import ZERO_POINT, int8_shift
 from fliqs_hf.nn.packed import PackedLayer
@@ -79,6 +80,8 @@ class InputWriter:
         return self._written[key]
 
     def _round(self, x: Any, layer: PackedLayer, fmt: Format) -> Any:
+        if isinstance(fmt, BlockFormat):
+            return BlockInputs(self.writer, self._on_grid).rounded(x, layer)
         if not fmt.is_scaled:
             return self._on_grid(x, fmt)
         scale, _ = self._scale(x, layer)

@@ -76,6 +76,11 @@ def layer_form(name: str, layer: PackedLayer, settings: OpenVinoSettings) -> Lay
     elif layer.settings.activation_granularity == "static" and str(activation) == "int8":
         # OpenVINO moves the values of fewer levels a little.
         kind = "qdq"
+    elif activation.scales_itself:
+        kind, changed = (
+            "compressed",
+            f"inputs are left to OpenVINO: its dynamic quantization is not that of {activation}",
+        )
     elif activation.bits > 8 and not activation.is_integer:
         kind, changed = "compressed", f"inputs are not rounded to {activation}: OpenVINO drops such conversions"
     elif settings.inputs == "auto" and layer.input_scale is None and activation.bits >= _RUNTIMES_BITS:

@@ -14,6 +14,8 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from fliqs_hf.formats import BlockFormat
+from fliqs_hf.hf.export.blocks import decoded_blocks
 from fliqs_hf.hf.export.forms import LayerForm, OnnxSettings, asymmetric
 from fliqs_hf.hf.export.inputs import Codes, InputWriter
 from fliqs_hf.hf.export.nodes import MICROSOFT, Writer
@@ -203,6 +205,8 @@ class _Product:
 
     def _weight(self) -> Any:
         """The weight in fp32: its codes times what a code is worth, which runtimes compute once, at loading."""
+        if isinstance(self.layer.formats.weight, BlockFormat):
+            return self._block_weight()
         codes, shift = self._codes(), int8_shift(self.layer.formats.weight) or 0
         factors = channels(self.layer) * np.float32(2.0**-shift) * self.affine.gain
         key = f"{self.name}.decoded"
@@ -216,6 +220,16 @@ class _Product:
                 shape = (-1, *[1] * (len(self.layer.weight_shape) - 1)) if self.convolution else (-1,)
                 scale = writer.constant(factors.reshape(shape), f"{self.name}.scale")
                 self.weights[key] = writer.op("Mul", writer.op("Cast", codes, to=onnx_ir.DataType.FLOAT), scale)
+        return self.weights[key]
+
+    def _block_weight(self) -> Any:
+        key, op, integers = f"{self.name}.decoded", self.writer.op, self.writer.integers
+        if key not in self.weights:
+            weight = decoded_blocks(self.writer, self.name, self.layer, self._codes())
+            if (self.affine.gain != 1).any():
+                weight = op("Mul", weight, self.writer.constant(self.affine.gain.reshape(-1, 1), f"{self.name}.gain"))
+            shape = integers(*self.layer.weight_shape)
+            self.weights[key] = op("Reshape", weight, shape) if self.convolution else op("Transpose", weight)
         return self.weights[key]
 
     def _geometry(self) -> dict[str, Any]:

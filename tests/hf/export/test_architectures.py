@@ -20,8 +20,8 @@ onnx_ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
 
-def exported(architecture: str, folder: Path) -> tuple[Any, Any]:
-    model = fliqs_hf.quantize(tiny(architecture), FLIQSConfig(weight_format="int8", activation_format="int8"))
+def exported(architecture: str, folder: Path, weight: str = "int8", activation: str = "int8") -> tuple[Any, Any]:
+    model = fliqs_hf.quantize(tiny(architecture), FLIQSConfig(weight_format=weight, activation_format=activation))
     set_kernels(model, "reference")
     write_onnx(model, images(1), folder / "model.onnx", OnnxSettings())
     return model, OnnxClassifier(folder / "model.onnx", threads=1)
@@ -37,6 +37,17 @@ def test_answers_are_the_packed_models(architecture: str, tmp_path: Path) -> Non
         with torch.no_grad():
             expected = model(pixels).logits
         torch.testing.assert_close(file(pixels).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "weight", "activation"), [
+    ("vit", "mxfp4", "nvfp4"), ("swin", "int4_g32", "int4_zp"), ("resnet", "nvfp4", "mxfp8_e4m3"),
+])  # fmt: skip
+def test_formats_with_scales_of_their_own(architecture: str, weight: str, activation: str, tmp_path: Path) -> None:
+    """As above; batch norms are folded into the scales' products, which rounds once more."""
+    model, file = exported(architecture, tmp_path, weight, activation)
+    with torch.no_grad():
+        expected = model(images(2)).logits
+    torch.testing.assert_close(file(images(2)).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_q_k_and_v_read_one_quantized_input(tmp_path: Path) -> None:

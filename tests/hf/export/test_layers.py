@@ -126,6 +126,38 @@ def test_inputs_are_rounded_as_the_packed_layer_rounds_them(activation: str) -> 
     assert torch.equal(found, layer.quantized_input(x))
 
 
+BLOCKS = ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8", "nvfp4", "int4_g32", "int3_g16"]
+
+
+@pytest.mark.parametrize("fmt", BLOCKS)
+def test_weights_with_scales_of_their_own_are_the_packed_ones(fmt: str) -> None:
+    """One-hot inputs read them out, exactly; rows of 40 and 72 end within a block."""
+    matrix, images = linear(fmt, None), convolution(fmt, None)
+    matrix.bias = images.bias = None
+    found, model = run(matrix, torch.eye(40))
+    assert torch.equal(found.T, matrix.decoded_weight())
+    assert "DequantizeLinear" in [node.op_type for node in model.graph]
+    found, _ = run(images, torch.eye(72).view(72, 8, 3, 3))
+    assert torch.equal(found.view(72, 16).T.reshape(16, 8, 3, 3), images.decoded_weight())
+
+
+@pytest.mark.parametrize("fmt", [*BLOCKS, "int4_zp", "int8_zp", "int4_g32_zp", "int8_g16_zp"])
+def test_inputs_with_scales_of_their_own_are_rounded_as_packed(fmt: str) -> None:
+    """Through an identity, exactly: wide ranges, powers of two, zeros, and rows that end within a block."""
+    plain = nn.Linear(40, 40, bias=False)
+    plain.weight.data = torch.eye(40)
+    layer = packed(plain, "bf16", fmt)
+    x = INPUTS.clone()
+    x[1, 2], x[1, 3], x[0, 1] = 0, x[0, 3].abs(), 2.0 ** torch.arange(-20.0, 20.0)
+    found, _ = run(layer, x)
+    assert torch.equal(found, layer.quantized_input(x))
+    image = nn.Conv2d(8, 8, 1, bias=False)
+    image.weight.data = torch.eye(8).view(8, 8, 1, 1)
+    layer = packed(image, "bf16", fmt)
+    found, _ = run(layer, IMAGES)
+    assert torch.equal(found, layer.quantized_input(IMAGES))
+
+
 @pytest.mark.parametrize("geometry", [
     {}, {"padding": 1}, {"stride": 3, "bias": True}, {"padding": "same", "kernel_size": 2}, {"dilation": 2},
     {"groups": 8, "padding": 1}, {"stride": 2, "padding": (1, 0)},
