@@ -81,6 +81,7 @@ def test_commands_have_arguments_that_exist() -> None:
             parse([str(ROOT / a) if a.endswith(".yaml") else a for a in arguments.rest])
 
 
+@pytest.mark.slow
 def test_the_quick_start_runs(tmp_path: Path) -> None:
     """Its commands as they stand, in a folder of their own, without a checkout."""
     (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8"), re.S)
@@ -94,6 +95,7 @@ def test_the_quick_start_runs(tmp_path: Path) -> None:
         assert (tmp_path / "runs" / "quickstart" / name).is_file()
 
 
+@pytest.mark.slow
 def test_the_pilot_of_the_readme_runs(tmp_path: Path) -> None:
     """Its commands as they stand, with a small model under that name on a Hub of our own, and a folder of images."""
     (pilot,) = re.findall(r"```\n(fliqs-hf estimate .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)

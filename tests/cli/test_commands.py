@@ -228,6 +228,7 @@ def test_inspect_finds_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert answer(capsys, "inspect", str(tmp_path), status=1)["error"].startswith("CheckpointError")
 
 
+@pytest.mark.slow
 def test_push_and_inspect_by_name(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     with HubServer() as hub:

@@ -123,6 +123,7 @@ def chosen(names: list[str]) -> list[int]:
     return sorted(last[name] for name in MOMENTS)
 
 
+@pytest.mark.slow
 def test_killed_after_any_write_nothing_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path, **TINY, **FRONT)
     with monkeypatch.context() as patch:

@@ -55,6 +55,7 @@ def test_a_front_is_published_and_one_refusal_does_not_stop_it(
     assert (tmp_path / "run" / "fliqs/front.csv").exists()
 
 
+@pytest.mark.slow
 def test_the_recipe_publishes_its_run(tmp_path: Path) -> None:
     file = write(tmp_path, finetune_steps=0, max_steps=6)
     x = images(3)[..., :8, :8].contiguous()
