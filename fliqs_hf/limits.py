@@ -84,6 +84,7 @@ LIMITS: Mapping[str, Limit] = {
     "target_energy_uj": POSITIVE,
     "target_latency_ms": POSITIVE,
     "target_ratio": Limit(0, 1, above=True),
+    "points": Limit(2),
     # timing
     "rounds": Limit(3),
     "threads": COUNT,

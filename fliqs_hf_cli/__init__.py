@@ -22,8 +22,8 @@ from fliqs_hf_cli.parser import Parser, failed
 #: In the order of the help. Each has HELP and EXAMPLES, and either `arguments`, or a parser of its own that is given
 #: all that follows the name of the command.
 COMMANDS = (
-    "formats", "estimate", "hardware", "profile", "quantize", "recommend", "search", "compare", "validate", "export",
-    "report", "push", "inspect",
+    "formats", "estimate", "hardware", "profile", "quantize", "front", "recommend", "search", "compare", "validate",
+    "export", "report", "push", "inspect",
 )  # fmt: skip
 DESCRIPTION = "Mixed-precision quantization of vision transformers: search, quantize, validate, publish."
 EXAMPLES = """

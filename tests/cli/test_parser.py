@@ -15,12 +15,24 @@ import fliqs_hf_cli
 from fliqs_hf_cli import main
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("formats", "estimate", "profile", "quantize", "recommend", "validate", "report", "push", "inspect")
+COMMANDS = (
+    "formats",
+    "estimate",
+    "profile",
+    "quantize",
+    "front",
+    "recommend",
+    "validate",
+    "report",
+    "push",
+    "inspect",
+)
 #: What people's scripts may have: it stays when the parser changes, and more may come. Beside --help and --json.
 OPTIONS = {
     "formats": "",
     "estimate": "allocation formats image_size layers modules_to_not_convert revision",
     "hardware": "hardware revision",
+    "front": "activation calibration costs hardware latency_table points revision search_space",
     "recommend": "calibration confidence hardware held_out held_out_images max_drop min_accuracy overwrite revision",
     "profile": "activation batch_size device estimate overwrite revision rounds search_space threads",
     "quantize": (

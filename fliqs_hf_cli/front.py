@@ -1,0 +1,35 @@
+"""The arguments of `fliqs-hf front`; what it does is in `fliqs_hf/cli/front.py`."""
+
+from __future__ import annotations
+
+from fliqs_hf_cli.parser import Parser, match_labels
+
+HELP = "what every budget buys: the best allocations by cost, from one pass over images"
+EXAMPLES = """  fliqs-hf front MODEL fronts/deit --calibration photos/
+  fliqs-hf front MODEL fronts/deit --calibration photos/ --costs weight_bytes energy_uj --search_space int4 int8
+  fliqs-hf front MODEL fronts/deit --calibration photos/ --costs latency_ms --latency_table table.json
+OUTPUT is a folder: front.csv, front.png, front.html, and an allocation.json for each point."""
+
+
+def arguments(parser: Parser) -> None:
+    parser.add_argument("model", help="fp32 checkpoint: Hub id or folder")
+    parser.add_argument("output", help="folder to write, new or empty")
+    parser.add_argument("--calibration", metavar="DATASET", required=True, help="images: Hub id, folder, digits")
+    parser.add_argument("--costs", nargs="+", metavar="COST", default=["bops", "weight_bytes"],
+                        help="a front by each of these (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--points", type=int, default=20, help="of each front (default: %(default)s)")
+    parser.add_argument("--latency_table", metavar="FILE", help="times of layers, for the cost latency_ms")
+    parser.add_argument("--search_space", nargs="+", metavar="FORMAT", default=["mixed"])
+    parser.add_argument("--activation", choices=("same", "separate"), default="same",
+                        help="formats of weights and inputs: the same, or chosen apart")  # fmt: skip
+    parser.add_argument("--hardware", metavar="NAME", help="choose among formats that this runs")
+    parser.add_argument("--calibration_split", help="default: train where there is one")
+    parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", default="label",
+                        help="if there is no such column, the model's own answers are the labels")  # fmt: skip
+    match_labels(parser)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--device", help="cpu, cuda, …; default: cuda if there is one")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.set_defaults(task="image-classification")
