@@ -34,8 +34,8 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--hardware", metavar="NAME",
                         help="choose among formats that this runs: a profile, auto (this machine), or a .yaml "
                         "file")  # fmt: skip
-    parser.add_argument("--activation", choices=("same", "separate"), default="same",
-                        help="formats of weights and inputs: the same, or chosen apart")  # fmt: skip
+    parser.add_argument("--activation", choices=("same", "separate"), default="separate",
+                        help="formats of weights and inputs: the same, or chosen apart (default)")  # fmt: skip
     _images(parser)
     _floor(parser)
     parser.add_argument(
@@ -46,9 +46,15 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--activations", choices=("dynamic", "clipped", "absmax", "percentile", "mse"),
                         help="input scales: of each input itself (default), that times a factor per layer (clipped), "
                         "or one per layer")  # fmt: skip
-    parser.add_argument(
-        "--weight_scale", choices=("absmax", "mse"), help="default: mse with --calibration, else absmax"
-    )
+    parser.add_argument("--weight_scale", choices=("absmax", "mse", "output"),
+                        help="the largest value, or least error in the weight or in what the layer gives (needs "
+                        "gptq); default: output with gptq, else absmax")  # fmt: skip
+    parser.add_argument("--rotation", choices=("true", "false"),
+                        help="turn what transformer blocks hand on into a basis without outliers, which changes no "
+                        "answer of the fp32 model; default: true with --calibration")  # fmt: skip
+    parser.add_argument("--zero_points", choices=("true", "false"),
+                        help="integer inputs of less than 8 bits may be one-sided; default: true with --calibration "
+                        "and dynamic input scales")  # fmt: skip
     parser.add_argument("--fold_batchnorm", choices=("true", "false"), default="true",
                         help="batch norms into the convolutions before them (default: %(default)s)")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=32)

@@ -13,10 +13,13 @@ from tqdm.auto import tqdm
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.data import TO_CALIBRATE
+from fliqs_hf.cli.targets import zero_points
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.formats import Format, parse
+from fliqs_hf.formats.spaces import with_zero_point
 from fliqs_hf.hf import FLIQSConfig, fold_batchnorm
 from fliqs_hf.hf import quantize as round_to_nearest
-from fliqs_hf.ptq import calibrate
+from fliqs_hf.ptq import calibrate, rotate
 from fliqs_hf.tasks import find_task
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import mode_of, pixels
@@ -26,6 +29,7 @@ from fliqs_hf.validation.data import label_reader
 
 #: Images that GPTQ and bias correction see at most: they hold all of them in memory, and more did not help.
 ROUNDING_IMAGES = 128
+FEW = 4
 
 
 class CalibrationImages:
@@ -75,6 +79,10 @@ class CalibrationImages:
             yield images, torch.tensor(answers[done : done + len(images)], device=self._device)
             done += len(images)
 
+    def few(self) -> Tensor:
+        """Pixel values of `FEW` of them, to see how the model is built."""
+        return torch.stack([self._pixels(index) for index in range(min(FEW, len(self._images)))]).to(self._device)
+
     def images(self) -> Iterator[Tensor]:
         """Batches of pixel values of at most `ROUNDING_IMAGES`."""
         return self._batches("calibration", min(ROUNDING_IMAGES, len(self._images)))
@@ -92,10 +100,30 @@ class CalibrationImages:
 
 def check(args: argparse.Namespace) -> None:
     """Raises: ConfigError: an option that needs calibration images, without them."""
-    for name, without in (("rounding", "nearest"), ("bias_correction", "false"), ("activations", "dynamic")):
+    options = {"rounding": "nearest", "bias_correction": "false", "activations": "dynamic", "rotation": "false"}
+    for name, without in {**options, "zero_points": "false"}.items():
         value = getattr(args, name)
         if value not in (None, without) and not args.calibration:
             raise ConfigError(f"--{name} {value} needs images: give some with --calibration DATASET")
+    if args.weight_scale == "output" and (not args.calibration or args.rounding == "nearest"):
+        raise ConfigError("--weight_scale output is found by GPTQ: give --calibration DATASET and --rounding gptq")
+
+
+def turn(args: argparse.Namespace, model: Any, calibration: CalibrationImages | None) -> None:
+    """Rotate `model` in place, where there are images and nothing else is asked for; say what is not rotated."""
+    if calibration is None or args.rotation == "false":
+        return
+    for part, reason in rotate(model, calibration.few()).items():
+        if reason:
+            print(f"the {part} is not rotated: {reason}", file=sys.stderr)
+
+
+def input_format(args: argparse.Namespace) -> Format | None:
+    """The one of all inputs."""
+    if args.activation_format == "none":
+        return None
+    fmt = parse(args.activation_format)
+    return with_zero_point(fmt) if zero_points(args) else fmt
 
 
 def pack(args: argparse.Namespace, model: Any, allocation: Allocation, calibration: CalibrationImages | None) -> Any:

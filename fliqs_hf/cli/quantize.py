@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cli.calibration import CalibrationImages, check, pack
+from fliqs_hf.cli.calibration import CalibrationImages, check, input_format, pack, turn
 from fliqs_hf.cli.floor import floor_of, meeting, missed, record, summary
 from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer
@@ -71,6 +71,7 @@ def _quantized(args: argparse.Namespace, output: RunFolder) -> Outcome:
     start = time.perf_counter()
     calibration = None if args.calibration is None else CalibrationImages(args, model, processor)
     held_out = None if calibration is None or floor is None else HeldOutImages(args, model, processor, calibration)
+    turn(args, model, calibration)
     found = None
     if aim is not None:
         assert calibration is not None, "checked with the target"
@@ -229,7 +230,7 @@ def _config(args: argparse.Namespace) -> FLIQSConfig:
     if args.weight_format is not None:
         formats["weight_format"] = args.weight_format
     if args.activation_format is not None:
-        formats["activation_format"] = None if args.activation_format == "none" else args.activation_format
+        formats["activation_format"] = input_format(args)
     return FLIQSConfig(**formats)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.cost import Target, target_kinds
 from fliqs_hf.cost.hardware import Profile, restricted
 from fliqs_hf.cost.target import given_targets
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
-from fliqs_hf.formats.spaces import parse_formats
+from fliqs_hf.formats.spaces import parse_formats, with_zero_point
 
 
 def targets(args: argparse.Namespace) -> list[Target]:
@@ -26,10 +27,23 @@ def targets(args: argparse.Namespace) -> list[Target]:
     return found
 
 
-def formats(args: argparse.Namespace, profile: Profile | None) -> str | list[Format]:
-    """To choose from. Raises: ConfigError: the profile runs none of them."""
+def formats(args: argparse.Namespace, profile: Profile | None) -> list[Format]:
+    """To choose from: those that are given, and for inputs that are decided apart the same integers with zero points.
+
+    Raises: ConfigError: the profile runs none of them."""
     space = args.search_space[0] if len(args.search_space) == 1 else args.search_space
-    return space if profile is None else restricted(parse_formats(space), profile)
+    found = parse_formats(space) if profile is None else restricted(parse_formats(space), profile)
+    if args.activation != "separate" or not zero_points(args):
+        return list(found)
+    more = {with_zero_point(fmt): fmt for fmt in found}
+    if profile is not None:
+        more = {new: old for new, old in more.items() if profile.runs(LayerFormats(old, new)).state != "simulated"}
+    return [*found, *(fmt for fmt in more if fmt not in found)]
+
+
+def zero_points(args: argparse.Namespace) -> bool:
+    """Whether integer inputs may have one: where there are images and nothing else is asked for."""
+    return bool(args.calibration) and args.zero_points != "false" and args.activations in (None, "dynamic")
 
 
 def rules(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, float]]:

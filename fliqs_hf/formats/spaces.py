@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from fliqs_hf.errors import FormatError
+from fliqs_hf.formats.block import integer_blocks
+from fliqs_hf.formats.plain import IntFormat
 from fliqs_hf.formats.spec import ALIASES, Format, parse
 
 #: The paper's spaces: S has {4, 8, 16} bits, L has {4 … 8, 16}, each in an integer and a float version, with BF16 for
@@ -19,6 +21,15 @@ SPACES: dict[str, tuple[str, ...]] = {
         *("e2m0", "e2m1", "e2m2", "e2m3", "e3m2", "e3m3", "e4m3"),
     ),
 }
+
+
+def with_zero_point(fmt: Format) -> Format:
+    """Of a plain integer of at most 7 bits the same with a zero point, for inputs; any other format itself.
+
+    With 8 bits the codes less their zero point would need 9, and no kernel of 8-bit integers takes them.
+    """
+    plain = isinstance(fmt, IntFormat) and fmt.bits < 8
+    return integer_blocks(fmt.bits, None, zero_point=True) if plain else fmt
 
 
 def parse_formats(space: str | Sequence[str | Format]) -> tuple[Format, ...]:

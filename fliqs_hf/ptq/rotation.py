@@ -139,15 +139,15 @@ def _rotate_stream(model: Any, images: Tensor, seed: int) -> None:
         for reader in readers:
             weight = reader.weight.double().view(reader.out_features, -1, stream.width)
             if norm.bias is not None:
-                shift = (weight @ norm.bias.double()).sum(1)
-                if reader.bias is not None:
-                    reader.bias.copy_(reader.bias.double() + shift)
-                elif bool(shift.any()):  # type: ignore[unreachable]  # torch types a bias that may be None as a tensor
+                shift, bias = (weight @ norm.bias.double()).sum(1), reader._parameters["bias"]
+                if bias is not None:
+                    bias.copy_(bias.double() + shift)
+                elif bool(shift.any()):
                     raise ConfigError("a layer that reads a norm has no bias to take the norm's")
-            if norm.weight is not None:
+            if norm.elementwise_affine:
                 weight = weight * norm.weight.double()
             reader.weight.copy_((weight @ turn.T).flatten(1))
-        if norm.weight is not None:
+        if norm.elementwise_affine:
             norm.weight.fill_(1)
         if norm.bias is not None:
             norm.bias.zero_()

@@ -15,11 +15,11 @@ from datasets import ClassLabel, Dataset, Features, Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
 import fliqs_hf
-from fliqs_hf.allocation import Allocation
+from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.cost import bops, trace_layers, weight_bytes
 from fliqs_hf.hf.card import model_card
 from fliqs_hf.nn import quantizable_layers
-from fliqs_hf.ptq import calibrate
+from fliqs_hf.ptq import calibrate, rotate
 from fliqs_hf.runs.folder import RunFolder
 from fliqs_hf.training.images import pixels
 from fliqs_hf.training.splits import load_split
@@ -158,7 +158,9 @@ def test_quantize_to_a_target_reports_why(
 
 
 def test_quantize_calibrates(fp32: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    allocation = Allocation.uniform(quantizable_layers(tiny("vit", 0)), "int3")
+    layers = quantizable_layers(tiny("vit", 0))
+    one_sided = Allocation({name: LayerFormats.of("int3", "int3_zp") for name in layers})
+    plain = ["--rotation", "false", "--zero_points", "false"]
     split = load_split(str(photos), "train")[0].shuffle(seed=0)
     processor = AutoImageProcessor.from_pretrained(fp32)
     batch = torch.stack([pixels(row["image"], processor, "") for row in split])
@@ -166,18 +168,26 @@ def test_quantize_calibrates(fp32: Path, photos: Path, tmp_path: Path, capsys: p
     for number, (given, expected) in enumerate(
         (
             ([], {}),
+            (["--rotation", "false"], {}),
             (
-                ["--rounding", "nearest", "--bias_correction", "true"],
+                [*plain, "--rounding", "nearest", "--bias_correction", "true"],
                 {"rounding": "nearest", "bias_correction": True},
             ),
-            (["--activations", "mse", "--weight_scale", "absmax"], {"activations": "mse", "weight_scale": "absmax"}),
+            (
+                ["--rotation", "false", "--activations", "mse", "--weight_scale", "absmax"],
+                {"activations": "mse", "weight_scale": "absmax"},
+            ),
         )
     ):
         out = tmp_path / str(number)
         formats = ["--weight_format", "int3", "--activation_format", "int3"]
         answer(capsys, "quantize", str(fp32), str(out), *formats, "--calibration", str(photos), *given)
         found = AutoModelForImageClassification.from_pretrained(out)
-        wanted = calibrate(tiny("vit", 0), allocation, [batch], **expected)
+        model = tiny("vit", 0)
+        if "--rotation" not in given:
+            rotate(model, batch[:4])
+        allocation = Allocation.uniform(layers, "int3") if expected else one_sided
+        wanted = calibrate(model, allocation, [batch], **expected)
         with torch.no_grad():
             assert torch.equal(found(x).logits, wanted(x).logits), given
 
@@ -190,6 +200,9 @@ def test_quantize_calibrates(fp32: Path, photos: Path, tmp_path: Path, capsys: p
         (["--rounding", "gptq"], "--rounding gptq needs images"),
         (["--bias_correction", "true"], "--bias_correction true needs images"),
         (["--activations", "mse"], "--activations mse needs images"),
+        (["--rotation", "true"], "--rotation true needs images"),
+        (["--zero_points", "true"], "--zero_points true needs images"),
+        (["--weight_scale", "output"], "found by GPTQ"),
         (["--weight_format", "int4", "--target_bits", "4", "--calibration", "x"], "give one of"),
         (["--target_bits", "1", "--calibration", "digits"], "below the cheapest"),
         (["--weight_format", "int1"], "int1"),
