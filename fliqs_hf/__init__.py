@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fliqs_hf.hf.hub import push
     from fliqs_hf.oneshot import SearchConfig
     from fliqs_hf.pipeline.export import export
+    from fliqs_hf.pipeline.in_memory import search
     from fliqs_hf.pipeline.own_loop import Search, SearchResult
     from fliqs_hf.pipeline.post_training import allocate
     from fliqs_hf.ptq import calibrate
@@ -36,6 +37,7 @@ _LAZY = {
     "export": "fliqs_hf.pipeline.export",
     "model_card": "fliqs_hf.hf.card",
     "push": "fliqs_hf.hf.hub",
+    "search": "fliqs_hf.pipeline.in_memory",
     "validate": "fliqs_hf.validation.validate",
     "write_report": "fliqs_hf.report.run_report",
 }
@@ -59,6 +61,7 @@ __all__ = [
     "parse",
     "push",
     "quantize",
+    "search",
     "set_kernels",
     "validate",
     "write_report",

@@ -32,7 +32,7 @@ PUBLIC_LEVEL = max(LEVELS.values()) + 1
 
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60
-LONG_YET = {"train", "load"}
+LONG_YET = {"train"}
 
 #: What `import fliqs_hf` must leave to those who use it. Transformers itself brings accelerate, Jinja, PIL and YAML.
 HEAVY = [

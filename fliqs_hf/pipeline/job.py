@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from fliqs_hf.training.stream import StreamData
 from fliqs_hf.training.zero import load_models_whole
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
     """What every part of the run needs."""
 
@@ -70,12 +71,26 @@ def load(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, search_args: SearchArguments
 ) -> Job:
     """Accelerator, data, model and image processor."""
-    task, search = find_task(model_args.task), search_config(search_args)
-    quantizers = QuantizerSettings(activation_granularity=search_args.activation_granularity)
-    quantizers.require_dynamic(learned=True)
+    task = find_task(model_args.task)
+    accelerator = accelerator_of(args, data_args.metrics or [])
+    with accelerator.main_process_first():
+        train_split, eval_split, names = _splits(task, model_args, data_args, args.seed)
+    model, processor = load_classifier(names, **model_settings(model_args))
+    ids = label_ids(names, model)
+    train_data, eval_data = _data(task, train_split, eval_split, processor, names, ids, data_args)
+    augment = None
+    if data_args.augment:
+        mean, std = (getattr(processor, key, None) or [0.5] * 3 for key in ("image_mean", "image_std"))
+        augment = BatchAugment(data_args.augment, len(names), mean, std)
+    parts = (model_args, data_args, args, search_args)
+    return job_of(parts, accelerator, task, model, processor, (train_data, eval_data), augment)
+
+
+def accelerator_of(args: TrainingArguments, metrics: Sequence[str] = ()) -> Accelerator:
+    """Processes, devices and seeds. What cannot be had must not stop the run after hours of training."""
     trackers = trackers_of(args.report_to)
-    for metric in data_args.metrics or []:
-        load_metric(metric)  # one that cannot be had must not stop the run after hours of training
+    for metric in metrics:
+        load_metric(metric)
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision=args.mixed_precision,
@@ -87,73 +102,94 @@ def load(
     if not accelerator.is_main_process:
         hf_logging.set_verbosity_error()
     set_seed(args.seed)
-    with accelerator.main_process_first():
-        train_split, eval_split = load_splits(
-            data_args.dataset_name,
-            dataset_config_name=data_args.dataset_config_name,
-            train_dir=data_args.train_dir,
-            validation_dir=data_args.validation_dir,
-            validation_split=data_args.validation_split,
-            train_val_split=data_args.train_val_split,
-            streaming=data_args.streaming,
-            seed=args.seed,
-            cache_dir=model_args.cache_dir,
-        )
-        train_split, eval_split, names = task.classes(train_split, eval_split, data_args.label_column_name)
-    model, processor = load_classifier(names, **model_settings(model_args))
+    return accelerator
+
+
+def job_of(
+    parts: tuple[ModelArguments, DataArguments, TrainingArguments, SearchArguments],
+    accelerator: Accelerator,
+    task: Task,
+    model: Any,
+    processor: Any,
+    data: tuple[ImageData | StreamData, ImageData],
+    augment: BatchAugment | None = None,
+) -> Job:
+    """A job of what is loaded. Its model is on its device, and its settings are those that will be recorded."""
+    model_args, data_args, args, search_args = parts
+    train_data, eval_data = data
+    quantizers = QuantizerSettings(activation_granularity=search_args.activation_granularity)
+    quantizers.require_dynamic(learned=True)
     if args.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         try:
             enable()
         except ValueError as error:
             raise ConfigError(f"gradient_checkpointing: {error}") from error
+    args = replace(args, max_steps=steps_of(args, train_data, accelerator.num_processes))
+    recorded = (model_args, data_args, args, search_args)
+    settings = json.loads(json.dumps({k: v for part in recorded for k, v in asdict(part).items() if k != "token"}))
+    if trackers := trackers_of(args.report_to):
+        named = {tracker: {RUN_NAMES[tracker]: args.run_name} for tracker in trackers} if args.run_name else {}
+        accelerator.init_trackers("fliqs", {key: str(value) for key, value in settings.items()}, named)
+    return Job(
+        args=args,
+        accelerator=accelerator,
+        search=search_config(search_args),
+        quantizers=quantizers,
+        settings=settings,
+        model=model.to(accelerator.device),
+        processor=processor,
+        train_data=train_data,
+        eval_data=eval_data,
+        augment=augment,
+        metrics=data_args.metrics or [],
+        task=task,
+    )
+
+
+def _splits(task: Task, model_args: ModelArguments, data_args: DataArguments, seed: int) -> tuple[Any, Any, list[str]]:
+    """Training and evaluation split, and the names of their classes."""
+    train_split, eval_split = load_splits(
+        data_args.dataset_name,
+        dataset_config_name=data_args.dataset_config_name,
+        train_dir=data_args.train_dir,
+        validation_dir=data_args.validation_dir,
+        validation_split=data_args.validation_split,
+        train_val_split=data_args.train_val_split,
+        streaming=data_args.streaming,
+        seed=seed,
+        cache_dir=model_args.cache_dir,
+    )
+    return task.classes(train_split, eval_split, data_args.label_column_name)
+
+
+def _data(
+    task: Task, train_split: Any, eval_split: Any, processor: Any, names: list[str], ids: list[int] | None,
+    args: DataArguments,
+) -> tuple[ImageData | StreamData, ImageData]:  # fmt: skip
+    """Both splits as tensors; a fault of all images shows here, before the training."""
     columns: dict[str, Any] = {
-        "image_column": data_args.image_column_name,
-        "label_column": data_args.label_column_name,
-        "label_ids": label_ids(names, model),
+        "image_column": args.image_column_name,
+        "label_column": args.label_column_name,
+        "label_ids": ids,
     }
     train_data: ImageData | StreamData
-    if data_args.streaming:
+    if args.streaming:
         train_data = StreamData(train_split, processor, len(names), **columns)
-        columns["stream"] = undecoded(eval_split, data_args.image_column_name)
+        columns["stream"] = undecoded(eval_split, args.image_column_name)
         eval_split = held_in_memory(
             eval_split,
             names,
-            data_args.max_eval_samples,
-            image_column=data_args.image_column_name,
-            label_column=data_args.label_column_name,
+            args.max_eval_samples,
+            image_column=args.image_column_name,
+            label_column=args.label_column_name,
         )
     else:
-        train_data = task_data(task, train_split, processor, names, data_args.max_train_samples, data_args, columns)
-    eval_data = task_data(task, eval_split, processor, names, data_args.max_eval_samples, data_args, columns)
+        train_data = task_data(task, train_split, processor, names, args.max_train_samples, args, columns)
+    eval_data = task_data(task, eval_split, processor, names, args.max_eval_samples, args, columns)
     for data in (train_data, eval_data):
-        data.first()  # a fault of all images shows before the training
-    augment = None
-    if data_args.augment:
-        mean, std = (getattr(processor, key, None) or [0.5] * 3 for key in ("image_mean", "image_std"))
-        augment = BatchAugment(data_args.augment, len(names), mean, std)
-    args = replace(args, max_steps=steps_of(args, train_data, accelerator.num_processes))
-    parts = (model_args, data_args, args, search_args)
-    settings = json.loads(json.dumps({k: v for part in parts for k, v in asdict(part).items() if k != "token"}))
-    if trackers:
-        named = {tracker: {RUN_NAMES[tracker]: args.run_name} for tracker in trackers} if args.run_name else {}
-        accelerator.init_trackers("fliqs", {key: str(value) for key, value in settings.items()}, named)
-    model.to(accelerator.device)
-    metrics = data_args.metrics or []
-    return Job(
-        args,
-        accelerator,
-        search,
-        quantizers,
-        settings,
-        model,
-        processor,
-        train_data,
-        eval_data,
-        augment,
-        metrics,
-        task,
-    )
+        data.first()
+    return train_data, eval_data
 
 
 def task_data(

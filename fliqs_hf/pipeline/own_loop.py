@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,14 @@ class SearchResult:
 
     Attributes:
         allocation: the formats of every layer.
-        model: trained for them; searchable until `quantize`.
+        model: trained for them; packed, or searchable until `quantize`.
         cost, target_cost: in the unit of the target (BOPs, or bytes of the whole file).
         repaired: whether the integer program replaced the policy's own choice, to meet the target.
         layers: all that were traced, those that stay in fp32 included.
         activation_granularity: of the input scales.
+        metrics: "accuracy" of the fp32 model and of the packed one and "cost", as in results.json; empty after a loop
+            of one's own, which evaluates by itself.
+        run: the run folder, if one was kept.
     """
 
     allocation: Allocation
@@ -50,6 +53,8 @@ class SearchResult:
     repaired: bool
     layers: tuple[LayerInfo, ...]
     activation_granularity: str
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    run: Path | None = None
 
     def quantize(self) -> Any:
         """Pack the model, in place. Returns: the model, for `save_pretrained`; the same again when called again."""

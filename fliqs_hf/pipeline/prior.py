@@ -26,12 +26,12 @@ class Prior:
     Each process measures its share of the images, and all get the same scores.
     """
 
-    def __init__(self, job: Job, original: dict[str, Tensor]) -> None:
+    def __init__(self, job: Job, model: Any) -> None:
         """
         Args:
-            original: the fp32 weights, which `job.model` is given before each pass.
+            model: in fp32; it is left as it is.
         """
-        self.job, self.original = job, original
+        self.job, self.model = job, model
         self.first: Sensitivity | None = None
 
     def scores(self, run: RunFolder, problem: SearchProblem) -> Sensitivity | None:
@@ -41,21 +41,20 @@ class Prior:
             return None
         if job.args.resume and (recorded := run.sensitivity(problem.space)) is not None:
             return recorded
-        job.model.load_state_dict(self.original)
         if self.first is None:
             batches = self._batches("sensitivity")
             self.first = fisher_scores(
-                job.model, batches, self._logits, problem.space, combine=self._sum, task=job.task
+                self.model, batches, self._logits, problem.space, combine=self._sum, task=job.task
             )
         if config.prior_passes == 1:
             return self.first
         return second_look(
-            job.model, self._batches("sensitivity again"), self._logits, problem, self.first, config.band, self._sum,
+            self.model, self._batches("sensitivity again"), self._logits, problem, self.first, config.band, self._sum,
             task=job.task,
         )  # fmt: skip
 
     def _logits(self, images: Tensor) -> Tensor:
-        return self.job.task.prediction(self.job.model(images))
+        return self.job.task.prediction(self.model(images))
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over processes."""

@@ -11,23 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import get_int_from_env
-from torch import Tensor
 
-from fliqs_hf import checksums
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, Target, trace_layers, unlisted_bytes
 from fliqs_hf.cost.latency import LatencyTable
-from fliqs_hf.errors import CheckpointError, ConfigError
+from fliqs_hf.errors import ConfigError
 from fliqs_hf.failures import status_of
 from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.hf import FLIQSConfig, fold_batchnorm, quantize
 from fliqs_hf.lock import locked
-from fliqs_hf.nn import format_switch, make_searchable, quantizable_layers, restore
+from fliqs_hf.nn import format_switch, make_searchable, quantizable_layers
 from fliqs_hf.oneshot import OneShotSearch
 from fliqs_hf.oneshot.hook import FixedFormats, SearchHook
 from fliqs_hf.pipeline.checks import check_arguments, limits_of, search_space, targets_of, uniform_formats
 from fliqs_hf.pipeline.completion import complete
 from fliqs_hf.pipeline.costs import search_problem
+from fliqs_hf.pipeline.finetuning import finetune
 from fliqs_hf.pipeline.job import Job, load
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.outside import Publishing, Tracking
@@ -36,7 +35,6 @@ from fliqs_hf.pipeline.statistics import settle_batchnorm
 from fliqs_hf.records import RunResults
 from fliqs_hf.runs.folder import RunFolder, cost_summary, write_front
 from fliqs_hf.selection import SearchProblem, SearchSpace
-from fliqs_hf.tasks import Task
 from fliqs_hf.training import train
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, parse
 from fliqs_hf.training.loading import hub_token
@@ -52,7 +50,7 @@ class Start:
     Attributes:
         layers: all that were traced; those of `space` are searched, the others stay in fp32.
         problems: of one space, by target.
-        original: the fp32 weights. fp32: their `Score`.
+        model: in fp32; searches train copies of it. fp32: its `Score`.
         other_bytes, fp32_bytes: of the checkpoint, beside the layers' weights, and of the whole in fp32.
         prior: sensitivity scores.
         uniform: formats of the uniform models to train for comparison, in `folder`.
@@ -62,7 +60,7 @@ class Start:
 
     layers: tuple[LayerInfo, ...]
     problems: dict[Target, SearchProblem]
-    original: dict[str, Tensor]
+    model: Any
     fp32: Any
     prior: Prior
     other_bytes: int
@@ -104,7 +102,18 @@ def _run(
     """`main` with folders that no other process writes to."""
     check_output((folder, *runs.values()), parts[2])
     job = load(*parts)
-    layers, problems = searched(job, parts[3], list(runs))
+    return carry_out(job, folder, runs, *searched(job, parts[3], list(runs)), uniform)
+
+
+def carry_out(
+    job: Job,
+    folder: RunFolder,
+    runs: dict[Target, RunFolder],
+    layers: tuple[LayerInfo, ...],
+    problems: dict[Target, SearchProblem],
+    uniform: list[str],
+) -> list[dict[str, Any]]:
+    """The run of a job: fp32, then a search for each target. Returns: as `main`."""
     if job.args.resume:
         for run in (folder, *runs.values()):
             run.check(job.settings, job.search)
@@ -118,17 +127,16 @@ def _run(
         if len(runs) > 1:
             folder.files.claim(*(f"{target.label}/" for target in runs))
 
-    finetune(job, folder)
-    fp32 = job.evaluate(job.model, "fp32 evaluation")
+    model = finetune(job, folder)
+    fp32 = job.evaluate(model, "fp32 evaluation")
     job.accelerator.print(f"fp32 {job.task.measure}: {fp32.value:.2%} of {fp32.n} images")
-    state = {name: tensor.detach().clone() for name, tensor in job.model.state_dict().items()}
     start = Start(
         folder, layers, problems,
-        original=state,
+        model=model,
         fp32=fp32,
-        prior=Prior(job, state),
-        other_bytes=unlisted_bytes(job.model, layers),
-        fp32_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
+        prior=Prior(job, model),
+        other_bytes=unlisted_bytes(model, layers),
+        fp32_bytes=sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
         uniform=uniform,
     )  # fmt: skip
     several = len(runs) > 1
@@ -193,51 +201,6 @@ def check_output(runs: Sequence[RunFolder], args: TrainingArguments) -> None:
     check_run_folders(runs, replace, "add --resume to go on with it, --overwrite_output_dir to replace it")
 
 
-def finetuned(folder: RunFolder) -> Path:
-    """Where the fine-tuned fp32 checkpoint goes."""
-    return folder.records / "fp32"
-
-
-def finetune(job: Job, folder: RunFolder) -> None:
-    """Train in fp32, if the arguments say so, and keep the result in `fp32/`, which `--resume` starts from."""
-    if not job.args.finetune_steps:
-        return
-    kept, state = finetuned(folder), folder.records / "fp32-state"
-    if job.args.resume and kept.exists():
-        job.model.load_state_dict(_intact(kept, job.task).state_dict())
-        if job.accelerator.is_main_process:
-            folder.discard(state.name)
-        return
-    if job.accelerator.is_main_process:
-        folder.claim(kept.name, f"{state.name}/")
-    job.accelerator.wait_for_everyone()
-    config = job.train_config(job.args.finetune_steps, job.args.finetune_learning_rate or job.args.learning_rate)
-    job.model = train(
-        job.model, job.train_data, config, job.accelerator, augment=job.augment, score=job.score, state_folder=state,
-        resume=job.args.resume, on_log=Tracking(job, "fp32/").log, name="fp32 training",
-        task=job.task,
-    )  # fmt: skip
-    settle_batchnorm(job, job.model, "fp32")
-    if job.accelerator.is_main_process:
-        with folder.replacing(kept.name) as draft:
-            job.model.save_pretrained(draft)
-            job.processor.save_pretrained(draft)
-            checksums.seal_folder(draft)
-        folder.discard(state.name)
-    job.accelerator.wait_for_everyone()
-
-
-def _intact(kept: Path, task: Task) -> Any:
-    """The fine-tuned model as it was written. Raises: CheckpointError: damaged, or changed since."""
-    try:
-        checksums.check_folder(kept)
-        return task.auto_class().from_pretrained(kept)
-    except (CheckpointError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the fine-tuned model is lost: {error}; restore it, or remove {kept}, and --resume trains it again"
-        ) from error
-
-
 def search_for(job: Job, run: RunFolder, target: Target, start: Start, track: Tracking) -> dict[str, Any]:
     """One search and all that a run folder has at its end, of which a resumed run makes what is not there.
 
@@ -279,12 +242,12 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
         run.append({**entry, "phase": search.phase(entry["step"] - 1)})
         track.log(entry)
 
-    train_formats(
+    trained = train_formats(
         job, start, lambda switch: SearchHook(search, switch, run.policy), start.space.formats, run.state,
         f"search for {target.kind} {figure(target.value)}", on_log,
     )  # fmt: skip
     final = search.finalize()
-    accuracy = deliver(job, run, final.allocation, None, "searched evaluation")
+    accuracy = deliver(job, run, trained, final.allocation, None, "searched evaluation")
     accelerator.wait_for_everyone()
     track.log({"step": job.steps, f"eval/{accuracy.key}": accuracy.value, "eval/loss": accuracy.loss})
     others = {f"uniform_{name}": train_uniform(job, start, name) for name in start.uniform}
@@ -317,47 +280,47 @@ def train_formats(
     state: Path,
     name: str,
     on_log: Callable[[dict[str, Any]], None] | None = None,
-) -> None:
-    """Train `job.model` from the fp32 weights, quantized as the hook says; it stays searchable, for `deliver`.
+) -> Any:
+    """Train a copy of the fp32 model, quantized as the hook says.
 
     Args:
         hook: `FormatSwitch` -> `StepHook`.
+    Returns: the copy, searchable, for `deliver`.
     """
-    job.model.load_state_dict(start.original)
-    teacher = copy.deepcopy(job.model) if job.args.distill else None
+    model = copy.deepcopy(start.model)
+    teacher = copy.deepcopy(start.model) if job.args.distill else None
     groups = {layer.name: layer.input_group for layer in start.space.layers}
-    switch = make_searchable(job.model, formats, names=list(groups), input_groups=groups, settings=job.quantizers)
-    job.model = train(
-        job.model, job.train_data, job.train_config(job.steps, job.args.learning_rate),
+    switch = make_searchable(model, formats, names=list(groups), input_groups=groups, settings=job.quantizers)
+    return train(
+        model, job.train_data, job.train_config(job.steps, job.args.learning_rate),
         job.accelerator, hook=hook(switch), augment=job.augment, teacher=teacher, score=job.score,
         state_folder=state, resume=job.args.resume, on_log=on_log, name=name, task=job.task,
     )  # fmt: skip
 
 
-def deliver(job: Job, run: RunFolder, allocation: Allocation, folder: str | None, name: str) -> Any:
-    """Pack `job.model`, load it as a user would, and evaluate what was loaded. The model is plain afterwards.
+def deliver(job: Job, run: RunFolder, trained: Any, allocation: Allocation, folder: str | None, name: str) -> Any:
+    """Pack a trained model, load it as a user would, and evaluate what was loaded.
 
     Args:
+        trained: searchable, and not needed any more: on the main process it is what becomes the packed one.
         folder: of the records, where it goes; None where it is the run's own model.
     """
     if job.accelerator.is_main_process:
         config = FLIQSConfig(allocation=allocation, activation_granularity=job.quantizers.activation_granularity)
-        model = copy.deepcopy(job.model)
-        format_switch(model).set_allocation(allocation)
-        settle_batchnorm(job, model, name)
-        quantize(model, config)
+        format_switch(trained).set_allocation(allocation)
+        settle_batchnorm(job, trained, name)
+        packed = quantize(trained, config)
         if job.args.fold_batchnorm:
-            fold_batchnorm(model, {"pixel_values": job.eval_data[0][0][None].to(job.accelerator.device)})
+            fold_batchnorm(packed, {"pixel_values": job.eval_data[0][0][None].to(job.accelerator.device)})
         with run.files.model() if folder is None else run.replacing(folder) as draft:
-            model.save_pretrained(draft)
+            packed.save_pretrained(draft)
             job.processor.save_pretrained(draft)
         if folder is None:
             run.write("allocation.json", allocation.to_dict())
-    restore(job.model)
     job.accelerator.wait_for_everyone()
     place = run.path if folder is None else run.records / folder
-    packed = job.task.auto_class().from_pretrained(place).to(job.accelerator.device)
-    return job.evaluate(packed, name)
+    loaded = job.task.auto_class().from_pretrained(place).to(job.accelerator.device)
+    return job.evaluate(loaded, name)
 
 
 def train_uniform(job: Job, start: Start, fmt: str) -> dict[str, Any]:
@@ -379,10 +342,10 @@ def train_uniform(job: Job, start: Start, fmt: str) -> dict[str, Any]:
     allocation = Allocation.uniform([layer.name for layer in start.space.layers], fmt)
     if job.accelerator.is_main_process:
         run.claim(folder, f"{state.name}/")
-    train_formats(
+    trained = train_formats(
         job, start, lambda switch: FixedFormats(switch, allocation), [parse_format(fmt)], state, f"uniform {fmt}"
     )
-    accuracy = deliver(job, run, allocation, folder, f"uniform {fmt} evaluation").to_dict()
+    accuracy = deliver(job, run, trained, allocation, folder, f"uniform {fmt} evaluation").to_dict()
     job.accelerator.wait_for_everyone()
     if job.accelerator.is_main_process:
         run.write_result(record, accuracy)

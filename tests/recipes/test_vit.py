@@ -21,6 +21,7 @@ import fliqs_hf
 from fliqs_hf.cost import LayerInfo, bops
 from fliqs_hf.errors import CheckpointError, ConfigError, FliqsError, HubError, TargetError, TrainingError
 from fliqs_hf.nn import packed_layers
+from fliqs_hf.pipeline import finetuning
 from fliqs_hf.pipeline import job as recipe_job
 from fliqs_hf.pipeline import prior as recipe_prior
 from fliqs_hf.pipeline import search as recipe
@@ -180,7 +181,7 @@ def test_an_earlier_run_in_the_folder_is_not_taken_for_this_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "train", crash)
+        patch.setattr(finetuning, "train", crash)
         with pytest.raises(KeyboardInterrupt):
             main([str(file)])
     assert sorted(path.name for path in run.iterdir()) == ["fliqs"]

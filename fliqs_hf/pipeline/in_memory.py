@@ -1,0 +1,200 @@
+"""The recipe for a model and images that are in memory: `fliqs_hf.search`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader
+
+from fliqs_hf.cost import Target
+from fliqs_hf.errors import ConfigError, DataError, did_you_mean
+from fliqs_hf.formats import Format
+from fliqs_hf.formats.spaces import parse_formats
+from fliqs_hf.hf.quantizer import refuse_packed, require_transformers
+from fliqs_hf.lock import locked
+from fliqs_hf.nn.finite import check_finite
+from fliqs_hf.oneshot import SearchConfig
+from fliqs_hf.pipeline.checkpoints import load_processor
+from fliqs_hf.pipeline.job import Job, accelerator_of, job_of, task_data
+from fliqs_hf.pipeline.outputs import check_run_folders
+from fliqs_hf.pipeline.own_loop import SearchResult
+from fliqs_hf.pipeline.search import carry_out, searched
+from fliqs_hf.runs.finished import FinishedRun
+from fliqs_hf.runs.folder import RunFolder
+from fliqs_hf.selection.space import ActivationMode
+from fliqs_hf.tasks import Task, find_task
+from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
+from fliqs_hf.training.models import label_ids
+from fliqs_hf.training.pixels import PixelData
+
+
+def search(
+    model: Any,
+    data: Any,
+    target: Target,
+    *,
+    eval_data: Any = None,
+    processor: Any = None,
+    output_dir: str | Path | None = None,
+    config: SearchConfig | None = None,
+    search_space: str | Sequence[str | Format] = "mixed",
+    activation: ActivationMode = "same",
+    modules_to_not_convert: Sequence[str] | None = None,
+    tie: Sequence[str] = (),
+    activation_granularity: Literal["per_token", "per_token_clipped"] = "per_token",
+    image_column: str = "image",
+    label_column: str = "label",
+    task: str = "image-classification",
+    **training: Any,
+) -> SearchResult:
+    """Search formats, train the weights for them, pack, evaluate: what `fliqs-hf search` does.
+
+    Args:
+        model: in fp32, of Transformers. It stays as it is: a copy is trained.
+        data: images to train with: a `datasets.Dataset` with columns of images and of labels, or a dataset of pairs
+            (pixel values [channels, height, width], label) or of dictionaries of both ("pixel_values", "labels"), as
+            for `Trainer`. A `datasets.DatasetDict` holds those of `eval_data` too ("validation", or else "test").
+        eval_data: images that accuracies are measured on, of the same kind.
+        processor: the model's image processor; default: that of the checkpoint the model was loaded from.
+        output_dir: run folder to write, with report and card; None: nothing is kept on disk.
+        training: settings of the recipe by name, such as `max_steps`, `learning_rate`, `finetune_steps`, `resume`.
+    Returns: the packed model, as it is loaded from its files; its allocation, costs and accuracies.
+    Raises: ConfigError, TargetError, FormatError, DataError: what cannot work, before anything is trained.
+    """
+    parts = (
+        ModelArguments(model_name_or_path=getattr(model, "name_or_path", None) or None, task=task),
+        DataArguments(image_column_name=image_column, label_column_name=label_column),
+        _training_arguments(training, output_dir),
+        SearchArguments(
+            search_space=[fmt.name for fmt in parse_formats(search_space)],
+            activation=activation,
+            activation_granularity=activation_granularity,
+            modules_to_not_convert=list(modules_to_not_convert) if modules_to_not_convert else None,
+            tie=list(tie) or None,
+            search_overrides=_changes(config or SearchConfig()),
+        ),
+    )
+    require_transformers(model)
+    refuse_packed(model)
+    check_finite(model)
+    splits = _splits(data, eval_data)
+    return _run(model, splits, target, parts, processor or _processor_of(model), output_dir)
+
+
+def _run(
+    model: Any,
+    splits: tuple[Any, Any],
+    target: Target,
+    parts: tuple[ModelArguments, DataArguments, TrainingArguments, SearchArguments],
+    processor: Any,
+    output_dir: str | Path | None,
+) -> SearchResult:
+    model_args, data_args, args, search_args = parts
+    kind = find_task(model_args.task)
+    kind.check(model.config)
+    with ExitStack() as stack:
+        if output_dir is None:
+            args = replace(args, output_dir=stack.enter_context(TemporaryDirectory()))
+        folder = RunFolder(args.output_dir)
+        check_run_folders(
+            [folder],
+            args.resume or args.overwrite_output_dir or output_dir is None,
+            "give resume=True to go on with it, overwrite_output_dir=True to replace it",
+        )
+        accelerator = accelerator_of(args)
+        if output_dir is None and accelerator.num_processes > 1:
+            raise ConfigError("several processes need a folder that all of them see: give output_dir=")
+        if accelerator.is_main_process:
+            stack.enter_context(locked(folder.path))
+        pair = _tensors(kind, *splits, processor, model, data_args)
+        parts = (model_args, data_args, args, search_args)
+        job = job_of(parts, accelerator, kind, copy.deepcopy(model), processor, pair)
+        result = _result(job, folder, target, search_args)
+    return result if output_dir is None else replace(result, run=folder.path)
+
+
+def _result(job: Job, folder: RunFolder, target: Target, search_args: SearchArguments) -> SearchResult:
+    layers, problems = searched(job, search_args, [target])
+    (found,) = carry_out(job, folder, {target: folder}, layers, problems, [])
+    allocation = FinishedRun.read(folder.path).allocation
+    packed = job.task.auto_class().from_pretrained(folder.path).to(job.accelerator.device)
+    return SearchResult(
+        allocation=allocation,
+        model=packed,
+        cost=problems[target].costs.of(allocation),
+        target_cost=problems[target].target_cost,
+        repaired=found["repaired"],
+        layers=layers,
+        activation_granularity=job.quantizers.activation_granularity,
+        metrics={"accuracy": found["accuracy"], "cost": found["cost"]},
+    )
+
+
+def _changes(config: SearchConfig) -> dict[str, Any]:
+    """What differs from the default, as `search_overrides` of a settings file has it."""
+    default = asdict(SearchConfig())
+    return {name: value for name, value in asdict(config).items() if value != default[name]}
+
+
+def _training_arguments(training: Mapping[str, Any], output_dir: str | Path | None) -> TrainingArguments:
+    """Raises: ConfigError: a setting that does not exist."""
+    known = [field.name for field in fields(TrainingArguments)]
+    for name in training:
+        if name not in known:
+            raise ConfigError(f"search() has no argument {name!r}{did_you_mean(name, known)}")
+    folder = {} if output_dir is None else {"output_dir": str(output_dir)}
+    return TrainingArguments(**{**training, **folder})
+
+
+def _processor_of(model: Any) -> Any:
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        raise ConfigError("the model was made in memory and has no image processor: give processor=")
+    return load_processor(name)
+
+
+def _splits(data: Any, eval_data: Any) -> tuple[Any, Any]:
+    """Training and evaluation images. Raises: ConfigError: one is missing, or is no dataset."""
+    if isinstance(data, Mapping):
+        other = next((name for name in ("validation", "test") if name in data), None)
+        eval_data = data[other] if eval_data is None and other else eval_data
+        if "train" not in data:
+            raise ConfigError(f"data has the splits {', '.join(map(str, data))}: search() trains with 'train'")
+        data = data["train"]
+    if eval_data is None:
+        raise ConfigError("give eval_data=, images that accuracy is measured on, such as half of train_test_split()")
+    for name, given in (("data", data), ("eval_data", eval_data)):
+        if isinstance(given, DataLoader):
+            raise ConfigError(f"{name} is a DataLoader: give its dataset, or use fliqs_hf.Search in your own loop")
+        if not hasattr(given, "__getitem__") or not hasattr(given, "__len__"):
+            raise ConfigError(f"{name} is a {type(given).__name__}: give a dataset that has a length")
+    return data, eval_data
+
+
+def _tensors(
+    task: Task, train: Any, held_out: Any, processor: Any, model: Any, args: DataArguments
+) -> tuple[Any, Any]:
+    """Both as pixel values and labels. Raises: DataError: other items, or labels that are no classes of the model."""
+    if not hasattr(train, "column_names") or "pixel_values" in train.column_names or train.format["type"] == "custom":
+        pairs = PixelData(train, model.num_labels), PixelData(held_out, model.num_labels)
+        for data in pairs:
+            data.first()
+        return pairs
+    train, held_out, names = task.classes(train, held_out, args.label_column_name)
+    columns = {
+        "image_column": args.image_column_name,
+        "label_column": args.label_column_name,
+        "label_ids": label_ids(names, model),
+    }
+    if len(names) > model.num_labels:
+        raise DataError(f"the data set has {len(names)} classes, the model {model.num_labels}")
+    split = [task_data(task, split, processor, names, None, args, columns) for split in (train, held_out)]
+    for data in split:
+        data.first()
+    return split[0], split[1]

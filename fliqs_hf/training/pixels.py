@@ -1,0 +1,49 @@
+"""Pixel values and labels that somebody else has made, as the recipe reads images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fliqs_hf.errors import DataError
+
+
+class PixelData(Dataset[tuple[Tensor, int]]):
+    """A dataset of pixel values and labels as the recipe reads them."""
+
+    def __init__(self, data: Any, num_labels: int) -> None:
+        """Raises: DataError: it is empty."""
+        if not len(data):
+            raise DataError("the dataset is empty: it holds no image")
+        self.data, self.num_labels = data, num_labels
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def first(self) -> tuple[Tensor, int]:
+        return self[0]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        item = self.data[index]
+        if isinstance(item, Mapping) and "pixel_values" in item:
+            item = item["pixel_values"], item["labels"] if "labels" in item else item.get("label")
+        if not (isinstance(item, (tuple, list)) and len(item) == 2):
+            raise DataError(
+                f"item {index} is a {type(item).__name__}: give pairs (pixel values, label), or dictionaries with "
+                "'pixel_values' and 'labels'"
+            )
+        pixels, label = torch.as_tensor(item[0]), item[1]
+        if pixels.ndim != 3 or not pixels.is_floating_point():
+            raise DataError(
+                f"item {index}: pixel values are floats [channels, height, width], not {list(pixels.shape)}"
+            )
+        number = int(label) if isinstance(label, (int, Tensor)) and not isinstance(label, bool) else -1
+        if not 0 <= number < self.num_labels:
+            raise DataError(
+                f"item {index} has the label {label!r}, not a class of the model, 0 to {self.num_labels - 1}"
+            )
+        return pixels.float(), number

@@ -1,0 +1,103 @@
+"""`fliqs_hf.search`: the recipe in one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageClassification, ViTImageProcessor
+
+import fliqs_hf
+from fliqs_hf import SearchConfig, Target
+from fliqs_hf.cost import bops
+from fliqs_hf.errors import ConfigError, DataError, TargetError
+from fliqs_hf.nn import packed_layers
+from tests.helpers.models import images, tiny
+
+BITS = Target.of(target_bits=4)
+SETTINGS: dict[str, Any] = {
+    "config": SearchConfig(prior_images=16, explore_fraction=0.5),
+    "search_space": ["int3", "int4", "e2m1", "int8"],
+    "max_steps": 6,
+    "per_device_train_batch_size": 8,
+    "use_cpu": True,
+}
+
+
+def processor() -> Any:
+    side = tiny("vit").config.image_size
+    return ViTImageProcessor(size={"height": side, "width": side})
+
+
+def pairs(count: int = 24) -> list[tuple[Tensor, int]]:
+    return [(pixels, i % 5) for i, pixels in enumerate(images(count))]
+
+
+def test_one_call_searches_trains_packs_and_evaluates(tmp_path: Path) -> None:
+    model, data, run = tiny("vit"), pairs(), tmp_path / "run"
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = fliqs_hf.search(
+        model, data, BITS, eval_data=data[:10], processor=processor(), output_dir=run, finetune_steps=2, **SETTINGS
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not packed_layers(model)
+    assert result.cost == bops(result.layers, result.allocation) and 0.97 <= result.cost / result.target_cost <= 1
+    assert result.metrics["accuracy"]["searched"]["n"] == 10
+    assert result.run == run and (run / "README.md").exists() and (run / "fliqs/report.html").exists()
+    loaded = AutoModelForImageClassification.from_pretrained(run)
+    assert len(packed_layers(loaded)) == len(result.allocation)
+    result.save_pretrained(tmp_path / "copy")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "copy")
+    batch = torch.stack([pixels for pixels, _ in data[:4]])
+    with torch.no_grad():
+        assert torch.equal(loaded(batch).logits, result.model(batch).logits)
+        assert torch.equal(again(batch).logits, result.model(batch).logits)
+    with pytest.raises(ConfigError, match="holds a run already: give resume=True"):
+        fliqs_hf.search(model, data, BITS, eval_data=data, processor=processor(), output_dir=run, **SETTINGS)
+
+
+def test_data_of_all_kinds_give_the_same_search() -> None:
+    """Pairs, dictionaries as a transform of `datasets` gives them, and columns of images."""
+    prepare, names = processor(), [f"LABEL_{i}" for i in range(5)]
+    noise = torch.randint(256, (24, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = [{"image": Image.fromarray(x.numpy()), "label": i % 5} for i, x in enumerate(noise)]
+    columns = datasets.Dataset.from_list(rows, features=features)
+    tensors = [prepare(row["image"].convert("RGB"), return_tensors="pt")["pixel_values"][0] for row in columns]
+    as_pairs = [(pixels, i % 5) for i, pixels in enumerate(tensors)]
+    as_dictionaries = [{"pixel_values": pixels, "labels": label} for pixels, label in as_pairs]
+    found = []
+    for data in (as_pairs, as_dictionaries, columns, datasets.DatasetDict(train=columns, validation=columns)):
+        given = {} if isinstance(data, dict) else {"eval_data": data}
+        found.append(fliqs_hf.search(tiny("vit"), data, BITS, processor=prepare, **given, **SETTINGS))
+    first = found[0].model.state_dict()
+    assert found[0].run is None
+    for other in found[1:]:
+        assert other.allocation == found[0].allocation and other.metrics == found[0].metrics
+        assert all(torch.equal(tensor, first[name]) for name, tensor in other.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), [
+    ({"eval_data": None}, ConfigError, "give eval_data="),
+    ({"data": {"test": pairs(8)}}, ConfigError, "trains with 'train'"),
+    ({"data": DataLoader(pairs(8))}, ConfigError, "give its dataset"),
+    ({"data": 5}, ConfigError, "has a length"),
+    ({"data": []}, DataError, "the dataset is empty"),
+    ({"data": [5] * 8}, DataError, "item 0 is a int"),
+    ({"data": [(torch.zeros(2), 0)] * 8}, DataError, "pixel values are floats"),
+    ({"eval_data": [(images(1)[0], 7)]}, DataError, "label 7, not a class"),
+    ({"processor": None}, ConfigError, "give processor="),
+    ({"max_stepz": 5}, ConfigError, "no argument 'max_stepz'; did you mean 'max_steps'"),
+    ({"max_steps": 0}, ConfigError, "max_steps"),
+    ({"target": Target.of(target_bits=1)}, TargetError, "target"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused(changes: dict[str, Any], error: type[Exception], words: str) -> None:
+    given = {"data": pairs(8), "eval_data": pairs(8), "target": BITS, "processor": processor(), **SETTINGS, **changes}
+    with pytest.raises(error, match=words):
+        fliqs_hf.search(tiny("vit"), given.pop("data"), given.pop("target"), **given)
