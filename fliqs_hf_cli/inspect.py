@@ -12,4 +12,7 @@ EXAMPLES = """  fliqs-hf inspect runs/digits
 def arguments(parser: Parser) -> None:
     parser.add_argument("checkpoint", help="Hub id or folder")
     parser.add_argument("--layers", action="store_true", help="list every layer")
+    parser.add_argument("--hardware", metavar="NAME", default="auto",
+                        help="whose share of the bit operations to name: a profile, auto (this machine), or a .yaml "
+                        "file")  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")

@@ -10,12 +10,14 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.output import answer, table
-from fliqs_hf.errors import HubError
+from fliqs_hf.cost.hardware import load_profile, native_share
+from fliqs_hf.errors import ConfigError, HubError
 from fliqs_hf.hf.integrity import integrity_wanted
 from fliqs_hf.nn import packed_layers
 from fliqs_hf.nn.kernels import kernels_of
-from fliqs_hf.pipeline.checkpoints import load_model
+from fliqs_hf.pipeline.checkpoints import load_model, traced
 from fliqs_hf.runs.finished import FinishedRun
 
 
@@ -54,22 +56,19 @@ def inspect(args: argparse.Namespace) -> int:
         },
         **({"layers": layers} if args.layers else {}),
     }  # fmt: skip
-    intact = "complete, header as the config says, every number finite, "
-    if run.quantization.digests is None:
-        intact += "but written before checkpoints had digests"
-    elif not integrity_wanted():
-        intact += "but its digests were not compared"
-    else:
-        intact += "tensors and settings as they were saved"
     text = (
         f"{type(model).__name__}: {len(layers)} quantized layers, {parameters:,} weights in {packed_bytes:,} bytes "
         f"({8 * packed_bytes / max(parameters, 1):.2f} bits each, scales included)\n"
         f"{', '.join(data['files'])}: {file_bytes:,} bytes, {file_bytes - packed_bytes:,} of them not quantized\n"
-        f"intact: {intact}\n\n"
+        f"intact: {_intact(run)}\n\n"
         + table(("weights", "inputs", "layers"), [(w, a, n) for (w, a), n in counts.most_common()])
         + "\n\n"
         + table(("kernel on this machine", "layers", "why"), [(k, n, why) for (k, why), n in run_by.most_common()])
     )
+    data["hardware"] = hardware = _hardware(args.hardware, model, run.allocation)
+    if "share" in hardware:
+        share = ", ".join(f"{part:.1%} {state}" for state, part in hardware["share"].items())
+        text += f"\n\nbit operations on {hardware['profile']}: {share}"
     if args.layers:
         rows = [
             (x["name"], x["weight"], x["activation"], "×".join(map(str, x["shape"])), f"{x['bytes']:,}", x["kernel"])
@@ -78,6 +77,28 @@ def inspect(args: argparse.Namespace) -> int:
         text += "\n\n" + table(("layer", "weights", "inputs", "shape", "bytes", "kernel"), rows)
     answer(args.json, data, text)
     return 0
+
+
+def _intact(run: FinishedRun) -> str:
+    """What loading it has shown."""
+    intact = "complete, header as the config says, every number finite, "
+    if run.quantization.digests is None:
+        return intact + "but written before checkpoints had digests"
+    if not integrity_wanted():
+        return intact + "but its digests were not compared"
+    return intact + "tensors and settings as they were saved"
+
+
+def _hardware(name: str, model: Any, allocation: Allocation) -> dict[str, Any]:
+    """Where the bit operations run, by a hardware profile; or why that is not known."""
+    try:
+        profile = load_profile(name)
+        layers = [layer for layer in traced(model)[0] if layer.name in allocation]
+        return {"profile": profile.name, "share": native_share(profile, layers, allocation)}
+    except ConfigError as error:  # a device without a profile, or a model that cannot be run on an image
+        if name != "auto":
+            raise
+        return {"unknown": str(error)}
 
 
 def _folder(name: str, revision: str | None) -> str:

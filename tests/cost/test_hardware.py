@@ -155,4 +155,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert fliqs_hf_cli.main(["hardware", "check", str(tmp_path / "run"), "--hardware", "h100", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert sum(data["share"].values()) == pytest.approx(1) and data["layers"][0]["runs"] == "carried"
+    share = data["share"]
+    assert fliqs_hf_cli.main(["inspect", str(tmp_path / "run"), "--hardware", "h100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["hardware"] == {"profile": "h100", "share": pytest.approx(share)}
+    assert fliqs_hf_cli.main(["inspect", str(tmp_path / "run"), "--hardware", "h100"]) == 0
+    assert "bit operations on h100: " in capsys.readouterr().out
     assert fliqs_hf_cli.main(["hardware", "show"]) == 2
