@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fliqs_hf_cli.parser import Parser, match_labels
+from fliqs_hf_cli import quantize
+from fliqs_hf_cli.parser import Parser, match_labels, take_defaults
 
 HELP = "what every budget buys: the best allocations by cost, from one pass over images"
 EXAMPLES = """  fliqs-hf front MODEL fronts/deit --calibration photos/
@@ -32,4 +33,4 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--device", help="cpu, cuda, …; default: cuda if there is one")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.set_defaults(task="image-classification")
+    take_defaults(parser, quantize.arguments)

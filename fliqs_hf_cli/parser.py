@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 
@@ -41,3 +42,11 @@ def match_labels(parser: Parser) -> None:
     """The argument of every command that compares labels of data with those of a model."""
     parser.add_argument("--match_labels", choices=("name", "index"), default="name",
                         help="match classes of data and model by name, or take the numbers as they are")  # fmt: skip
+
+
+def take_defaults(parser: Parser, arguments: Callable[[Parser], None]) -> None:
+    """Let `parser` give every argument of another command, its default where it has none of that name itself."""
+    other = Parser()
+    arguments(other)
+    own = {action.dest for action in parser._actions}
+    parser.set_defaults(**{action.dest: action.default for action in other._actions if action.dest not in own})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fliqs_hf_cli.parser import Parser, match_labels
+from fliqs_hf_cli import quantize
+from fliqs_hf_cli.parser import Parser, match_labels, take_defaults
 
 HELP = "one quantized checkpoint that is accurate enough, with what speaks for it"
 EXAMPLES = """  fliqs-hf recommend MODEL runs/pilot --calibration photos/ --max_drop 0.5
@@ -37,8 +38,4 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--device", help="cpu, cuda, …; default: cuda if there is one")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in OUTPUT")
-    unset = (
-        "weight_format", "activation_format", "allocation", "target", "require", "min_bits", "rounding",
-        "bias_correction", "activations", "weight_scale", "modules_to_not_convert",
-    )  # fmt: skip
-    parser.set_defaults(**dict.fromkeys(unset), activation="same", fold_batchnorm="true", task="image-classification")
+    take_defaults(parser, quantize.arguments)

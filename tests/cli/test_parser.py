@@ -73,6 +73,17 @@ def test_no_option_goes_away() -> None:
         assert expected <= set(command._option_string_actions), name
 
 
+def test_recommend_has_all_that_quantize_reads() -> None:
+    parser = fliqs_hf_cli.Parser()
+    fliqs_hf_cli.add_commands(parser)
+    plain, found = (
+        vars(parser.parse_args([name, "m", "o", "--calibration", "d"])) for name in ("quantize", "recommend")
+    )
+    assert plain.keys() <= found.keys() and found["rounding"] is None
+    own = {"fliqs_command", "hardware", "held_out_images"}
+    assert {key: found[key] for key in plain.keys() - own} == {key: plain[key] for key in plain.keys() - own}
+
+
 def test_every_command_is_a_file_of_arguments_and_one_of_what_it_does() -> None:
     told = {path.stem for path in (ROOT / "fliqs_hf_cli").glob("*.py")} - {"__init__", "__main__", "parser"}
     done = {path.stem for path in (ROOT / "fliqs_hf" / "cli").glob("*.py")}
