@@ -24,7 +24,7 @@ from fliqs_hf.nn import native
 from fliqs_hf.nn.finite import all_finite
 from fliqs_hf.nn.native.gradient import WithGradient
 from fliqs_hf.nn.searchable import QuantizerSettings
-from fliqs_hf.quant import InputQuantizer, fake_quantize, format_data, round_to_grid
+from fliqs_hf.quant import InputQuantizer, fake_quantize, grid_params, round_to_grid
 from fliqs_hf.quant.block import decode_scales, encode_scales, from_blocks, to_blocks
 from fliqs_hf.quant.scale import CALIBRATED
 
@@ -149,7 +149,7 @@ class PackedLayer(nn.Module):
         if not bool(torch.isfinite(weight).all()):
             raise FormatError("cannot pack a weight that holds NaN or infinity; check the checkpoint it comes from")
         fmt, settings = self.formats.weight, self.settings
-        data = format_data(fmt)
+        data = grid_params(fmt)
         weight = weight.float()
         if scale is None:
             scale, whole = settings.weights.scale(weight, fmt)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import AllocationError, ConfigError, FormatError
 from fliqs_hf.formats import Format
-from fliqs_hf.quant import FormatData, InputQuantizer, WeightQuantizer, format_table
+from fliqs_hf.quant import GridParams, InputQuantizer, WeightQuantizer, format_table
 from fliqs_hf.quant.scale import (
     CALIBRATED,
     ActivationGranularity,
@@ -105,7 +105,7 @@ class FormatSwitch:
         self._table = format_table(formats)
         self._chosen = torch.zeros(len(self.names), 2, dtype=torch.long)
         self._exceptions: set[tuple[int, int]] = set()  # (layer, role) that stay in floating point
-        self._data: dict[torch.device, tuple[Tensor, Tensor, list[list[FormatData]]]] = {}
+        self._data: dict[torch.device, tuple[Tensor, Tensor, list[list[GridParams]]]] = {}
 
     def set(self, weight_index: Tensor, activation_index: Tensor) -> None:
         """Choose formats by index into `formats`.
@@ -186,7 +186,7 @@ class FormatSwitch:
     def quantizes(self, row: int, role: int) -> bool:
         return self.enabled and (row, role) not in self._exceptions
 
-    def format(self, row: int, role: int, device: torch.device) -> Format | FormatData:
+    def format(self, row: int, role: int, device: torch.device) -> Format | GridParams:
         """The chosen format of one layer's weight or activation: as data, or itself where it has scales of its own,
         whose shape depends on it. (A space that has such formats is read back from the device at every choice, and
         compiled anew for each format that a layer meets.)"""
@@ -196,12 +196,12 @@ class FormatSwitch:
                 return self.formats[index]
         return self.data(row, role, device)
 
-    def data(self, row: int, role: int, device: torch.device) -> FormatData:
+    def data(self, row: int, role: int, device: torch.device) -> GridParams:
         """The chosen format of one layer's weight or activation, as tensors on `device`."""
         self.prepare(device)
         _, active, views = self._data[device]
         if torch.compiler.is_compiling():  # one input of the graph instead of five for each layer and role
-            return FormatData(*active[row, role].unbind())
+            return GridParams(*active[row, role].unbind())
         return views[row][role]
 
     def prepare(self, device: torch.device) -> None:
@@ -210,7 +210,7 @@ class FormatSwitch:
         if device in self._data:
             return
         active = torch.empty(len(self.names), 2, self._table.shape[1], device=device)
-        views = [[FormatData(*active[i, j].unbind()) for j in (WEIGHT, ACTIVATION)] for i in range(len(self.names))]
+        views = [[GridParams(*active[i, j].unbind()) for j in (WEIGHT, ACTIVATION)] for i in range(len(self.names))]
         self._data[device] = (self._table.to(device), active, views)
         self._refresh(device)
 

@@ -38,7 +38,7 @@ class SearchConfig:
     #: 512 images lost 1.7 points at 2.5 bits against 1500.
     prior_images: int = 1536
     #: 2: the scores are measured once more in the model as quantized by the allocation that the first ones give, and
-    #: the geometric mean of both counts (see `second_look`). 1: those of the fp32 model alone, in half the time.
+    #: the geometric mean of both counts (see `two_pass_scores`). 1: those of the fp32 model alone, in half the time.
     prior_passes: int = 2
     #: Steps that sample formats uniformly and train weights only, as a fraction. The prior makes it unnecessary.
     warmup_fraction: float = 0.0

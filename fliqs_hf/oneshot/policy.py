@@ -74,7 +74,7 @@ class Policy:
         return self.log_probabilities.argmax(-1)
 
     @torch.no_grad()
-    def tilt_to(self, target: float) -> float:
+    def match_expected_cost(self, target: float) -> float:
         """Set `tilt` = −λ·marginal cost such that the expected cost is `target`, by bisection on λ.
 
         Returns: expected cost / target afterwards: 1 where the target is within the range of the space.

@@ -133,7 +133,7 @@ class OneShotSearch:
     def _set_prior(self, relative: Tensor, strength: float) -> float:
         """Returns: the mean entropy of the policy, nats."""
         self.policy.logits.copy_((-strength * relative).to(self.policy.logits))
-        self.policy.tilt_to(self.problem.target_cost)
+        self.policy.match_expected_cost(self.problem.target_cost)
         return float(self.policy.entropy())
 
     def phase(self, step: int) -> str:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from fliqs_hf.baselines import elementwise_scores, hessian_trace_scores, loss_delta_scores
 from fliqs_hf.oneshot import SearchConfig
-from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores, second_look
+from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores, two_pass_scores
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION
 from fliqs_hf.training import ImageData
 from fliqs_hf.training.data import train_loader
@@ -71,7 +71,7 @@ class Scores:
             self.model.load_state_dict(self.original)
             batches = self._bar(self._batches("fisher", seed), "fisher again")
             once = Sensitivity(first, 0, seconds)
-            twice = second_look(self.model, batches, self._logits, problem, once, config.band)
+            twice = two_pass_scores(self.model, batches, self._logits, problem, once, config.band)
             self.known[key] = self._same_everywhere(twice.decision_scores), twice.seconds
         return self.known[key]
 

@@ -22,7 +22,7 @@ from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.oneshot import OneShotSearch, SearchConfig
 from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.pipeline.costs import search_problem
-from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores, second_look
+from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores, two_pass_scores
 from fliqs_hf.selection.space import ActivationMode
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task, find_task
 
@@ -199,7 +199,7 @@ class Search:
         first = fisher_scores(self.model, self._prior(images), forward, problem.space, self.settings, task=self.task)
         if self.config.prior_passes == 1:
             return first
-        return second_look(
+        return two_pass_scores(
             self.model,
             self._prior(images),
             forward,

@@ -13,7 +13,7 @@ from fliqs_hf.errors import TrainingError
 from fliqs_hf.oneshot import OneShotSearch
 from fliqs_hf.pipeline.job import Job
 from fliqs_hf.runs.folder import RunFolder
-from fliqs_hf.selection import SearchProblem, Sensitivity, fisher_scores, second_look
+from fliqs_hf.selection import SearchProblem, Sensitivity, fisher_scores, two_pass_scores
 from fliqs_hf.training.data import train_loader
 
 #: Images at a time, at most: the pass is not checkpointed and in float32, unlike the training.
@@ -48,7 +48,7 @@ class Prior:
             )
         if config.prior_passes == 1:
             return self.first
-        return second_look(
+        return two_pass_scores(
             self.model, self._batches("sensitivity again"), self._logits, problem, self.first, config.band, self._sum,
             task=job.task,
         )  # fmt: skip

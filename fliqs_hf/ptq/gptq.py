@@ -19,7 +19,7 @@ from fliqs_hf.checks import is_number
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.formats import Format
 from fliqs_hf.nn.kinds import kind_of
-from fliqs_hf.quant.grid import format_data, round_to_grid
+from fliqs_hf.quant.grid import grid_params, round_to_grid
 from fliqs_hf.quant.scale import unit_factor
 
 #: Added to the Hessian's diagonal, as a part of its mean (the paper's 1 %).
@@ -87,7 +87,7 @@ def gptq_round(weight: Tensor, scale: Tensor, fmt: Format, hessian: Tensor, damp
     order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     sorted_rows = hessian.take_along_dim(order[:, :, None], 1)
     factor = _inverse_factor(sorted_rows.take_along_dim(order[:, None, :], 2), damping)
-    data = format_data(fmt)
+    data = grid_params(fmt)
     left = weight.view(groups, -1, columns).take_along_dim(order[:, None], 2).double()
     rounded = torch.empty_like(left, dtype=torch.float32)
     scale = scale.float().expand(len(weight), -1).reshape(groups, -1, scale.shape[1])

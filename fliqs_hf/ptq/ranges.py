@@ -9,7 +9,7 @@ from fliqs_hf.checks import is_number
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
 from fliqs_hf.nn.kinds import kind_of
-from fliqs_hf.quant.grid import FormatData, format_data, round_to_grid
+from fliqs_hf.quant.grid import GridParams, grid_params, round_to_grid
 from fliqs_hf.quant.scale import absmax_scale, activation_scale, unit_factor
 
 METHODS = ("absmax", "percentile", "mse")
@@ -37,7 +37,7 @@ def static_scale(x: Tensor, fmt: Format, method: str, percentile: float = PERCEN
     if not isinstance(method, str) or method not in METHODS:
         raise ConfigError(f"activations={method!r} does not exist; choose from {', '.join(map(repr, METHODS))}")
     check_percentile(percentile)
-    data, flat = format_data(fmt), x.detach().flatten()
+    data, flat = grid_params(fmt), x.detach().flatten()
     if method == "percentile":
         kept = max(1, round(flat.numel() * percentile / 100))
         flat = flat.abs().float().kthvalue(kept).values.reshape(1)
@@ -59,7 +59,7 @@ def clip_factor(x: Tensor, layer: nn.Module, fmt: Format) -> Tensor:
     if len(inputs) > limit:
         drawn = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:limit]
         inputs = inputs[drawn.to(inputs.device)]
-    inputs, data = inputs.float(), format_data(fmt)
+    inputs, data = inputs.float(), grid_params(fmt)
     weight: Tensor = kind.rows(layer, layer.weight.detach()).float()  # type: ignore[operator]
     unit = unit_factor(inputs, None), unit_factor(weight, None)
     full = activation_scale(inputs, data, kind.tokens, "per_token")
@@ -77,7 +77,7 @@ def check_percentile(percentile: float) -> None:
         raise ConfigError(f"percentile={percentile!r}: give a number above 0 and at most 100, such as {PERCENTILE}")
 
 
-def _mse(flat: Tensor, full: Tensor, data: FormatData, integer: bool) -> Tensor:
+def _mse(flat: Tensor, full: Tensor, data: GridParams, integer: bool) -> Tensor:
     if flat.numel() > SAMPLE:
         drawn = torch.randint(flat.numel(), (SAMPLE,), generator=torch.Generator().manual_seed(0))
         flat = flat[drawn.to(flat.device)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.formats import Format
-from fliqs_hf.quant.grid import FormatData, format_data, round_to_grid
+from fliqs_hf.quant.grid import GridParams, grid_params, round_to_grid
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -20,7 +20,7 @@ class _FakeQuantize(torch.autograd.Function):
     learned, round(x / s) − x / s inside and ± the largest code outside."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, fmt: FormatData, saturate: bool, integer: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, fmt: GridParams, saturate: bool, integer: bool) -> Tensor:
         rounded = round_to_grid(x.float(), scale, fmt, saturate, integer).to(x.dtype)
         ctx.saturate = saturate
         if saturate:
@@ -42,7 +42,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, fmt: Format | FormatData, *, saturate: bool = True, integer: bool = False
+    x: Tensor, scale: Tensor, fmt: Format | GridParams, *, saturate: bool = True, integer: bool = False
 ) -> Tensor:
     """Round `x` to the grid `fmt` × `scale`, passing gradients straight through.
 
@@ -59,5 +59,5 @@ def fake_quantize(
     Source: straight-through estimator, Bengio et al. 2013; formats as in FLIQS (Dotzel et al. 2024), section 3; the
         gradient of the scale: LSQ, Esser et al. 2020, equation 3.
     """
-    data = fmt if isinstance(fmt, FormatData) else format_data(fmt)
+    data = fmt if isinstance(fmt, GridParams) else grid_params(fmt)
     return _FakeQuantize.apply(x, scale, data, saturate, integer)

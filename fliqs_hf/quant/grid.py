@@ -28,7 +28,7 @@ _CHUNK = 2**20  # elements
 MIN_SCALE = 2.0**-100
 
 
-class FormatData(NamedTuple):
+class GridParams(NamedTuple):
     """A format as numbers: floats where it is fixed, 0-dimensional float32 tensors where it changes from step to step,
     so that a change touches data and not the graph. Both give the same bits.
 
@@ -43,22 +43,22 @@ class FormatData(NamedTuple):
 
 
 def format_row(fmt: Format) -> list[float]:
-    """The numbers of `FormatData` for `fmt`."""
+    """The numbers of `GridParams` for `fmt`."""
     bounds = [MIN_SCALE, float("inf")] if fmt.is_scaled else [1.0, 1.0]
     return [2.0**fmt.min_exponent, 1.5 * 2.0 ** (23 - fmt.mantissa_bits), fmt.max_value, *bounds]
 
 
 def format_table(formats: Sequence[Format]) -> Tensor:
-    """`FormatData` of several formats, [formats, 5], float32. A row unpacks as `FormatData(*row.unbind())`."""
+    """`GridParams` of several formats, [formats, 5], float32. A row unpacks as `GridParams(*row.unbind())`."""
     return torch.tensor([format_row(fmt) for fmt in formats], dtype=torch.float32)
 
 
-def format_data(fmt: Format) -> FormatData:
+def grid_params(fmt: Format) -> GridParams:
     min_normal, magic, max_value, min_scale, max_scale = format_row(fmt)
-    return FormatData(min_normal, magic, max_value, min_scale, max_scale)
+    return GridParams(min_normal, magic, max_value, min_scale, max_scale)
 
 
-def round_to_grid(x: Tensor, scale: Tensor, fmt: FormatData, saturate: bool, integer: bool = False) -> Tensor:
+def round_to_grid(x: Tensor, scale: Tensor, fmt: GridParams, saturate: bool, integer: bool = False) -> Tensor:
     """`round(x / scale) * scale` without autograd.
 
     Args:
@@ -85,7 +85,7 @@ def round_to_grid(x: Tensor, scale: Tensor, fmt: FormatData, saturate: bool, int
 
 
 def _round(
-    x: Tensor, scale: Tensor, fmt: FormatData, saturate: bool, integer: bool, out: Tensor, scratch: Tensor | None
+    x: Tensor, scale: Tensor, fmt: GridParams, saturate: bool, integer: bool, out: Tensor, scratch: Tensor | None
 ) -> Tensor:
     """`round_to_grid` of one chunk into `out`; `scratch` (int32) holds p if it is given."""
     y = torch.div(x, scale, out=out)

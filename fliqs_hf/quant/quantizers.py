@@ -9,7 +9,7 @@ from torch import Tensor
 from fliqs_hf.formats import BlockFormat, Format
 from fliqs_hf.quant.block import quantize_blocks, quantize_rows, weight_block_scale
 from fliqs_hf.quant.fake import fake_quantize
-from fliqs_hf.quant.grid import FormatData, format_data
+from fliqs_hf.quant.grid import GridParams, grid_params
 from fliqs_hf.quant.scale import (
     ActivationGranularity,
     ScaleMethod,
@@ -45,13 +45,13 @@ class WeightQuantizer:
         float32 [1, 1, 1] that is in all of them."""
         if isinstance(fmt, BlockFormat):
             return weight_block_scale(weight.detach().flatten(1), fmt, self.method)
-        return weight_scale(weight.detach(), format_data(fmt), self.granularity, self.method), None
+        return weight_scale(weight.detach(), grid_params(fmt), self.granularity, self.method), None
 
-    def __call__(self, weight: Tensor, fmt: Format | FormatData, integer: bool = False) -> Tensor:
+    def __call__(self, weight: Tensor, fmt: Format | GridParams, integer: bool = False) -> Tensor:
         """Fake-quantize `weight` with its own scale; its shape and dtype.
 
         Args:
-            integer: of `FormatData`: it is of an integer format. Saves two passes over memory.
+            integer: of `GridParams`: it is of an integer format. Saves two passes over memory.
         """
         if isinstance(fmt, BlockFormat):
             flat = weight.flatten(1)
@@ -76,7 +76,7 @@ class InputQuantizer:
     tokens: Tokens
     granularity: ActivationGranularity = "per_token"
 
-    def __call__(self, x: Tensor, fmt: Format | FormatData, integer: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, fmt: Format | GridParams, integer: bool = False) -> Tensor:
         """Fake-quantize `x` with its own scale; its shape and dtype.
 
         Args:
@@ -89,7 +89,7 @@ class InputQuantizer:
         scale = activation_scale(x.detach(), data, self.tokens, self.granularity)
         return fake_quantize(x, scale, data, saturate=False, integer=integer)
 
-    def clipped(self, x: Tensor, fmt: Format | FormatData, factor: Tensor, integer: bool = False) -> Tensor:
+    def clipped(self, x: Tensor, fmt: Format | GridParams, factor: Tensor, integer: bool = False) -> Tensor:
         """The same with a factor on the scale of each token, float32 [1], which gets a gradient; formats with scales
         of their own have no use for it."""
         if isinstance(fmt, BlockFormat):
@@ -106,13 +106,13 @@ class InputQuantizer:
         return quantize_rows(last, fmt, None if whole_batch else dims).movedim(-1, features)
 
 
-def _data(fmt: Format | FormatData, integer: bool) -> tuple[FormatData, bool]:
-    return (fmt, integer) if isinstance(fmt, FormatData) else (format_data(fmt), fmt.is_integer)
+def _data(fmt: Format | GridParams, integer: bool) -> tuple[GridParams, bool]:
+    return (fmt, integer) if isinstance(fmt, GridParams) else (grid_params(fmt), fmt.is_integer)
 
 
 def quantize_weight(
     weight: Tensor,
-    fmt: Format | FormatData,
+    fmt: Format | GridParams,
     granularity: WeightGranularity = "per_channel",
     method: ScaleMethod = "absmax",
     integer: bool = False,
@@ -123,7 +123,7 @@ def quantize_weight(
 
 def quantize_activation(
     x: Tensor,
-    fmt: Format | FormatData,
+    fmt: Format | GridParams,
     tokens: Tokens,
     granularity: ActivationGranularity = "per_token",
     integer: bool = False,

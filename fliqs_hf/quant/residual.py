@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.formats import Format
-from fliqs_hf.quant.grid import EXPONENT_MASK, format_data
+from fliqs_hf.quant.grid import EXPONENT_MASK, grid_params
 
 
 def code_errors(z: Tensor, fmt: Format, out: Tensor, scratch: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def code_errors(z: Tensor, fmt: Format, out: Tensor, scratch: Tensor) -> Tensor:
         z: float32, |z| at most 1 where `fmt` is scaled.
         out, scratch: of the shape of `z`, float32 and int32; both are overwritten.
     """
-    data, factor = format_data(fmt), fmt.max_value if fmt.is_scaled else 1.0
+    data, factor = grid_params(fmt), fmt.max_value if fmt.is_scaled else 1.0
     torch.mul(z, factor, out=out)
     if fmt.is_integer:
         out.round_()

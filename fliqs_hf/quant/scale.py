@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.errors import FormatError
-from fliqs_hf.quant.grid import FormatData, round_to_grid
+from fliqs_hf.quant.grid import GridParams, round_to_grid
 from fliqs_hf.quant.tokens import Tokens
 
 ScaleMethod = Literal["absmax", "mse"]
@@ -41,7 +41,7 @@ def unit_factor(x: Tensor, dims: Sequence[int] | None) -> Tensor:
     return binade.clamp_(2.0**-126, 2.0**126).reciprocal_()
 
 
-def absmax_scale(x: Tensor, fmt: FormatData, dims: Sequence[int] | None) -> Tensor:
+def absmax_scale(x: Tensor, fmt: GridParams, dims: Sequence[int] | None) -> Tensor:
     """Scale that maps max |x| over `dims` to the format's largest value; nothing is clipped.
 
     Returns: float32, the shape of `x` with `dims` reduced to 1.
@@ -53,11 +53,11 @@ def absmax_scale(x: Tensor, fmt: FormatData, dims: Sequence[int] | None) -> Tens
     return _bounded(largest / limit, fmt)
 
 
-def _bounded(scale: Tensor, fmt: FormatData) -> Tensor:
+def _bounded(scale: Tensor, fmt: GridParams) -> Tensor:
     return torch.clamp(scale, fmt.min_scale, fmt.max_scale)  # type: ignore[arg-type]
 
 
-def mse_scale(x: Tensor, fmt: FormatData, dims: Sequence[int] | None, candidates: int = 40) -> Tensor:
+def mse_scale(x: Tensor, fmt: GridParams, dims: Sequence[int] | None, candidates: int = 40) -> Tensor:
     """Scale with the least squared error among `candidates` fractions of the absmax scale in (0.2, 1].
 
     Values beyond the largest code saturate. For low-bit weights clipping a few outliers buys a finer grid.
@@ -75,7 +75,7 @@ def mse_scale(x: Tensor, fmt: FormatData, dims: Sequence[int] | None, candidates
     return best
 
 
-def weight_scale(weight: Tensor, fmt: FormatData, granularity: WeightGranularity, method: ScaleMethod) -> Tensor:
+def weight_scale(weight: Tensor, fmt: GridParams, granularity: WeightGranularity, method: ScaleMethod) -> Tensor:
     """Scale of a weight [out, ...]: [out, 1, ...] per channel, all ones per tensor. float32.
 
     Raises: FormatError: unknown granularity or method.
@@ -86,7 +86,7 @@ def weight_scale(weight: Tensor, fmt: FormatData, granularity: WeightGranularity
     return (absmax_scale if method == "absmax" else mse_scale)(weight, fmt, dims)
 
 
-def activation_scale(x: Tensor, fmt: FormatData, tokens: Tokens, granularity: ActivationGranularity) -> Tensor:
+def activation_scale(x: Tensor, fmt: GridParams, tokens: Tokens, granularity: ActivationGranularity) -> Tensor:
     """Scale of a layer input, computed from the input itself.
 
     per_token: one scale for each of the `tokens`: each vector that a Linear multiplies, each image of a convolution. A
@@ -98,7 +98,7 @@ def activation_scale(x: Tensor, fmt: FormatData, tokens: Tokens, granularity: Ac
     return absmax_scale(x, fmt, _activation_dims(tokens, granularity))
 
 
-def clipped_scale(x: Tensor, fmt: FormatData, tokens: Tokens, factor: Tensor) -> Tensor:
+def clipped_scale(x: Tensor, fmt: GridParams, tokens: Tokens, factor: Tensor) -> Tensor:
     """`activation_scale` per token times `factor`, float32 [1]; 1 for a format that is used unscaled."""
     return _bounded(activation_scale(x, fmt, tokens, "per_token") * factor, fmt)
 

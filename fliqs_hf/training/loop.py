@@ -22,10 +22,10 @@ from fliqs_hf.checks import check_fields
 from fliqs_hf.errors import ConfigError, TrainingError
 from fliqs_hf.interrupt import finishing
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
-from fliqs_hf.training.average import WeightAverage
 from fliqs_hf.training.backends import Backend, ShardedBackend
 from fliqs_hf.training.compiling import check_backend
 from fliqs_hf.training.data import ImageData, train_loader
+from fliqs_hf.training.ema import WeightAverage
 from fliqs_hf.training.schedule import Schedule, check_schedule, learning_rate_at
 from fliqs_hf.training.seeds import derived_seed
 from fliqs_hf.training.state import Best, load_state, save_state, states

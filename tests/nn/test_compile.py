@@ -13,8 +13,8 @@ from fliqs_hf.cost import trace_layers
 from fliqs_hf.formats import parse
 from fliqs_hf.nn import QuantizerSettings, make_searchable
 from fliqs_hf.nn.swap import format_switch
-from fliqs_hf.quant import ROW, fake_quantize, format_data, quantize_activation, quantize_weight
-from fliqs_hf.quant.grid import FormatData, format_table, leading_power
+from fliqs_hf.quant import ROW, fake_quantize, grid_params, quantize_activation, quantize_weight
+from fliqs_hf.quant.grid import GridParams, format_table, leading_power
 from tests.helpers.models import images, tiny
 
 FORMATS = ("int2", "int4", "e2m1", "e4m3", "bf16")
@@ -115,7 +115,7 @@ def test_fused_fake_quantization_has_the_bits_of_eager_execution() -> None:
     row = table[0].clone()
 
     def quantize(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        fmt = FormatData(*row.unbind())
+        fmt = GridParams(*row.unbind())
         return quantize_activation(x, fmt, ROW), quantize_weight(weight, fmt)
 
     compiled = torch.compile(quantize, fullgraph=True, dynamic=False)
@@ -131,7 +131,7 @@ def test_fused_fake_quantization_has_the_bits_of_eager_execution() -> None:
             own = x.clone().requires_grad_()
             values, weights = compiled(own, weight)
             values.backward(gradient)
-            fmt = format_data(parse(name))
+            fmt = grid_params(parse(name))
             assert torch.equal(values.nan_to_num(7e30), quantize_activation(x, fmt, ROW).nan_to_num(7e30)), name
             assert torch.equal(weights, quantize_weight(weight, fmt)), name
             assert torch.equal(own.grad, gradient)
@@ -139,7 +139,7 @@ def test_fused_fake_quantization_has_the_bits_of_eager_execution() -> None:
 
 @needs_compiler
 def test_the_gradient_of_a_learned_scale_compiles() -> None:
-    fmt = format_data(parse("e2m1"))
+    fmt = grid_params(parse("e2m1"))
     x, scale = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)), torch.full((6, 1), 0.1)
     gradients = []
     for run in (fake_quantize, torch.compile(fake_quantize, fullgraph=True)):

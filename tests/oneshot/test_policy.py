@@ -89,7 +89,7 @@ def test_the_tilt_makes_the_expected_cost_the_target(activation: str, kind: str,
         target = cheapest + fraction * (dearest - cheapest)
         policy = policy_with(space, scale=3, table=table)
         before = policy.logits.detach().clone()
-        assert policy.tilt_to(target) == pytest.approx(1, abs=1e-5)  # the tilt is float32
+        assert policy.match_expected_cost(target) == pytest.approx(1, abs=1e-5)  # the tilt is float32
         assert policy.expected_cost().item() == pytest.approx(target, rel=1e-5)
         assert torch.equal(policy.logits, before)  # only the tilt has moved
 
@@ -99,7 +99,7 @@ def test_the_tilt_is_a_price_on_cost_alone() -> None:
     space = SearchSpace(LONE, FORMATS)
     table = CostTable(LONE, space.formats)
     policy = policy_with(space)
-    policy.tilt_to(table.uniform("int4") * 0.6)
+    policy.match_expected_cost(table.uniform("int4") * 0.6)
     int4, e2m1 = FORMATS.index("int4"), FORMATS.index("e2m1")
     log_p = policy.log_probabilities
     torch.testing.assert_close(log_p[:, int4] - log_p[:, e2m1], policy.logits[:, int4] - policy.logits[:, e2m1])
@@ -125,7 +125,7 @@ def test_excluded_formats_have_probability_zero_and_finite_gradients() -> None:
     space = SearchSpace(LONE, FORMATS, exclude={"layer0": ["int2", "int8"], "layer3": ["int2", "int4", "e2m1"]})
     table = CostTable(LONE, space.formats)
     policy = policy_with(space)
-    policy.tilt_to(table.uniform("int4") * 2)
+    policy.match_expected_cost(table.uniform("int4") * 2)
     assert torch.equal(policy.log_probabilities.exp() > 0, space.allowed)
     sample = policy.sample(500, torch.Generator().manual_seed(0))
     assert bool(space.allowed[torch.arange(5), sample].all())
@@ -142,7 +142,7 @@ def test_excluded_formats_have_probability_zero_and_finite_gradients() -> None:
 def test_a_saved_policy_continues_exactly_and_only_in_its_space() -> None:
     space = SearchSpace(LONE, FORMATS)
     policy = policy_with(space)
-    policy.tilt_to(9000)
+    policy.match_expected_cost(9000)
     other = Policy(problem_of(space))
     other.load_state_dict(policy.state_dict())
     assert torch.equal(other.log_probabilities, policy.log_probabilities)

@@ -19,7 +19,7 @@ from fliqs_hf.formats.rounding import code_values
 from fliqs_hf.nn import PackedLinear, QuantizerSettings
 from fliqs_hf.ptq import gptq_round, input_hessian
 from fliqs_hf.quant import quantize_weight
-from fliqs_hf.quant.grid import format_data
+from fliqs_hf.quant.grid import grid_params
 from fliqs_hf.quant.scale import weight_scale
 
 FORMATS = ["int2", "int4", "int8", "e2m1", "e2m3", "e4m3"]
@@ -40,7 +40,7 @@ def hessian_of(x: Tensor) -> Tensor:
 
 
 def scale_of(weight: Tensor, name: str, method: str = "mse", granularity: str = "per_channel") -> Tensor:
-    return weight_scale(weight, format_data(parse(name)), granularity, method)  # type: ignore[arg-type]
+    return weight_scale(weight, grid_params(parse(name)), granularity, method)  # type: ignore[arg-type]
 
 
 def naive(weight: Tensor, scale: Tensor, name: str, hessian: Tensor, damping: float) -> NDArray[np.float64]:

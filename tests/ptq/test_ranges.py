@@ -14,7 +14,7 @@ from fliqs_hf.formats import COMMON, parse
 from fliqs_hf.ptq import static_scale
 from fliqs_hf.ptq.ranges import clip_factor
 from fliqs_hf.quant import fake_quantize
-from fliqs_hf.quant.grid import format_data
+from fliqs_hf.quant.grid import grid_params
 from fliqs_hf.quant.scale import mse_scale
 
 SCALED = [fmt for fmt in COMMON if fmt.is_scaled]
@@ -52,7 +52,7 @@ def test_mse_is_the_least_of_its_candidates(fmt: Any) -> None:
 @pytest.mark.parametrize("fmt", ["int3", "int4", "e2m1"])
 def test_least_squares_do_not_depend_on_the_size_of_the_values(size: float, fmt: str) -> None:
     """Squares of values around 1e-22 and 1e20 are 0 and infinite in float32: then every candidate is as good."""
-    x, data = torch.randn(32, 128, generator=torch.Generator().manual_seed(0)), format_data(parse(fmt))
+    x, data = torch.randn(32, 128, generator=torch.Generator().manual_seed(0)), grid_params(parse(fmt))
     found = static_scale(x, parse(fmt), "mse")
     assert found < static_scale(x, parse(fmt), "absmax")
     assert torch.equal(static_scale(x * size, parse(fmt), "mse"), found * size)

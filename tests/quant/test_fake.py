@@ -9,8 +9,8 @@ import torch
 
 from fliqs_hf.formats import COMMON, FloatFormat, Format, IntFormat, parse
 from fliqs_hf.formats.rounding import code_values, round_to_format
-from fliqs_hf.quant import IMAGE, ROW, FormatData, fake_quantize, format_table, quantize_activation, quantize_weight
-from fliqs_hf.quant.grid import _CHUNK, MIN_SCALE, format_data
+from fliqs_hf.quant import IMAGE, ROW, GridParams, fake_quantize, format_table, quantize_activation, quantize_weight
+from fliqs_hf.quant.grid import _CHUNK, MIN_SCALE, grid_params
 from fliqs_hf.quant.scale import absmax_scale, mse_scale, weight_scale
 
 FORMATS: list[Format] = [
@@ -42,7 +42,7 @@ def expected(x: torch.Tensor, fmt: Format) -> torch.Tensor:
 @pytest.mark.parametrize("as_data", [False, True], ids=["numbers", "tensors"])
 def test_equals_exact_rounding(fmt: Format, as_data: bool) -> None:
     x = probes(fmt)
-    data = FormatData(*format_table([fmt])[0].unbind()) if as_data else fmt
+    data = GridParams(*format_table([fmt])[0].unbind()) if as_data else fmt
     for integer in {False, fmt.is_integer}:
         result = fake_quantize(x, ONE, data, integer=integer)
         assert torch.equal(result.view(torch.int32), expected(x, fmt).view(torch.int32))
@@ -71,10 +71,10 @@ def test_scales_against_the_definition() -> None:
     largest = weight.abs().flatten(1).amax(1)
     for name in ("int4", "e2m1"):
         fmt = parse(name)
-        scale = weight_scale(weight, format_data(fmt), "per_channel", "absmax")
+        scale = weight_scale(weight, grid_params(fmt), "per_channel", "absmax")
         assert torch.equal(scale, (largest / torch.tensor(fmt.max_value)).view(6, 1, 1, 1))
         assert torch.equal(quantize_weight(weight, fmt), expected(weight / scale, fmt) * scale)
-        one = weight_scale(weight, format_data(fmt), "per_tensor", "absmax")
+        one = weight_scale(weight, grid_params(fmt), "per_tensor", "absmax")
         assert one.shape == (1, 1, 1, 1) and float(one) == float(largest.amax() / torch.tensor(fmt.max_value))
 
 
@@ -181,7 +181,7 @@ def test_compiled_fake_quantization_is_the_same_and_never_recompiles() -> None:
     compiled = torch.compile(lambda x, data: quantize_activation(x, data, ROW), backend=count, fullgraph=True)
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     for row, fmt in zip(format_table(COMMON), COMMON, strict=True):
-        assert torch.equal(compiled(x, FormatData(*row.unbind())), quantize_activation(x, fmt, ROW))
+        assert torch.equal(compiled(x, GridParams(*row.unbind())), quantize_activation(x, fmt, ROW))
     assert graphs == 1
 
 
@@ -190,7 +190,7 @@ def test_mse_scale_is_the_best_of_forty_fractions(name: str) -> None:
     """Of 1 down to above 0.2 of the absmax scale; where a few values are far out, the least are the best."""
     x = torch.randn(6, 400, generator=torch.Generator().manual_seed(0))
     x[:, :2] *= torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 64.0])[:, None]
-    fmt, data = parse(name), format_data(parse(name))
+    fmt, data = parse(name), grid_params(parse(name))
     scales = torch.stack([absmax_scale(x, data, (1,)) * (1.0 - 0.8 * step / 40) for step in range(40)])
     errors = torch.stack([(fake_quantize(x, scale, fmt) - x).square().sum(1, keepdim=True) for scale in scales])
     assert torch.equal(mse_scale(x, data, (1,)), scales.gather(0, errors.argmin(0, keepdim=True))[0])

@@ -223,7 +223,7 @@ def test_an_interrupted_front_keeps_the_targets_that_are_done(tmp_path: Path, mo
     AcceleratorState._reset_state(reset_partial_state=True)
     with monkeypatch.context() as patch:  # the second target has recorded its scores: they are not measured again
         patch.setattr(recipe_prior, "fisher_scores", None)
-        patch.setattr(recipe_prior, "second_look", None)
+        patch.setattr(recipe_prior, "two_pass_scores", None)
         main([*arguments, "--resume"])
     assert (first / "model.safetensors").stat().st_mtime_ns == done
     AcceleratorState._reset_state(reset_partial_state=True)

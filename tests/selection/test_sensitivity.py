@@ -16,7 +16,7 @@ from fliqs_hf.errors import DataError
 from fliqs_hf.formats import Format, round_to_format
 from fliqs_hf.nn import make_searchable
 from fliqs_hf.nn.searchable import QuantizerSettings
-from fliqs_hf.quant import ROW, InputQuantizer, WeightQuantizer, format_data
+from fliqs_hf.quant import ROW, InputQuantizer, WeightQuantizer, grid_params
 from fliqs_hf.quant.scale import mse_scale
 from fliqs_hf.selection import SearchSpace, fisher_scores
 from fliqs_hf.selection.scores import probes
@@ -33,7 +33,7 @@ def rounded(x: Tensor, fmt: Format, dims: tuple[int, ...] | None, settings: Quan
     if fmt.scales_itself:  # tested by themselves
         return WeightQuantizer()(x, fmt) if settings is not None else InputQuantizer(ROW)(x, fmt)
     if settings is not None and settings.weight_scale == "mse" and fmt.is_scaled:
-        return round_to_format(x / (scale := mse_scale(x, format_data(fmt), dims)), fmt) * scale
+        return round_to_format(x / (scale := mse_scale(x, grid_params(fmt), dims)), fmt) * scale
     largest = x.abs().max() if dims is None else x.abs().amax(dims, keepdim=True)
     scale = largest / fmt.max_value if fmt.is_scaled else torch.ones(())
     scale = torch.where(scale == 0, 1.0, scale)

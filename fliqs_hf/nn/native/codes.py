@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fliqs_hf.formats import BlockFormat, Format
 from fliqs_hf.nn.native.compiled import Scaling, library
 from fliqs_hf.quant.block import one_sided_codes
-from fliqs_hf.quant.grid import format_data, round_to_grid
+from fliqs_hf.quant.grid import grid_params, round_to_grid
 from fliqs_hf.quant.scale import activation_scale, clipped_scale
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ def input_scale(layer: PackedLayer, x: Tensor) -> Tensor:
     fmt, granularity = layer.formats.activation, layer.settings.activation_granularity
     assert fmt is not None
     if layer.input_scale is None:
-        scale = activation_scale(x, format_data(fmt), layer.kind.tokens, granularity)
+        scale = activation_scale(x, grid_params(fmt), layer.kind.tokens, granularity)
     elif granularity == "per_token_clipped":
-        scale = clipped_scale(x, format_data(fmt), layer.kind.tokens, layer.input_scale)
+        scale = clipped_scale(x, grid_params(fmt), layer.kind.tokens, layer.input_scale)
     else:
         return layer.input_scale + x.amax(-1, keepdim=True).clamp_(-1, 1).mul_(0)
     return scale + scale * 0
@@ -56,7 +56,7 @@ def input_codes(x: Tensor, scale: Tensor, fmt: Format, clipped: bool) -> Tensor:
     assert shift is not None
     y = torch.div(x, scale)
     if not fmt.is_integer:
-        y = round_to_grid(y, torch.ones((1,) * y.dim()), format_data(fmt), saturate=clipped).mul_(2.0**shift)
+        y = round_to_grid(y, torch.ones((1,) * y.dim()), grid_params(fmt), saturate=clipped).mul_(2.0**shift)
     elif clipped:
         y.clamp_(-fmt.max_value, fmt.max_value)
     return y.add_(_MAGIC + ZERO_POINT).view(torch.int32).to(torch.uint8)

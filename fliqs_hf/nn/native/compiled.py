@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.formats import BlockFormat, Format
-from fliqs_hf.quant.grid import MIN_SCALE, format_data
+from fliqs_hf.quant.grid import MIN_SCALE, grid_params
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class _Grid(ctypes.Structure):
 
 @cache
 def _grid(fmt: Format, shift: int, saturate: bool) -> _Grid:
-    data = format_data(fmt)
+    data = grid_params(fmt)
     numbers = (data.max_value, data.min_scale, data.max_scale, data.min_normal, data.magic, 2.0**shift)
     return _Grid(*map(float, numbers), int(fmt.is_integer), int(saturate))
 

@@ -11,7 +11,7 @@ namespace {
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 constexpr int64_t SMALL = 1 << 15;    // elements that one thread finishes before a second one has started
 
-struct Grid {  // `FormatData`, and what goes with it
+struct Grid {  // `GridParams`, and what goes with it
     float limit, min_scale, max_scale, min_normal, magic, unit;
     int32_t integer, saturate;
 };

@@ -44,7 +44,7 @@ class Sensitivity:
             decision add up; where weights and inputs are decided apart, each is scored with the other in fp32.
         images: how many images were used.
         seconds: what it took.
-        passes: 1: scores of the model as it was. 2: of `second_look`.
+        passes: 1: scores of the model as it was. 2: of `two_pass_scores`.
     """
 
     decision_scores: Tensor
@@ -138,7 +138,7 @@ def meaningful(scores: Tensor) -> Tensor:
     return scores
 
 
-def second_look(
+def two_pass_scores(
     model: nn.Module,
     batches: Iterable[tuple[Any, Tensor]],
     forward: Forward,

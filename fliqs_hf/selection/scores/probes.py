@@ -23,7 +23,7 @@ from fliqs_hf.errors import DataError
 from fliqs_hf.formats import Format
 from fliqs_hf.nn.kinds import kind_of
 from fliqs_hf.nn.searchable import QuantizerSettings
-from fliqs_hf.quant import ROW, format_data
+from fliqs_hf.quant import ROW, grid_params
 from fliqs_hf.quant.grid import MIN_SCALE, round_to_grid
 from fliqs_hf.quant.residual import code_errors
 from fliqs_hf.quant.scale import activation_peak
@@ -297,7 +297,7 @@ class Probes:
             if self.formats[k].scales_itself:
                 torch.sub(settings.weights(weight, self.formats[k]), weight, out=errors[k])
                 return
-            data = format_data(self.formats[k])
+            data = grid_params(self.formats[k])
             if k not in scales:
                 scales[k], _ = settings.weights.scale(weight, self.formats[k])
             saturate = settings.weight_scale != "absmax"

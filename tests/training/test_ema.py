@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fliqs_hf.training.average import WeightAverage
+from fliqs_hf.training.ema import WeightAverage
 
 
 def test_the_average_is_its_definition() -> None:
