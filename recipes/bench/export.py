@@ -1,6 +1,10 @@
-"""Exported models against ONNX Runtime's own quantizer and fp32: speed by turns in one process, size, agreement.
+"""Exported models against other programs' own quantizers and fp32: speed by turns in one process, size, agreement.
 
     python recipes/bench/export.py MODEL IMAGES --output results.json
+
+Others are `quantize_dynamic` of ONNX Runtime and, where it is installed (`pip install nncf`, best in an environment of
+its own), `quantize` of NNCF in OpenVINO, calibrated on the images that follow those compared. Files of OpenVINO run in
+the precision that it takes by itself, and in fp32.
 
 Speeds are ratios: those of one round's times, torch fp32 over the case, so more is faster; rows give the median over
 rounds. Agreement is with the model that was exported: with fp32 for fp32 and `quantize_dynamic`, with the packed model
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -19,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import openvino
 import torch
 from onnxruntime import __version__ as onnxruntime_version
 from onnxruntime.quantization import quantize_dynamic
@@ -31,7 +37,8 @@ from fliqs_hf import FLIQSConfig
 from fliqs_hf.hf.export.agreement import compare
 from fliqs_hf.hf.export.forms import OnnxSettings
 from fliqs_hf.hf.export.onnx_file import write_onnx
-from fliqs_hf.hf.export.runtime import OnnxClassifier
+from fliqs_hf.hf.export.openvino_file import OpenVinoSettings, write_openvino
+from fliqs_hf.hf.export.runtime import OnnxClassifier, OpenVinoClassifier
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import pixels
 from fliqs_hf.training.splits import load_split, sample
@@ -44,6 +51,12 @@ OURS = {
     "W8A8 integer": ("int8", "int8", {"form": "integer"}),
     "W8A8 qdq": ("int8", "int8", {"form": "qdq"}),
     "W8A8 per_tensor": ("int8", "int8", {"input_scales": "per_tensor"}),
+}
+#: The same for OpenVINO.
+OURS_IN_OPENVINO = {
+    "W8A8 openvino": ("int8", "int8", {}),
+    "W4A8 openvino": ("int4", "int8", {}),
+    "W8A8 openvino as_packed": ("int8", "int8", {"inputs": "as_packed"}),
 }
 
 
@@ -79,6 +92,37 @@ def cases(plain: Any, image: torch.Tensor, folder: Path) -> dict[str, tuple[Any,
     return made
 
 
+def openvino_cases(
+    plain: Any, image: torch.Tensor, calibration: torch.Tensor, folder: Path
+) -> dict[str, tuple[Any, Any, float | None]]:
+    """As `cases`, which has left fp32.onnx in `folder`."""
+    made: dict[str, tuple[Any, Any, float | None]] = {}
+
+    def add(name: str, file: Path, reference: Any) -> None:
+        for precision in (None, "f32"):
+            model = OpenVinoClassifier(file, threads=torch.get_num_threads(), precision=precision)
+            made[f"{name}, {model.precision}"] = (model, reference, model.file_bytes / 1e6)
+
+    read = openvino.Core().read_model(folder / "fp32.onnx")
+    openvino.save_model(read, folder / "fp32.xml", compress_to_fp16=False)
+    add("openvino fp32", folder / "fp32.xml", plain)
+    for name, (weight, activation, settings) in OURS_IN_OPENVINO.items():
+        config = FLIQSConfig(weight_format=weight, activation_format=activation)
+        packed = fliqs_hf.quantize(copy.deepcopy(plain), config)
+        write_openvino(packed, image, folder / f"{name}.xml", OpenVinoSettings(**settings))
+        add(name, folder / f"{name}.xml", packed)
+    if importlib.util.find_spec("nncf") is None:
+        print("NNCF is not installed: left out")
+        return made
+    nncf = importlib.import_module("nncf")
+    data = nncf.Dataset([pixels[None].numpy() for pixels in calibration])
+    transformer = nncf.ModelType.TRANSFORMER if hasattr(plain.config, "num_attention_heads") else None
+    quantized = nncf.quantize(read, data, model_type=transformer, subset_size=len(calibration))
+    openvino.save_model(quantized, folder / "nncf.xml", compress_to_fp16=False)
+    add("nncf", folder / "nncf.xml", plain)
+    return made
+
+
 @torch.no_grad()
 def speeds(
     made: dict[str, tuple[Any, Any, float | None]], images: torch.Tensor, rounds: int
@@ -102,6 +146,7 @@ def main() -> None:
     parser.add_argument("dataset_name")
     parser.add_argument("--split")
     parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--calibration", type=int, default=100, help="images that NNCF is calibrated on")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
@@ -110,11 +155,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     plain = AutoModelForImageClassification.from_pretrained(args.model).eval()
     processor = AutoImageProcessor.from_pretrained(args.model)
-    images = Images(sample(load_split(args.dataset_name, args.split)[0], args.images), "image")
-    stacked = torch.stack([pixels(*images[index][:1], processor, images[index][1]) for index in range(len(images))])
+    split = sample(load_split(args.dataset_name, args.split)[0], args.images + args.calibration)
+    images = Images(split, "image")
+    everything = torch.stack([pixels(*images[index][:1], processor, images[index][1]) for index in range(len(images))])
+    stacked, calibration = everything[: args.images], everything[args.images :]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         made = cases(plain, stacked[:1], Path(folder))
+        made |= openvino_cases(plain, stacked[:1], calibration, Path(folder))
         ratios = {batch: speeds(made, stacked[:batch], args.rounds) for batch in args.batch_sizes}
         for name, (model, reference, size) in made.items():
             agreement = compare(reference, model, stacked.split(20))
@@ -127,7 +175,7 @@ def main() -> None:
             print(row, flush=True)
     if args.output:
         data = {
-            "conditions": {**conditions(), "onnxruntime": onnxruntime_version},
+            "conditions": {**conditions(), "onnxruntime": onnxruntime_version, "openvino": openvino.__version__},
             "images": args.images,
             "rows": rows,
         }
