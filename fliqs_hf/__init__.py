@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fliqs_hf.hf.card import model_card
     from fliqs_hf.hf.hub import push
     from fliqs_hf.oneshot import SearchConfig
+    from fliqs_hf.pipeline.estimating import estimate
     from fliqs_hf.pipeline.export import export
     from fliqs_hf.pipeline.in_memory import search
     from fliqs_hf.pipeline.own_loop import Search, SearchResult
@@ -34,6 +35,7 @@ _LAZY = {
     "Target": "fliqs_hf.cost",
     "allocate": "fliqs_hf.pipeline.post_training",
     "calibrate": "fliqs_hf.ptq",
+    "estimate": "fliqs_hf.pipeline.estimating",
     "export": "fliqs_hf.pipeline.export",
     "model_card": "fliqs_hf.hf.card",
     "push": "fliqs_hf.hf.hub",
@@ -53,6 +55,7 @@ __all__ = [
     "__version__",
     "allocate",
     "calibrate",
+    "estimate",
     "export",
     "fold_batchnorm",
     "kernels_of",
