@@ -65,8 +65,6 @@ class FLIQSConfig(QuantizationConfigMixin):
         weight_cache: for layers that no exact product takes: "decoded" keeps their weights as float32, "none" decodes
             them in every forward pass. This, `kernels` and `check_integrity` are not stored; no other argument has an
             effect on a checkpoint that is packed already.
-            that training simulates, bit for bit; see `nn/native`. This and `check_integrity` are not stored; no
-            other argument has an effect on a checkpoint that is packed already.
         folded: of a packed checkpoint, convolution -> batch norm that it took in; set by `fold_batchnorm`.
         digests: of a packed checkpoint, see `hf/integrity.py`; set by the library.
         format_version: of the checkpoint layout; set by the library.

@@ -26,14 +26,17 @@ from transformers.utils import logging as hf_logging
 
 from fliqs_hf import Allocation
 from fliqs_hf.files import write_text
+from fliqs_hf.formats import parse
+from fliqs_hf.formats.spaces import with_zero_point
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.pipeline.outputs import check_result_file
-from fliqs_hf.ptq import calibrate
+from fliqs_hf.ptq import calibrate, rotate
 from fliqs_hf.runs.folder import versions
 
 NEAREST: dict[str, Any] = {"rounding": "nearest"}
-GPTQ: dict[str, Any] = {"bias_correction": False}
-BIAS: dict[str, Any] = {"bias_correction": True}
+GPTQ: dict[str, Any] = {"bias_correction": False, "weight_scale": "mse"}
+BIAS: dict[str, Any] = {"bias_correction": True, "weight_scale": "mse"}
+OUTPUT: dict[str, Any] = {"bias_correction": False, "weight_scale": "output"}
 CASES: dict[str, dict[str, Any]] = {
     "nearest, absmax scale": {**NEAREST, "weight_scale": "absmax"},
     "nearest": NEAREST,
@@ -41,8 +44,13 @@ CASES: dict[str, dict[str, Any]] = {
     "gptq": GPTQ,
     "gptq + bias": BIAS,
     "gptq, clipped inputs": GPTQ | {"activations": "clipped"},
+    "gptq, scales by output": OUTPUT,
+    "zero points": OUTPUT,
+    "rotation": OUTPUT,
+    "rotation, zero points": OUTPUT,
 }
-ENDS = ("nearest, absmax scale", "gptq", "gptq + bias", "gptq, clipped inputs")
+CURES = ("gptq, scales by output", "rotation")
+ENDS = ("nearest, absmax scale", "gptq", "gptq + bias", "gptq, clipped inputs", *CURES)
 SCALES: dict[str, dict[str, Any]] = {
     "mse": {"activations": "mse"},
     "absmax": {"activations": "absmax"},
@@ -58,7 +66,7 @@ STATIC = {
 TABLE = {
     "int4": (*CASES, *STATIC),
     "int8": (*ENDS, *STATIC),
-    "e2m1": tuple(CASES),
+    "e2m1": tuple(case for case in CASES if "zero points" not in case),
     "int4/int8": (*ENDS, "nearest"),
     "int6": ENDS,
     "e4m3": ENDS,
@@ -113,7 +121,12 @@ def main() -> None:
                 continue
             model = AutoModelForImageClassification.from_pretrained(arguments.model)
             start = time.perf_counter()
-            allocation = Allocation.uniform(quantizable_layers(model), *fmt.split("/"))
+            if "rotation" in case:
+                rotate(model, given[:4])
+            weight, *activation = map(parse, fmt.split("/"))
+            inputs = activation[0] if activation else weight
+            inputs = with_zero_point(inputs) if "zero points" in case else inputs
+            allocation = Allocation.uniform(quantizable_layers(model), weight, inputs)
             calibrate(model, allocation, given.split(32), **(CASES | STATIC)[case])
             seconds = time.perf_counter() - start
             found = predict(model, images)
