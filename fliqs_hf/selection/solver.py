@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -121,13 +125,14 @@ class IntegerProgram:
         upper[:binary] = allowed.ravel()
         integrality = np.zeros(len(gain))
         integrality[:binary] = 1
-        result = milp(
-            -gain,
-            constraints=[LinearConstraint(self.structure, self.right, self.right), *constraints],
-            bounds=Bounds(0, upper),
-            integrality=integrality,
-            options={"mip_rel_gap": 0.0, "node_limit": NODE_LIMIT},
-        )
+        with _printing_to_stderr():
+            result = milp(
+                -gain,
+                constraints=[LinearConstraint(self.structure, self.right, self.right), *constraints],
+                bounds=Bounds(0, upper),
+                integrality=integrality,
+                options={"mip_rel_gap": 0.0, "node_limit": NODE_LIMIT},
+            )
         infeasible = 2
         if result.status == infeasible:
             return None
@@ -207,3 +212,18 @@ def _row(costs: Array, low: float, high: float, margin: float) -> LinearConstrai
     """low ≤ Σ costs·(x, z) ≤ high, in units of the upper bound."""
     unit = abs(high if math.isfinite(high) else low) or 1.0
     return LinearConstraint((costs / unit)[None], low / unit + margin, high / unit - margin)
+
+
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """What native code prints within this context goes to stderr: HiGHS writes some warnings to stdout whatever it is
+    told, and a command's answer is there."""
+    sys.stdout.flush()
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(answers, 1)
+        os.close(answers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 
 import numpy as np
@@ -202,3 +203,22 @@ def test_a_problem_without_a_target_says_so_where_one_is_needed() -> None:
     for use in (lambda: problem.target_cost, lambda: problem.choice_at_target(torch.zeros(5, 5))):
         with pytest.raises(ConfigError, match="has no target"):
             use()
+
+
+def test_what_the_solver_prints_is_no_part_of_an_answer(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import fliqs_hf.selection.solver as module
+
+    def printing(*args: object, found: object = module.milp, **options: object) -> object:
+        ctypes.CDLL(None).puts(b"HighsMipSolverData::")
+        return found(*args, **options)  # type: ignore[operator]
+
+    monkeypatch.setattr(module, "milp", printing)
+    space = SearchSpace(BLOCKS, ["int4", "int8"])
+    problem = SearchProblem(space, CostTable(space.layers, space.formats), Target("bits", 8))
+    print("before")
+    assert problem.reachable[0] > 0
+    print("after")
+    printed = capfd.readouterr()
+    assert printed.out == "before\nafter\n" and "HighsMipSolverData" in printed.err
