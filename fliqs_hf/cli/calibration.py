@@ -110,12 +110,15 @@ def check(args: argparse.Namespace) -> None:
 
 
 def turn(args: argparse.Namespace, model: Any, calibration: CalibrationImages | None) -> None:
-    """Rotate `model` in place, where there are images and nothing else is asked for; say what is not rotated."""
+    """Rotate `model` in place, where there are images and nothing else is asked for; say what is not rotated, and let
+    the settings say whether something was."""
     if calibration is None or args.rotation == "false":
         return
-    for part, reason in rotate(model, calibration.few()).items():
+    reasons = rotate(model, calibration.few())
+    for part, reason in reasons.items():
         if reason:
             print(f"the {part} is not rotated: {reason}", file=sys.stderr)
+    args.rotation = "false" if all(reasons.values()) else "true"
 
 
 def input_format(args: argparse.Namespace) -> Format | None:

@@ -18,6 +18,8 @@ Source: Ashkboos et al. 2024 (QuaRot, arXiv 2404.00456) and Liu et al. 2024 (Spi
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,17 +87,26 @@ def rotate(model: Any, images: Tensor, seed: int = 0) -> dict[str, str]:
 
 def _try(change: Any, model: Any, images: Tensor, before: Tensor, seed: int, name: str) -> str:
     """Make a change and compare. Returns: why it was undone, or ""."""
-    saved = {key: value.clone() for key, value in model.state_dict().items()}
     try:
-        change(model, images[:1], seed)
-        error = float((_answer(model, images) - before).abs().max() / before.abs().max().clamp(min=1e-30))
-        if not error <= TOLERANCE:
-            raise ConfigError(f"its answers would change by {error:.1e} of the largest")
+        with _undone_on_failure(model):
+            change(model, images[:1], seed)
+            error = float((_answer(model, images) - before).abs().max() / before.abs().max().clamp(min=1e-30))
+            if not error <= TOLERANCE:
+                raise ConfigError(f"its answers would change by {error:.1e} of the largest")
     except ConfigError as reason:
-        model.load_state_dict(saved)
         logger.info("%s: the %s stays as it is: %s", type(model).__name__, name, reason)
         return str(reason)
     return ""
+
+
+@contextmanager
+def _undone_on_failure(model: nn.Module) -> Iterator[None]:
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        yield
+    except BaseException:  # an interruption too must not leave half a change
+        model.load_state_dict(saved)
+        raise
 
 
 def _answer(model: nn.Module, images: Tensor) -> Tensor:

@@ -95,6 +95,24 @@ def test_a_wrong_guess_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(model.state_dict()[name], before[name])
 
 
+def test_an_interruption_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fliqs_hf.ptq.rotation as module
+
+    answers = []
+
+    def interrupted(model: Any, x: Tensor, found: Any = module._answer) -> Tensor:
+        answers.append(found(model, x))
+        if len(answers) > 1:
+            raise KeyboardInterrupt
+        return answers[0]
+
+    monkeypatch.setattr(module, "_answer", interrupted)
+    model, before = tiny("vit"), state_of(tiny("vit"))
+    with pytest.raises(KeyboardInterrupt):
+        rotate(model, images())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_half_precision_stays_as_it_is() -> None:
     model = tiny("vit").to(torch.bfloat16)
     assert all("float32" in reason for reason in rotate(model, images().to(torch.bfloat16)).values())
