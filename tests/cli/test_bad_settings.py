@@ -102,7 +102,7 @@ RECIPE: list[tuple[dict[str, Any], str]] = [
     ({"model_type": None}, "give either model_name_or_path"),
     ({"model_name_or_path": "x"}, "give either model_name_or_path"),
     ({"model_type": "vitt"}, "did you mean 'vit'"),
-    ({"model_type": "bert", "config_overrides": None, "image_size": None}, "no image classifier"),
+    ({"model_type": "bert", "config_overrides": None, "image_size": None}, "not an image classifier"),
     ({"model_type": ""}, "model_type='' is empty"),
     ({"image_size": 0}, "image_size=0 must be at least 1"),
     ({"image_size": -8}, "image_size=-8"),
@@ -250,7 +250,7 @@ def test_a_command_line_of_the_recipe_says_what_is_wrong(
 @pytest.mark.parametrize(
     ("source", "named"),
     [(source, named) for source, named in SOURCES if source.strip()]
-    + [("{}/text", "bert, which is no image classifier"), ("{}/no_processor", "image processor")],
+    + [("{}/text", "bert, which is not an image classifier"), ("{}/no_processor", "image processor")],
 )
 def test_the_recipe_reads_the_model_before_the_data(
     there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, named: str

@@ -83,7 +83,8 @@ def test_native_carried_simulated_nowhere() -> None:
     ("b200", "mxfp4", "mxfp8_e4m3", "native"), ("b200", "nvfp4", "nvfp4", "native"),
     ("b200", "nvfp4", "mxfp4", "simulated"), ("b200", "int4_g32", "int4_g32_zp", "simulated"),
     ("h100", "mxfp4", "mxfp4", "simulated"), ("h100", "e4m3", "mxfp8_e4m3", "simulated"),
-    ("x86-amx", "int4_g32", "int8", "simulated"), ("x86-amx", "int4", "int4_zp", "simulated"),
+    ("x86-amx", "int4_g32", "int8", "simulated"), ("x86-amx", "int4", "int4_zp", "carried"),
+    ("x86-amx", "int8", "int8_zp", "simulated"), ("h100", "int4", "int4_zp", "simulated"),
 ])  # fmt: skip
 def test_blocks_run_only_where_blocks_are_known(name: str, weight: str, inputs: str, state: str) -> None:
     assert load_profile(name).runs(LayerFormats.of(weight, inputs)).state == state
