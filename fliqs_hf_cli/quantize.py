@@ -48,10 +48,11 @@ def arguments(parser: Parser) -> None:
                         "or one per layer")  # fmt: skip
     parser.add_argument("--weight_scale", choices=("absmax", "mse", "output"),
                         help="the largest value, or least error in the weight or in what the layer gives (needs "
-                        "gptq); default: output with gptq, else absmax")  # fmt: skip
+                        "gptq); default: mse with --calibration, else absmax")  # fmt: skip
     parser.add_argument("--rotation", choices=("true", "false"),
                         help="turn what transformer blocks hand on into a basis without outliers, which changes no "
-                        "answer of the fp32 model; default: true with --calibration")  # fmt: skip
+                        "answer of the fp32 model; default: true with --calibration and inputs below 8 "
+                        "bits")  # fmt: skip
     parser.add_argument("--zero_points", choices=("true", "false"),
                         help="integer inputs of less than 8 bits may be one-sided; default: true with --calibration "
                         "and dynamic input scales")  # fmt: skip

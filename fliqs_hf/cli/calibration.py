@@ -109,10 +109,14 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--weight_scale output is found by GPTQ: give --calibration DATASET and --rounding gptq")
 
 
-def turn(args: argparse.Namespace, model: Any, calibration: CalibrationImages | None) -> None:
+def turn(args: argparse.Namespace, model: Any, calibration: CalibrationImages | None, chosen: bool) -> None:
     """Rotate `model` in place, where there are images and nothing else is asked for; say what is not rotated, and let
-    the settings say whether something was."""
-    if calibration is None or args.rotation == "false":
+    the settings say whether something was. Where all inputs have 8 bits or more it gains nothing (docs/ptq.md).
+
+    Args: chosen: formats differ from layer to layer.
+    """
+    wide = not chosen and (args.activation_format in (None, "none") or parse(args.activation_format).bits >= 8)
+    if calibration is None or args.rotation == "false" or (args.rotation is None and wide):
         return
     reasons = rotate(model, calibration.few())
     for part, reason in reasons.items():
@@ -142,7 +146,7 @@ def pack(args: argparse.Namespace, model: Any, allocation: Allocation, calibrati
             rounding=args.rounding or "gptq",
             bias_correction=None if args.bias_correction is None else args.bias_correction == "true",
             activations=args.activations or "dynamic",
-            weight_scale=args.weight_scale,
+            weight_scale=args.weight_scale or "mse",
         )
     if args.fold_batchnorm == "true":
         try:

@@ -43,6 +43,10 @@ Activations = Literal["dynamic", "clipped", "absmax", "percentile", "mse"]
 #: Of what `activations` says; the others fix scales.
 _GRANULARITIES = {"dynamic": "per_token", "clipped": "per_token_clipped"}
 
+#: Inputs that a scale by the layer's output takes for each weight of an output channel. A classifier reads one token
+#: of each image: on fewer it would fit those images and no others.
+ROWS_PER_WEIGHT = 8
+
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 
 
@@ -82,7 +86,7 @@ def calibrate(
     rounding: Rounding = "gptq",
     bias_correction: bool | None = None,
     activations: Activations = "dynamic",
-    weight_scale: Literal["absmax", "mse", "output"] | None = None,
+    weight_scale: Literal["absmax", "mse", "output"] = "mse",
     percentile: float = PERCENTILE,
     damping: float = DAMPING,
 ) -> Any:
@@ -105,8 +109,8 @@ def calibrate(
             same times one factor of at most 1 per layer, which gives the least squared error of the layer's output;
             the others fix one scale per layer: "absmax", "percentile" of |x|, or "mse" for the least squared error.
         weight_scale: "absmax", "mse" for the scale of an output channel with the least squared error, or "output" for
-            the one with which GPTQ changes the layer's output least ("mse" in block formats). Default: "output" with
-            GPTQ, else "mse".
+            the one with which GPTQ changes the layer's output least ("mse" in block formats, and in layers that read
+            fewer than 8 inputs for each of their weights).
         percentile: with `activations="percentile"`, in (0, 100].
         damping: of GPTQ, as a part of the mean of the Hessian's diagonal.
     Returns: `model`, in evaluation mode.
@@ -119,8 +123,6 @@ def calibrate(
     """
     if bias_correction is None:
         bias_correction = activations not in tuple(_GRANULARITIES)
-    if weight_scale is None:
-        weight_scale = "output" if rounding == "gptq" else "mse"
     options = _Options(rounding, bias_correction, activations, weight_scale, percentile, damping)
     config = _checked(model, allocation, options)
     if not options.needs_images:
@@ -278,7 +280,10 @@ def _pack(packed: PackedLayer, name: str, layer: nn.Module, x: Tensor, options: 
         try:
             hessian = input_hessian(layer, packed.quantized_input(x))
             arguments = weight.flatten(1), steps, formats.weight, hessian, options.damping
-            if options.weight_scale == "output" and formats.weight.is_scaled and not formats.weight.scales_itself:
+            rows = x.numel() // x.shape[packed.kind.tokens.features]
+            enough = rows >= ROWS_PER_WEIGHT * hessian.shape[-1]
+            plain = formats.weight.is_scaled and not formats.weight.scales_itself
+            if options.weight_scale == "output" and enough and plain:
                 rounded, steps = gptq_round_scaled(*arguments)
                 scale = steps.view_as(scale)
             else:

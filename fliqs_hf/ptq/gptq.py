@@ -126,7 +126,7 @@ def gptq_round_scaled(
     scales = scale.float().view(groups, 1, -1, 1) * factors.view(-1, 1, 1)
     rounded = gptq_round(rows.reshape(-1, weight.shape[1]), scales.view(-1, 1), fmt, hessian, damping).view(rows.shape)
     error = (rounded - rows).double()
-    change = error @ hessian.double().view(groups, 1, *hessian.shape[-2:])
+    change = error @ _damped(hessian.double().view(groups, *hessian.shape[-2:]).clone(), damping)[:, None]
     best = change.mul_(error).sum(-1).argmin(1, keepdim=True)[..., None]
     scales, rounded = scales.take_along_dim(best, 1), rounded.take_along_dim(best, 1)
     return rounded.reshape(weight.shape), scales.reshape(scale.shape)
@@ -138,6 +138,15 @@ def check_damping(damping: float) -> None:
         raise ConfigError(f"damping={damping!r}: give a positive number, such as {DAMPING}")
 
 
+def _damped(hessian: Tensor, damping: float) -> Tensor:
+    """`hessian` [groups, k, k] with damping on its diagonals, in place."""
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    # Inputs that are all zero have no Hessian at all: then every column is on its own.
+    diagonal.add_(torch.where(mean > 0, damping * mean, 1.0))
+    return hessian
+
+
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper triangular U with UᵀU = (H + damping)⁻¹, [groups, k, k].
 
@@ -146,10 +155,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     # By a power of four, whose root is exact: the columns' answers are the same bits for a Hessian of any size.
     largest = hessian.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
     hessian = torch.ldexp(hessian, -2 * (torch.frexp(largest).exponent // 2))
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
-    # Inputs that are all zero have no Hessian at all: then every column is on its own.
-    diagonal.add_(torch.where(mean > 0, damping * mean, 1.0))
+    _damped(hessian, damping)
     lower, failed = torch.linalg.cholesky_ex(hessian)
     if not bool(failed.any()):  # nearly singular: there may be a factor, but none of the inverse
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

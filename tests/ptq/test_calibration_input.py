@@ -86,6 +86,7 @@ def test_static_without_calibration_is_refused(tmp_path: Path) -> None:
         ({"bias_correction": "no"}, ConfigError, "bias_correction='no'"),
         ({"batches": 5}, DataError, "batches=5"),
         ({"weight_scale": "max"}, ValueError, "weight_scale='max'"),
+        ({"weight_scale": "output", "rounding": "nearest"}, ConfigError, "take 'mse'"),
         ({"allocation": {"vit.layers.9": {"weight": "int4", "activation": None}}}, AllocationError, r"layers\.9"),
         ({"batches": []}, DataError, "empty"),
         ({"batches": [images().long()]}, DataError, r"batch 0 is torch\.int64"),

@@ -18,6 +18,7 @@ from fliqs_hf.formats import COMMON, parse
 from fliqs_hf.formats.rounding import code_values
 from fliqs_hf.nn import PackedLinear, QuantizerSettings
 from fliqs_hf.ptq import gptq_round, input_hessian
+from fliqs_hf.ptq.gptq import SCALE_FACTORS, gptq_round_scaled
 from fliqs_hf.quant import quantize_weight
 from fliqs_hf.quant.grid import grid_params
 from fliqs_hf.quant.scale import weight_scale
@@ -234,3 +235,29 @@ def test_a_factor_whose_inverse_has_none_is_named() -> None:
                 .isfinite()
                 .all()
             )
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("name", ["int3", "e2m1"])
+def test_the_scale_by_the_output_is_the_best_of_those_tried_one_by_one(name: str, groups: int) -> None:
+    fmt, generator = parse(name), torch.Generator().manual_seed(5)
+    weight = torch.randn(6, 10, generator=generator)
+    scale = scale_of(weight, name)
+    inputs = torch.randn(groups, 400, 10, generator=generator, dtype=torch.float64)
+    inputs = inputs @ torch.randn(groups, 10, 10, generator=generator, dtype=torch.float64)
+    hessian = 2 * inputs.mT @ inputs / 400
+    hessian = hessian if groups > 1 else hessian[0]
+    found, found_scale = gptq_round_scaled(weight, scale, fmt, hessian)
+    damped = hessian.view(groups, 10, 10)
+    mean = damped.diagonal(dim1=1, dim2=2).mean(1)
+    damped = damped + 0.01 * mean[:, None, None] * torch.eye(10, dtype=torch.float64)
+    tried = [gptq_round(weight, scale * factor, fmt, hessian) for factor in SCALE_FACTORS]
+    chosen = set()
+    for row in range(6):
+        errors = [(one[row] - weight[row]).double() for one in tried]
+        costs = [float(error @ damped[row * groups // 6] @ error) for error in errors]
+        best = costs.index(min(costs))
+        assert torch.equal(found[row], tried[best][row])
+        assert torch.equal(found_scale[row], (scale * SCALE_FACTORS[best])[row])
+        chosen.add(best)
+    assert len(chosen) > 1
