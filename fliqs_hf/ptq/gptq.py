@@ -26,7 +26,7 @@ from fliqs_hf.quant.scale import unit_factor
 DAMPING = 0.01
 #: Columns after which an error reaches the columns beyond its block, as one matrix product (the paper's lazy batch).
 BLOCK = 128
-#: On the scale of least squared error in the weight; further out, no row of a ViT found a better one.
+#: On the scale of least squared error in the weight.
 SCALE_FACTORS = (1.0, 0.76, 0.84, 0.92, 1.08, 1.18, 1.3)
 #: Elements of a layer's input that are in work at once while the Hessian is summed.
 _CHUNK = 2**24
