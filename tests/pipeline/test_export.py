@@ -126,20 +126,38 @@ def test_settings_of_the_file(checkpoint: Path, tmp_path: Path, capsys: pytest.C
     assert main([*command, "--overwrite"]) == 0
 
 
-def test_validate_takes_an_exported_file(checkpoint: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tests = ["--dataset_name", "digits", "--match_labels", "index", "--json"]
-    folder, model = exported.parent / "ten", tiny("vit")
+@pytest.fixture(scope="module")
+def ten_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed model with the classes of the digits."""
+    folder, model = tmp_path_factory.mktemp("ten"), tiny("vit")
     model.classifier = torch.nn.Linear(32, 10)
     model.config.num_labels = 10
     fliqs_hf.quantize(model, FLIQSConfig()).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    fliqs_hf.export(folder, exported.parent / "ten-onnx")
-    for name in (exported.parent / "ten-onnx", exported.parent / "ten-onnx" / "model.onnx"):
+    return folder
+
+
+@pytest.mark.parametrize(("to", "files"), [("onnx", ["model.onnx"]), ("openvino", ["model.xml", "model.bin"])])
+def test_validate_takes_an_exported_file(
+    ten_classes: Path, tmp_path: Path, to: Any, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its folder and by its name, to a verdict and its page; a damaged file is named."""
+    pytest.importorskip(to)
+    fliqs_hf.export(ten_classes, tmp_path / "out", to=to)
+    command = ["--max_samples", "40", "--dataset_name", "digits", "--match_labels", "index", "--json"]
+    for name in (tmp_path / "out", tmp_path / "out" / files[0]):
         capsys.readouterr()
-        assert main(["validate", str(folder), str(name), "--max_samples", "40", *tests]) == 0
+        page = ["--output", str(tmp_path / "page.html"), "--max_drop", "100"]
+        assert main(["validate", str(ten_classes), str(name), *command, *page]) == 0
         data = json.loads(capsys.readouterr().out)
-        assert data["agreement"]["count"] == data["images"] == 40
-        assert data["quantized"]["checkpoint_bytes"] == (exported.parent / "ten-onnx" / "model.onnx").stat().st_size
+        assert data["agreement"]["count"] >= 38  # of random logits, which are close to each other, in bf16 as well
+        assert (data["images"], data["exit_code"]) == (40, 0) and data["gate"] is not None
+        assert data["quantized"]["checkpoint_bytes"] == sum((tmp_path / "out" / f).stat().st_size for f in files)
+        assert "Validation: original against quantized" in (tmp_path / "page.html").read_text()
+    (tmp_path / "out" / files[0]).write_text("no model")
+    assert main(["validate", str(ten_classes), str(tmp_path / "out"), *command]) == 1
+    error = capsys.readouterr().err
+    assert f"cannot load {tmp_path / 'out' / files[0]}" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(("settings", "words"), [

@@ -47,7 +47,7 @@ def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.tensor(openvino.Core().compile_model(model, "CPU", options)([x.numpy()])[0])
 
 
-@pytest.mark.parametrize("architecture", ["vit", "swin", "resnet", "mobilenet_v2"])
+@pytest.mark.parametrize("architecture", ["vit", "deit", "dinov2", "swin", "resnet", "mobilenet_v2"])
 def test_answers_are_the_packed_models(architecture: str, tmp_path: Path) -> None:
     """In any batch size, as in `test_architectures.py`: no code rounds the other way for these inputs."""
     config = FLIQSConfig(weight_format="int4", activation_format="int8")
