@@ -218,6 +218,37 @@ def test_no_two_classes_have_one_name() -> None:
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
+#: What is written once: a pattern -> the one file of the package that has it, and what others call instead.
+ONCE = {
+    r"\bos\.(replace|rename)\(|\.rename\(|shutil\.move": ("files", "replacing, move_into"),
+    r"\bget_close_matches\b|\bdifflib\b": ("errors", "did_you_mean, nearest"),
+    r"\bjinja2\.Environment\b": ("hf/templating", "environment"),
+    r"\.convert\((mode|[\"'](RGB|L)[\"'])": ("training/images", "decoded, pixels"),
+    r"= \w+(\.\w+)*\.training$|\.training for\b": ("nn/evaluation", "evaluation, modes_kept"),
+    r"\.casefold\(\)": ("training/labels", "find_match, match_given, match_trained"),
+}
+
+
+def copies(sources: dict[str, str], pattern: str, home: str) -> list[str]:
+    """Where files other than `home` have what matches, by line; the home itself must have it."""
+    places = [f"{name}:{i}" for name, text in sources.items() for i, line in enumerate(text.splitlines(), 1)
+              if re.search(pattern, line)]  # fmt: skip
+    assert any(place.startswith(f"{home}:") for place in places), f"{home} has no {pattern} any more"
+    return [place for place in places if not place.startswith(f"{home}:")]
+
+
+def test_copies_are_found() -> None:
+    sources = {"files": "os.replace(a, b)", "nn/x": "import os\nos.replace(a, b)", "nn/y": "text.replace(a, b)"}
+    assert copies(sources, next(iter(ONCE)), "files") == ["nn/x:2"]
+
+
+@pytest.mark.parametrize(("pattern", "home", "instead"), [(k, *v) for k, v in ONCE.items()], ids=lambda x: str(x)[:20])
+def test_what_has_a_place_is_written_once(pattern: str, home: str, instead: str) -> None:
+    folders = {path: path.relative_to(PACKAGE).with_suffix("").as_posix() for path in MODULES}
+    sources = {name: path.read_text(encoding="utf-8") for path, name in folders.items()}
+    assert copies(sources, pattern, home) == [], f"call {instead} of {home}.py instead"
+
+
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 

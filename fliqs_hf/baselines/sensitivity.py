@@ -19,6 +19,7 @@ from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.checks import is_whole
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.nn import make_searchable, restore
+from fliqs_hf.nn.evaluation import evaluation
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.selection import SearchSpace, fisher_scores
 from fliqs_hf.selection.scores.fisher import Forward, frozen, layers_of, meaningful
@@ -42,12 +43,11 @@ def loss_delta_scores(
     """
     if not any(len(y) for _, y in batches):
         raise DataError("the loss deltas got no images: give them a split that is not empty")
-    training = model.training
-    model.eval()
 
     def loss() -> float:
         losses = task.losses()
-        total = float(sum(losses(forward(x), y) for x, y in batches))
+        with evaluation(model):
+            total = float(sum(losses(forward(x), y) for x, y in batches))
         if not losses.images:
             raise DataError("the loss deltas got no images: give them a split that is not empty")
         losses.check(int(losses.invalid), losses.images)
@@ -70,7 +70,6 @@ def loss_delta_scores(
         return meaningful(scores)
     finally:
         restore(model)
-        model.train(training)
 
 
 def elementwise_scores(

@@ -13,6 +13,7 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
+from fliqs_hf.nn.evaluation import modes_kept
 from fliqs_hf.oneshot.hook import FixedFormats
 from fliqs_hf.training import ImageData, TrainConfig, evaluate, train
 from fliqs_hf.training.seeds import derived_seed
@@ -68,15 +69,14 @@ class ShortTraining:
         groups = {layer.name: layer.input_group for layer in self.layers}
         names = [layer.name for layer in self.layers]
         switch = make_searchable(self.model, formats, names=names, input_groups=groups, settings=self.settings)
-        mode = self.model.training
         try:
-            hook = FixedFormats(switch, allocation)
-            train(
-                self.model, self.training, self.config, self.accelerator,
-                hook=hook, teacher=self.teacher, name=f"trial {number}",
-            )  # fmt: skip
-            return -evaluate(self.model, self.held_out, self.accelerator).loss
+            with modes_kept(self.model):
+                hook = FixedFormats(switch, allocation)
+                train(
+                    self.model, self.training, self.config, self.accelerator,
+                    hook=hook, teacher=self.teacher, name=f"trial {number}",
+                )  # fmt: skip
+                return -evaluate(self.model, self.held_out, self.accelerator).loss
         finally:
             restore(self.model)
             self.model.load_state_dict(self.start)
-            self.model.train(mode)

@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.nn.evaluation import evaluation
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
 from fliqs_hf.training.data import Loader
 
@@ -41,25 +42,23 @@ def evaluate(
     loaded = {metric: load_metric(metric) for metric in metrics}
     predictions: list[int] = []
     references: list[int] = []
-    training = model.training
-    model.eval()
     rows = range(accelerator.process_index, len(data), accelerator.num_processes)
     loader = Loader(Subset(data, rows or [0]), batch_size, num_workers=workers)
     sums: list[Tensor] = []
-    for images, target in tqdm(loader, desc=name, leave=False, disable=not accelerator.is_local_main_process):
-        with accelerator.autocast():
-            prediction = task.prediction(model(images.to(accelerator.device))).float()
-        target = target.to(accelerator.device)
-        loss = losses(prediction, target).double()
-        sums.append(torch.cat([task.counts(prediction, target), loss.view(1)]))
-        if loaded and rows:
-            predictions += task.answers(prediction).flatten().tolist()
-            references += target.flatten().tolist()
+    with evaluation(model):
+        for images, target in tqdm(loader, desc=name, leave=False, disable=not accelerator.is_local_main_process):
+            with accelerator.autocast():
+                prediction = task.prediction(model(images.to(accelerator.device))).float()
+            target = target.to(accelerator.device)
+            loss = losses(prediction, target).double()
+            sums.append(torch.cat([task.counts(prediction, target), loss.view(1)]))
+            if loaded and rows:
+                predictions += task.answers(prediction).flatten().tolist()
+                references += target.flatten().tolist()
     totals = torch.cat([sum(sums), sums[0].new_tensor([losses.images, int(losses.invalid)])])  # type: ignore[list-item]
     if not rows:  # fewer images than processes: the one above told how many sums there are
         totals.zero_()
     *counts, loss, n, invalid = accelerator.reduce(totals, reduction="sum").tolist()
-    model.train(training)
     losses.check(round(invalid), round(n))
     if loaded:
         from accelerate.utils import gather_object  # a server that only loads models does without

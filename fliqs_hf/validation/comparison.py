@@ -192,7 +192,7 @@ def _keep_examples(examples: dict[int, list[Example]], batch: Batch, pair: tuple
 
 
 def _thumbnail(image: Image.Image) -> bytes:
-    small = image.convert("RGB")
+    small = image.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)

@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fliqs_hf.errors import DiskError
+from fliqs_hf.files import move_into
 from fliqs_hf.formats import BlockFormat, Format
 from fliqs_hf.quant.grid import MIN_SCALE, grid_params
 
@@ -123,7 +125,7 @@ def library() -> Library | None:
         return None
     try:
         return _from_cache()
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+    except (OSError, DiskError, AttributeError, subprocess.SubprocessError) as error:
         logger.debug("inputs are quantized without compiled code: %s", error)
         return None
 
@@ -166,17 +168,19 @@ def _key() -> str:
 def _build(file: Path) -> Path:
     """Compile into `file`, all or nothing.
 
-    Raises: OSError: no compiler. SubprocessError: it fails or hangs.
+    Raises: OSError, DiskError: no compiler, or no room. SubprocessError: it fails or hangs.
     """
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler: none of {', '.join(names)}")
     with tempfile.TemporaryDirectory(dir=file.parent, prefix="build-") as made:
-        unlinked, linked = f"{made}/quantize.o", f"{made}/quantize.so"
+        unlinked, done = f"{made}/quantize.o", Path(made) / "done"
+        done.mkdir()
+        linked = str(done / file.name)
         # In two steps: linked with -fopenmp it would bring an OpenMP runtime of its own.
         for command in ([*_FLAGS, "-c", str(_SOURCE), "-o", unlinked], ["-shared", unlinked, "-o", linked]):
             subprocess.run([compiler, *command], check=True, capture_output=True, timeout=_SECONDS)
         os.chmod(linked, 0o700)  # whatever the umask
-        os.replace(linked, file)
+        move_into(file.parent, done, file.name)
     return file
