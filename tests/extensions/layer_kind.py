@@ -7,8 +7,6 @@ from torch.nn import functional
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
 from fliqs_hf.nn.kinds import Convolution, register_kind
-from fliqs_hf.nn.packed import PackedLayer
-from fliqs_hf.nn.searchable import SearchableLayer
 from fliqs_hf.quant import IMAGE
 
 
@@ -36,13 +34,4 @@ class StandardizedConv2d(Convolution):
         return "a standardized convolution"
 
 
-class SearchableStandardizedConv2d(SearchableLayer, WeightStandardizedConv2d):
-    kind = StandardizedConv2d()
-
-
-class PackedStandardizedConv2d(PackedLayer):
-    kind = SearchableStandardizedConv2d.kind
-
-
-StandardizedConv2d.searchable, StandardizedConv2d.packed = SearchableStandardizedConv2d, PackedStandardizedConv2d
-register_kind(SearchableStandardizedConv2d.kind)
+register_kind(StandardizedConv2d())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ from fliqs_hf.nn import (
 )
 from fliqs_hf.nn.kernels import kernels_of, set_kernels
 from fliqs_hf.nn.kinds import CONV2D, find_kind, kind_of, kinds
+from fliqs_hf.nn.packed import PackedLayer
+from fliqs_hf.nn.searchable import SearchableLayer
 from fliqs_hf.nn.select import left_out
 from fliqs_hf.ptq.gptq import input_hessian
 
@@ -161,6 +164,13 @@ def test_batches_do_not_change_results(case: tuple[nn.Module, Tensor]) -> None:
     pack_model(model, Allocation.uniform(["0"], "int4"))
     # A product of fewer rows may sum in another order; inputs of another batch would differ in the third digit.
     assert torch.allclose(model(x)[1:], model(x[1:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.name)
+def test_the_layers_of_a_kind_are_its_own_and_can_be_pickled(kind: LayerKind) -> None:
+    assert issubclass(kind.searchable, (SearchableLayer, kind.plain)) and issubclass(kind.packed, PackedLayer)
+    for role in (kind.searchable, kind.packed):
+        assert role.kind is kind and pickle.loads(pickle.dumps(role)) is role  # type: ignore[attr-defined]
 
 
 def test_names_and_classes_are_taken_once() -> None:

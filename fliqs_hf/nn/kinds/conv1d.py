@@ -9,8 +9,6 @@ from torch.nn import functional
 
 from fliqs_hf.nn.kinds.convolution import Convolution
 from fliqs_hf.nn.kinds.kind import register_kind
-from fliqs_hf.nn.packed import PackedLayer
-from fliqs_hf.nn.searchable import SearchableLayer
 from fliqs_hf.quant.tokens import Tokens
 
 
@@ -25,20 +23,5 @@ class Conv1d(Convolution):
         return functional.unfold(x.unsqueeze(2), (1, *kernel), dilation=(1, *dilation), stride=(1, *stride))
 
 
-CONV1D = Conv1d()
-
-
-class SearchableConv1d(SearchableLayer, nn.Conv1d):
-    """`nn.Conv1d` fake-quantized in formats that a switch chooses."""
-
-    kind = CONV1D
-
-
-class PackedConv1d(PackedLayer):
-    """`nn.Conv1d` with a bit-packed weight; geometry as the layer it replaces."""
-
-    kind = CONV1D
-
-
-Conv1d.searchable, Conv1d.packed = SearchableConv1d, PackedConv1d
-register_kind(CONV1D)
+CONV1D = register_kind(Conv1d())
+SearchableConv1d, PackedConv1d = CONV1D.searchable, CONV1D.packed

@@ -6,8 +6,6 @@ from torch import nn
 
 from fliqs_hf.nn.kinds.convolution import Convolution
 from fliqs_hf.nn.kinds.kind import register_kind
-from fliqs_hf.nn.packed import PackedLayer
-from fliqs_hf.nn.searchable import SearchableLayer
 from fliqs_hf.quant.tokens import IMAGE
 
 
@@ -21,20 +19,5 @@ class Conv2d(Convolution):
     lora = "Conv2d"
 
 
-CONV2D = Conv2d()
-
-
-class SearchableConv2d(SearchableLayer, nn.Conv2d):
-    """`nn.Conv2d` (any stride, groups, padding) fake-quantized in formats that a switch chooses."""
-
-    kind = CONV2D
-
-
-class PackedConv2d(PackedLayer):
-    """`nn.Conv2d` with a bit-packed weight; geometry as the layer it replaces."""
-
-    kind = CONV2D
-
-
-Conv2d.searchable, Conv2d.packed = SearchableConv2d, PackedConv2d
-register_kind(CONV2D)
+CONV2D = register_kind(Conv2d())
+SearchableConv2d, PackedConv2d = CONV2D.searchable, CONV2D.packed

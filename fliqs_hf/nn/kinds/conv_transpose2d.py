@@ -9,8 +9,6 @@ from torch.nn import functional
 
 from fliqs_hf.nn.kinds.convolution import Convolution
 from fliqs_hf.nn.kinds.kind import register_kind
-from fliqs_hf.nn.packed import PackedLayer
-from fliqs_hf.nn.searchable import SearchableLayer
 from fliqs_hf.quant.tokens import IMAGE
 
 
@@ -65,20 +63,5 @@ class ConvTranspose2d(Convolution):
         return "a transposed convolution"
 
 
-CONV_TRANSPOSE2D = ConvTranspose2d()
-
-
-class SearchableConvTranspose2d(SearchableLayer, nn.ConvTranspose2d):  # type: ignore[misc]
-    """`nn.ConvTranspose2d` fake-quantized in formats that a switch chooses; without `output_size`."""
-
-    kind = CONV_TRANSPOSE2D
-
-
-class PackedConvTranspose2d(PackedLayer):
-    """`nn.ConvTranspose2d` with a bit-packed weight; geometry as the layer it replaces."""
-
-    kind = CONV_TRANSPOSE2D
-
-
-ConvTranspose2d.searchable, ConvTranspose2d.packed = SearchableConvTranspose2d, PackedConvTranspose2d
-register_kind(CONV_TRANSPOSE2D)
+CONV_TRANSPOSE2D = register_kind(ConvTranspose2d())
+SearchableConvTranspose2d, PackedConvTranspose2d = CONV_TRANSPOSE2D.searchable, CONV_TRANSPOSE2D.packed

@@ -1,6 +1,6 @@
 """A kind of layer: all that the package asks of one, in one object; and the kinds that are known.
 
-A kind is one file: a `LayerKind` with a searchable and a packed class, registered. Search, cost, packing, calibration,
+A kind is one file: a `LayerKind`, registered. Search, cost, packing, calibration,
 kernels, checkpoints and export ask the kind, and nothing else, what a layer is.
 """
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.nn.packed import PackedLayer
+from fliqs_hf.nn.searchable import SearchableLayer
 from fliqs_hf.quant.tokens import Tokens
 
 
@@ -25,7 +27,8 @@ class LayerKind:
     Attributes:
         name: in records, such as "conv2d".
         plain: the class of its layers.
-        searchable, packed: what takes its place, see `SearchableLayer` and `PackedLayer`.
+        searchable, packed: what takes its place, see `SearchableLayer` and `PackedLayer`; `register_kind` makes them
+            where a kind has none of its own.
         tokens: of the layer's input; outputs have their channels where inputs have their features.
         arguments: of the plain class, other than `bias`, all of them attributes of a layer.
         state: other attributes that `multiply` reads.
@@ -36,8 +39,8 @@ class LayerKind:
 
     name: ClassVar[str]
     plain: ClassVar[type[nn.Module]]
-    searchable: ClassVar[type[nn.Module]]
-    packed: ClassVar[type[nn.Module]]
+    searchable: type[nn.Module]
+    packed: type[nn.Module]
     tokens: ClassVar[Tokens]
     arguments: ClassVar[tuple[str, ...]]
     state: ClassVar[tuple[str, ...]] = ()
@@ -122,6 +125,16 @@ class LayerKind:
 _KINDS: dict[str, LayerKind] = {}
 
 
+def _make_layers(kind: LayerKind) -> None:
+    """Give a kind the classes of its layers, where it has none of its own. They are named after the kind, in its
+    module, so that they can be pickled if they are assigned to these names there."""
+    name, module = type(kind).__name__, type(kind).__module__
+    for role, bases in (("searchable", (SearchableLayer, kind.plain)), ("packed", (PackedLayer,))):
+        if getattr(getattr(kind, role, None), "kind", None) is not kind:
+            about = {"kind": kind, "__module__": module, "__doc__": f"`{kind.plain.__name__}`, {role}."}
+            setattr(kind, role, type(role.capitalize() + name, bases, about))
+
+
 def register_kind(kind: LayerKind) -> LayerKind:
     """Make a kind of layer known: its layers are then searched, packed and counted as all others are.
 
@@ -135,6 +148,8 @@ def register_kind(kind: LayerKind) -> LayerKind:
                 f"layer kind {other.name!r} is registered already, for {other.plain.__name__}: choose another name "
                 f"than {kind.name!r}, or unregister it"
             )
+    if kind.name not in _KINDS:
+        _make_layers(kind)
     return _KINDS.setdefault(kind.name, kind)
 
 

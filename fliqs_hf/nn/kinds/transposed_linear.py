@@ -9,8 +9,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fliqs_hf.nn.kinds.kind import register_kind
 from fliqs_hf.nn.kinds.linear import Linear
-from fliqs_hf.nn.packed import PackedLayer
-from fliqs_hf.nn.searchable import SearchableLayer
 
 
 class TransposedLinear(Linear):
@@ -30,20 +28,5 @@ class TransposedLinear(Linear):
         return Conv1D(layer.nf, layer.nx).to("meta")
 
 
-TRANSPOSED_LINEAR = TransposedLinear()
-
-
-class SearchableTransposedLinear(SearchableLayer, Conv1D):
-    """`Conv1D` whose weight [in, out] and input [..., in] are fake-quantized in formats that a switch chooses."""
-
-    kind = TRANSPOSED_LINEAR
-
-
-class PackedTransposedLinear(PackedLayer):
-    """`Conv1D` with a bit-packed weight. Input [..., in], output [..., out]."""
-
-    kind = TRANSPOSED_LINEAR
-
-
-TransposedLinear.searchable, TransposedLinear.packed = SearchableTransposedLinear, PackedTransposedLinear
-register_kind(TRANSPOSED_LINEAR)
+TRANSPOSED_LINEAR = register_kind(TransposedLinear())
+SearchableTransposedLinear, PackedTransposedLinear = TRANSPOSED_LINEAR.searchable, TRANSPOSED_LINEAR.packed
