@@ -108,6 +108,7 @@ class RunResults(Record):
         accuracy: model -> `training.Accuracy.to_dict()`.
         checkpoint_bytes, fp32_bytes: of the weight files, and of the weights before.
         seconds: of training. sensitivity_seconds: of the scores that it began with.
+        hardware: the profile that was chosen, and where the bit operations run there: `cost.hardware.HardwareShare`.
         floor: of accuracy on held-out images, and every model that was tested, most precise first.
         repaired: whether the policy's most likely formats missed the target, at `argmax_cost_ratio` of it.
     """
@@ -123,6 +124,7 @@ class RunResults(Record):
     sensitivity_seconds: float | None = None
     repaired: bool | None = None
     argmax_cost_ratio: float | None = None
+    hardware: dict[str, Any] | None = None
     floor: dict[str, Any] | None = None
 
 

@@ -48,7 +48,7 @@ def _show(args: argparse.Namespace, profile: Profile) -> int:
             for p in profile.pairs
         ],
         "largest_weight_code": profile.largest_weight_code, "bandwidth_gb_s": profile.bandwidth_gb_s,
-        "bf16_tflops": profile.bf16_tflops,
+        "bf16_tflops": profile.bf16_tflops, "bf16_source": profile.bf16_source,
         "bandwidth_source": profile.bandwidth_source, "fallback": profile.fallback, "note": profile.note,
     }  # fmt: skip
     shown = {**data, "pairs": "; ".join(

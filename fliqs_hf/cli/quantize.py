@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from fliqs_hf.allocation import Allocation
@@ -15,7 +16,7 @@ from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer
 from fliqs_hf.cli.targets import formats, rules, targets
 from fliqs_hf.cost import LayerInfo, Target, unlisted_bytes
-from fliqs_hf.cost.hardware import Profile, load_profile, native_share
+from fliqs_hf.cost.hardware import HardwareShare, Profile, load_profile, profile_here
 from fliqs_hf.cost.latency import NAME as LATENCY
 from fliqs_hf.cost.latency import LatencyTable, use
 from fliqs_hf.cost.models import BOPS
@@ -62,6 +63,7 @@ def _quantized(args: argparse.Namespace, output: RunFolder) -> Outcome:
     target, floor = _targets(args), floor_of(args)
     aim = _aim(args, target)
     profile = None if args.hardware is None else load_profile(args.hardware)
+    shown = profile or profile_here()
     if aim is not None:
         formats(args, profile)
     check_run_folders([output], args.overwrite, "pass --overwrite to replace it")
@@ -103,12 +105,13 @@ def _quantized(args: argparse.Namespace, output: RunFolder) -> Outcome:
         "cost": cost,
         "fp32_bytes": fp32_bytes,
         "checkpoint_bytes": run.model_bytes(),
+        **({} if shown is None or not layers else {"hardware": asdict(HardwareShare.of(shown, layers, allocation))}),
         **({} if floor is None else {"floor": record(trials, floor)}),
     }
     run.write_record(RunResults(**result))
     write_card(run.path)
     result["seconds"] = time.perf_counter() - start
-    text = _text(args, result, layers, allocation, profile, "" if floor is None else summary(trials, floor))
+    text = _text(args, result, layers, allocation, "" if floor is None else summary(trials, floor))
     return Outcome(0, {**result, "allocation": allocation.to_dict(), "output": args.output}, text)
 
 
@@ -164,7 +167,6 @@ def _text(
     result: dict[str, Any],
     layers: Sequence[LayerInfo],
     allocation: Allocation,
-    profile: Profile | None,
     accuracy: str,
 ) -> str:
     """What is printed of a result; without `layers` its costs are unknown."""
@@ -177,8 +179,7 @@ def _text(
         else f"{allocation.summary()}\n\nbit operations  unknown\n"
     )
     text += "".join(f"{line}\n" for line in cost_lines(cost))
-    if profile is not None and layers:
-        text += _hardware_line(profile, layers, allocation)
+    text += _hardware_line(result.get("hardware"))
     return text + (
         f"{accuracy}"
         f"checkpoint      {result['fp32_bytes'] / 1e6:9.3f} MB fp32 -> {result['checkpoint_bytes'] / 1e6:9.3f} MB\n"
@@ -187,9 +188,14 @@ def _text(
     )
 
 
-def _hardware_line(profile: Profile, layers: Sequence[LayerInfo], allocation: Allocation) -> str:
-    share = native_share(profile, layers, allocation)
-    return f"on {profile.name:<13}" + ", ".join(f"{part:.1%} {state}" for state, part in share.items()) + "\n"
+def _hardware_line(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return (
+        f"on {found['profile']:<13}"
+        + ", ".join(f"{part:.1%} {state}" for state, part in found["share"].items())
+        + "\n"
+    )
 
 
 def _targets(args: argparse.Namespace) -> list[Target]:

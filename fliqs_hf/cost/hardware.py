@@ -22,15 +22,16 @@ import yaml
 from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.cost.models import bops
 from fliqs_hf.cost.shapes import LayerInfo
-from fliqs_hf.errors import ConfigError, FormatError
+from fliqs_hf.errors import CheckpointError, ConfigError, FormatError
 from fliqs_hf.formats import BlockFormat, Format, code_values, parse
 from fliqs_hf.nn.native.codes import int8_shift
 from fliqs_hf.nn.native.int8 import largest_exact_weight
+from fliqs_hf.wording import percent
 
 _FOLDER = Path(__file__).parent / "profiles"
 _KEYS = {
     "title": str, "source": str, "pairs": list, "largest_weight_code": int, "bandwidth_gb_s": (int, float),
-    "bandwidth_source": str, "bf16_tflops": (int, float), "fallback": str, "note": str,
+    "bandwidth_source": str, "bf16_tflops": (int, float), "bf16_source": str, "fallback": str, "note": str,
 }  # fmt: skip
 _REQUIRED = ("title", "source", "fallback")
 #: What this machine's GPU is called -> its profile. H200 is of the class of the H100.
@@ -45,6 +46,7 @@ _GPUS = {
 }
 
 State = Literal["native", "carried", "simulated"]
+_STATES = ("native", "carried", "simulated", "nowhere known")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Profile:
         source: where what it runs is documented.
         largest_weight_code: of a CPU: it sums products of 8-bit integers exactly for weights up to this one.
         bandwidth_gb_s: of its memory, from `bandwidth_source`.
-        bf16_tflops: of dense products in bf16, from `source`; a multiplication and an addition count as two.
+        bf16_tflops: of dense products in bf16, from `bf16_source`; a multiplication and an addition count as two.
         fallback: what becomes of other formats.
     """
 
@@ -86,6 +88,7 @@ class Profile:
     bandwidth_gb_s: float | None = None
     bandwidth_source: str | None = None
     bf16_tflops: float | None = None
+    bf16_source: str | None = None
     note: str = ""
 
     def runs(self, formats: LayerFormats | None) -> Run:
@@ -172,6 +175,14 @@ def load_profile(name: str) -> Profile:
     )
 
 
+def profile_here() -> Profile | None:
+    """That of this machine; None where there is none, for what is only said beside a result."""
+    try:
+        return load_profile("auto")
+    except ConfigError:
+        return None
+
+
 def detected() -> str:
     """The profile of this machine. Raises: ConfigError: a device that none describes."""
     if torch.cuda.is_available():
@@ -215,8 +226,9 @@ def _read(file: Path, name: str) -> Profile:
             raise ConfigError(f"{file}, line 1: {key} is missing; add it")
     if data.get("largest_weight_code", 64) not in (64, 127):
         raise refuse("largest_weight_code", "largest_weight_code is 64 or 127")
-    if ("bandwidth_gb_s" in data) != ("bandwidth_source" in data):
-        raise refuse("bandwidth_gb_s", "bandwidth_gb_s and bandwidth_source go together; a figure needs its source")
+    for figure, of in (("bandwidth_gb_s", "bandwidth_source"), ("bf16_tflops", "bf16_source")):
+        if (figure in data) != (of in data):
+            raise refuse(figure, f"{figure} and {of} go together; a figure needs its source")
     try:
         pairs = tuple(_pair(entry) for entry in data.get("pairs", []))
     except (FormatError, ConfigError) as error:
@@ -251,7 +263,7 @@ def native_share(
 
     Layers in fp32 count as simulated.
     """
-    parts = dict.fromkeys(("native", "carried", "simulated", "nowhere known"), 0.0)
+    parts = dict.fromkeys(_STATES, 0.0)
     total = bops(layers, allocation)
     for layer in layers:
         formats = allocation.get(layer.name)
@@ -261,6 +273,44 @@ def native_share(
         own = Allocation({} if formats is None else {layer.name: formats})
         parts[state] += bops([layer], own) / total
     return parts
+
+
+@dataclass(frozen=True)
+class HardwareShare:
+    """Where the bit operations of an allocation run, for the records of a run.
+
+    Attributes:
+        profile, title: of the hardware. share: as `native_share` gives it.
+    """
+
+    profile: str
+    title: str
+    share: Mapping[str, float]
+
+    @classmethod
+    def of(
+        cls, profile: Profile, layers: Sequence[LayerInfo], allocation: Mapping[str, LayerFormats]
+    ) -> HardwareShare:
+        return cls(profile.name, profile.title, native_share(profile, layers, allocation))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> HardwareShare:
+        """Raises: CheckpointError: entries that are none."""
+        try:
+            share = {state: float(data["share"][state]) for state in _STATES}
+            return cls(str(data["profile"]), str(data["title"]), share)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"results.json: hardware: {data!r:.100} is no share of a profile ({error!r})"
+            ) from error
+
+    def __str__(self) -> str:
+        native, carried, simulated, nowhere = (percent(self.share[state]) for state in _STATES)
+        return (
+            f"Of the bit operations, {native} are in formats that {self.title} runs natively, {carried} in formats "
+            f"that it runs exactly as wider ones and at their cost, {simulated} in simulation only there, and "
+            f"{nowhere} in formats that run on no known hardware."
+        )
 
 
 def restricted(formats: Sequence[Format], profile: Profile) -> list[Format]:

@@ -17,7 +17,7 @@ from fliqs_hf.cost import registered
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.hf.making import Making
 from fliqs_hf.hf.private import command_line, is_hub_id, last_part, without_private
-from fliqs_hf.hf.results import SEARCHED, Result, measured_models, validation_of
+from fliqs_hf.hf.results import SEARCHED, Result, hardware_of, measured_models, validation_of
 from fliqs_hf.hf.templating import Markdown, markdown
 from fliqs_hf.runs.files import CARD, RunFiles
 from fliqs_hf.runs.finished import FinishedRun
@@ -72,6 +72,7 @@ def model_card(
         "validation": validation,
         "validated_on": last_part(validation.dataset) if validation and validation.dataset else None,
         "target_ratio": run.results.cost.get("target_ratio"),
+        "hardware": hardware_of(run),
         "checkpoint_bytes": sum(file.stat().st_size for file in run.weight_files),
         "layer_rows": _layer_rows(run),
         "image_size": size if isinstance(size := run.model.get("image_size"), int) else 224,

@@ -9,6 +9,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from fliqs_hf.allocation import Allocation
+from fliqs_hf.cost.hardware import HardwareShare
 from fliqs_hf.cost.models import BOPS, known_costs
 from fliqs_hf.errors import CheckpointError, FormatError
 from fliqs_hf.formats import Format, parse
@@ -106,6 +107,11 @@ class Result:
 def validation_of(run: FinishedRun) -> Validation | None:
     """Raises: CheckpointError: see `Validation.of`."""
     return Validation.of(run.validation, run.allocation.summary())
+
+
+def hardware_of(run: FinishedRun) -> HardwareShare | None:
+    """Where its bit operations run, if that was recorded. Raises: CheckpointError: a record that is none."""
+    return None if run.results.hardware is None else HardwareShare.from_dict(run.results.hardware)
 
 
 def measured_models(run: FinishedRun, validation: Validation | None) -> list[Result]:

@@ -14,6 +14,7 @@ from accelerate.utils import get_int_from_env
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, Target, trace_layers, unlisted_bytes
+from fliqs_hf.cost.hardware import HardwareShare, profile_here
 from fliqs_hf.cost.latency import LatencyTable
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.failures import status_of
@@ -266,6 +267,8 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
         "repaired": final.repaired,
         "argmax_cost_ratio": final.argmax_cost_ratio,
     }  # fmt: skip
+    if (profile := profile_here()) is not None:
+        result["hardware"] = asdict(HardwareShare.of(profile, start.layers, final.allocation))
     if accelerator.is_main_process:
         run.write_record(RunResults(**result), sealed=True)
     accelerator.wait_for_everyone()

@@ -19,7 +19,7 @@ from fliqs_hf.formats import Format
 from fliqs_hf.hf.card import write_card
 from fliqs_hf.hf.making import Making
 from fliqs_hf.hf.private import command_line, without_private
-from fliqs_hf.hf.results import Result, measured_models, validation_of
+from fliqs_hf.hf.results import Result, hardware_of, measured_models, validation_of
 from fliqs_hf.hf.templating import environment
 from fliqs_hf.hf.validation_record import Validation
 from fliqs_hf.json_file import read_object
@@ -162,6 +162,7 @@ def _page(report: RunReport, drawn: Mapping[str, Figure | None]) -> str:
                 settings_json=told,
                 prices=_prices(report),
                 costs=registered(),
+                hardware=hardware_of(report.run),
             )
         )
     except (TypeError, AttributeError, UndefinedError) as error:

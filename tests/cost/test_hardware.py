@@ -127,6 +127,7 @@ def test_a_search_space_is_restricted() -> None:
         (VALID.replace("int4", "int99"), "line 4: .*int99"),
         (VALID + "largest_weight_code: 100\n", "line 6: largest_weight_code is 64 or 127"),
         (VALID + "bandwidth_gb_s: 100\n", "line 6: .*a figure needs its source"),
+        (VALID + "bf16_tflops: 100\n", "line 6: bf16_tflops and bf16_source .*a figure needs its source"),
         (VALID.replace("inputs", "input"), "line 4: pairs: .*needs weights and inputs"),
         ("- a\n", "line 1: a profile is 'key: value' lines"),
         ("a: [", "is no YAML"),

@@ -22,6 +22,7 @@ from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.formats import parse
 from fliqs_hf.hf.card import model_card
 from fliqs_hf.hf.hub import push
+from fliqs_hf.report.run_report import write_report
 from fliqs_hf.runs.finished import FinishedRun
 from fliqs_hf.validation.validate import validate
 from fliqs_hf.wording import milliseconds
@@ -29,7 +30,7 @@ from tests.helpers.hub_server import HubServer
 from tests.helpers.models import tiny
 from tests.helpers.runs import change, write, write_run
 from tests.hf.test_hub import hub  # noqa: F401 - a fixture
-from tests.hf.test_templating import Text
+from tests.hf.test_templating import Text, render
 from tests.hf.test_validation_record import record
 
 
@@ -353,3 +354,15 @@ def shape_of(run: Path, name: str) -> tuple[str, list[str], list[str]]:
     found = Text(rendered)
     links = re.findall(r'(?:href|src)="(?!fliqs/figures/)([^"]*)"', rendered)
     return found.text, [tag for tag in found.tags if tag != "code"], links
+
+
+def test_the_share_of_a_hardware_profile(run: Path) -> None:
+    """Card and report say what the record says, whatever machine they are made on."""
+    share = {"native": 0.5, "carried": 0.25, "simulated": 0.125, "nowhere known": 0.125}
+    change(run / "fliqs/results.json", hardware={"profile": "mine", "title": "my <chip>", "share": share})
+    sentence = "50.00 % are in formats that my <chip> runs natively, 25.00 % in formats that it runs exactly as wider"
+    assert sentence in render(model_card(run).text).text
+    assert sentence in Text(write_report(run).read_text()).text
+    change(run / "fliqs/results.json", hardware={"profile": "mine", "share": share})
+    with pytest.raises(CheckpointError, match=r"hardware: .*is no share of a profile"):
+        model_card(run)
