@@ -19,7 +19,7 @@ from fliqs_hf.errors import AllocationError, ConfigError, FliqsError, FormatErro
 from fliqs_hf.formats import parse
 from fliqs_hf.nn import QuantizerSettings
 from fliqs_hf.oneshot import SearchConfig
-from fliqs_hf.training.loop import TrainConfig
+from fliqs_hf.training.config import TrainConfig
 
 WRONG: list[Any] = [
     5, -1, 1.5, math.nan, math.inf, True, "", "x", b"x", [], [5], ["x", None], (), ("x", 5), {}, {5: 5}, {"a": 5},

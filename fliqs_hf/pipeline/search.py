@@ -39,7 +39,7 @@ from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import train
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, parse
 from fliqs_hf.training.loading import hub_token
-from fliqs_hf.training.loop import UNSETTLED
+from fliqs_hf.training.monitor import UNSETTLED
 from fliqs_hf.training.state import steps_done
 from fliqs_hf.wording import figure
 

@@ -27,7 +27,7 @@ def check_augment(names: Sequence[str]) -> None:
 class BatchAugment:
     """Random horizontal flips, shifted crops, RandAugment, mixup and cutmix of normalised images.
 
-    Implements `training.loop.Augment`: (images [batch, C, H, W], labels [batch]) -> images and labels, or images and
+    Implements `training.step.Augment`: (images [batch, C, H, W], labels [batch]) -> images and labels, or images and
     class probabilities [batch, classes] with mixup or cutmix.
 
     Raises: ConfigError: an unknown name, or mixup together with cutmix. DependencyError: kornia is not installed.

@@ -16,7 +16,7 @@ from torch import nn
 import fliqs_hf.training.state as state_module
 from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
 from fliqs_hf.training import TrainConfig, evaluate, train
-from fliqs_hf.training.loop import decay_groups
+from fliqs_hf.training.optimizer import decay_groups
 from fliqs_hf.training.state import states
 from tests.helpers.models import ARCHITECTURES, tiny
 

@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import fliqs_hf.training.loop as loop
 from fliqs_hf.errors import CheckpointError, DiskError
 from fliqs_hf.training import Interrupted, train
 from fliqs_hf.training.state import Best, load_state, save_state, states
+from fliqs_hf.training.step import TrainingStep
 from tests.helpers.models import tiny
 from tests.training.test_loop import Blobs, Peak, StopError, config, same, stop_at, weights
 
@@ -202,14 +202,14 @@ def test_metrics_do_not_show_a_stop(
     """At every step: those that end a line, that a state is due after, and all others."""
     accelerator, lines = Accelerator(cpu=True), []
     settings = config(logging_steps=5, save_steps=3)
-    step = loop._step
+    take = TrainingStep.take
 
-    def with_signal(*arguments: Any) -> Any:
-        if arguments[-1] + 1 == stop:
+    def with_signal(self: TrainingStep, step: int) -> Any:
+        if step + 1 == stop:
             os.kill(os.getpid(), 15)
-        return step(*arguments)
+        return take(self, step)
 
-    monkeypatch.setattr(loop, "_step", with_signal)
+    monkeypatch.setattr(TrainingStep, "take", with_signal)
     with pytest.raises(Interrupted) as stopped:
         train(
             tiny("vit"), Blobs(50), settings, accelerator, hook=Changing(), state_folder=tmp_path, on_log=lines.append
