@@ -14,7 +14,7 @@ from transformers import ViTImageProcessor
 
 import fliqs_hf
 from fliqs_hf import FLIQSConfig
-from fliqs_hf.errors import ConfigError, DependencyError, ExportError
+from fliqs_hf.errors import CheckpointError, ConfigError, DependencyError, ExportError
 from fliqs_hf.hf.export.agreement import compare
 from fliqs_hf.hf.export.forms import OnnxSettings
 from fliqs_hf.nn.kernels import set_kernels
@@ -124,6 +124,32 @@ def test_settings_of_the_file(checkpoint: Path, tmp_path: Path, capsys: pytest.C
     assert "mine.txt is in the way" in capsys.readouterr().err
     (tmp_path / "out" / "mine.txt").unlink()
     assert main([*command, "--overwrite"]) == 0
+
+
+def test_what_protobuf_cannot_hold_goes_beside_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every larger tensor, without being asked, here above 8 kB instead of 1.8 GB; by names that the folder may be
+    moved with. An export that replaces it leaves nothing of it."""
+    monkeypatch.setattr("fliqs_hf.hf.export.onnx_file._MOST_BYTES", 8_000)
+    result = fliqs_hf.export(checkpoint, tmp_path / "out", images=[images(4)])
+    assert result.files[:2] == ("model.onnx", "model.onnx.data") and result.agreement.same == 4
+    sizes = [(tmp_path / "out" / name).stat().st_size for name in result.files[:2]]
+    assert result.file_bytes == sum(sizes)
+    model = onnx_ir.load(tmp_path / "out" / "model.onnx")
+    inside = [v.const_value for v in model.graph.initializers.values() if not hasattr(v.const_value, "location")]
+    assert max(tensor.nbytes for tensor in inside) <= 256
+    (tmp_path / "out").rename(tmp_path / "moved")
+    with torch.no_grad():
+        expected = load_model(str(checkpoint))(images(2)).logits
+    torch.testing.assert_close(load_model(str(tmp_path / "moved"))(images(2)).logits, expected, rtol=1e-4, atol=1e-5)
+    (tmp_path / "moved" / "model.onnx.data").unlink()
+    with pytest.raises(CheckpointError, match=r"cannot load .*model\.onnx"):
+        load_model(str(tmp_path / "moved"))
+    monkeypatch.undo()
+    (tmp_path / "moved" / "model.onnx.data").touch()
+    fliqs_hf.export(checkpoint, tmp_path / "moved", overwrite=True)
+    assert not (tmp_path / "moved" / "model.onnx.data").exists()
 
 
 @pytest.fixture(scope="module")

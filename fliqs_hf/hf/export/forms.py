@@ -113,6 +113,8 @@ def not_integer(layer: PackedLayer) -> str:
     """Why the layer is no product of 8-bit integers; "" where it is."""
     if reason := no_integer_product(layer):
         return reason
+    if layer.kind.onnx == "ConvTranspose":
+        return "ONNX has no integer form of transposed convolutions"
     if layer.geometry.get("groups", 1) > 1:
         return "a grouped convolution, whose integer form is slower"
     return ""

@@ -12,6 +12,7 @@ from openvino import opset13 as ops
 
 from fliqs_hf.formats import BlockFormat
 from fliqs_hf.hf.export.forms import LayerForm
+from fliqs_hf.hf.export.geometry import Geometry
 from fliqs_hf.nn.native.codes import int8_shift
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.quant.block import decode_scales
@@ -109,12 +110,18 @@ def constant(values: NDArray[np.float32], name: str, stored: str) -> Any:
 
 
 def _convolution(x: Any, weight: Any, layer: PackedLayer) -> Any:
-    g = layer.geometry
-    left, right, top, bottom = g["_reversed_padding_repeated_twice"]
-    strides, dilations = list(g["stride"]), list(g["dilation"])
-    if g["groups"] == 1:
-        return ops.convolution(x, weight, strides, [top, left], [bottom, right], dilations)
-    shape = layer.weight_shape
-    grouped = [g["groups"], shape[0] // g["groups"], *shape[1:]]
-    weight = ops.reshape(weight, np.array(grouped), special_zero=False)
-    return ops.group_convolution(x, weight, strides, [top, left], [bottom, right], dilations)
+    g, transposed = Geometry.of(layer), layer.kind.onnx == "ConvTranspose"
+    outputs, inputs, *kernel = layer.weight_shape
+    moves = {"strides": g.strides, "pads_begin": g.begins, "pads_end": g.ends, "dilations": g.dilations}
+    if transposed:
+        moves["output_padding"] = g.output_padding
+    if g.groups == 1:
+        if not transposed:
+            return ops.convolution(x, weight, **moves)
+        weight = ops.transpose(weight, np.array([1, 0, *range(2, 2 + len(kernel))]))
+        return ops.convolution_backprop_data(x, weight, **moves)
+    weight = ops.reshape(weight, np.array([g.groups, outputs // g.groups, inputs, *kernel]), special_zero=False)
+    if not transposed:
+        return ops.group_convolution(x, weight, **moves)
+    weight = ops.transpose(weight, np.array([0, 2, 1, *range(3, 3 + len(kernel))]))
+    return ops.group_convolution_backprop_data(x, weight, **moves)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from fliqs_hf.formats import BlockFormat
 from fliqs_hf.hf.export.blocks import decoded_blocks
 from fliqs_hf.hf.export.forms import LayerForm, OnnxSettings, asymmetric
+from fliqs_hf.hf.export.geometry import Geometry
 from fliqs_hf.hf.export.inputs import Codes, InputWriter
 from fliqs_hf.hf.export.nodes import MICROSOFT, Writer
 from fliqs_hf.hf.export.traced import DOMAIN, LAYER, NODE
@@ -91,7 +93,7 @@ class _Product:
         self.decided, self.form, self.affine, self.weights = decided, settings.form, affine, weights
         self.asymmetric = decided.form == "integer" and asymmetric(layer, settings.input_scales)
         self.zero = [writer.constant(np.uint8(ZERO_POINT))] if decided.stored == "UINT8" else []
-        self.convolution = layer.kind.onnx == "Conv"
+        self.convolution = not layer.kind.matrix
 
     def __call__(self, x: Any) -> Any:
         if self.decided.form == "integer":
@@ -104,9 +106,9 @@ class _Product:
             product = self.writer.op("MatMul", values, self._weight())
         elif scale is None and self.affine.bias is not None:
             bias = self.writer.constant(self.affine.bias, f"{self.name}.bias")
-            return self.writer.op("Conv", values, self._weight(), bias, **self._geometry())
+            return self.writer.op(self.layer.kind.onnx, values, self._weight(), bias, **self._geometry())
         else:
-            product = self.writer.op("Conv", values, self._weight(), **self._geometry())
+            product = self.writer.op(self.layer.kind.onnx, values, self._weight(), **self._geometry())
         product = product if scale is None else self.writer.op("Mul", product, scale)
         return self._add(product, self._row(self.affine.bias))
 
@@ -138,24 +140,25 @@ class _Product:
             return product
         return self._add(self.writer.op("Mul", product, codes.scale), self._row(bias))
 
-    def _patches(self, x: Any) -> tuple[int, int] | None:
-        """Rows and columns of patches, where the convolution cuts its images into such without a rest."""
+    def _patches(self, x: Any) -> list[int] | None:
+        """How many patches in each dimension, where the convolution cuts its images into such without a rest."""
         if (
             self.layer.kind.not_a_product(self.layer)
             or x.shape is None
             or not all(isinstance(n, int) for n in x.shape[2:])
         ):
             return None
-        (height, width), (kh, kw) = x.shape[2:], self.layer.geometry["kernel_size"]
-        return None if height % kh or width % kw else (height // kh, width // kw)
+        pairs = list(zip(x.shape[2:], self.layer.geometry["kernel_size"], strict=True))
+        return None if any(n % k for n, k in pairs) else [n // k for n, k in pairs]
 
-    def _product_of_patches(self, codes: Codes, factors: NDArray[np.float32], patches: tuple[int, int]) -> Any:
+    def _product_of_patches(self, codes: Codes, factors: NDArray[np.float32], patches: list[int]) -> Any:
         """As a Linear of patches: ONNX Runtime's ConvInteger takes ten times as long."""
-        op, integers, (rows, columns) = self.writer.op, self.writer.integers, patches
-        outputs, channels_in, kh, kw = self.layer.weight_shape
-        blocks = op("Reshape", codes.values, integers(-1, channels_in, rows, kh, columns, kw))
-        blocks = op("Transpose", blocks, perm=[0, 2, 4, 1, 3, 5])
-        values = op("Reshape", blocks, integers(-1, rows * columns, channels_in * kh * kw))
+        op, integers, dims = self.writer.op, self.writer.integers, range(len(patches))
+        outputs, *row = self.layer.weight_shape
+        sizes = [size for pair in zip(patches, row[1:], strict=True) for size in pair]
+        blocks = op("Reshape", codes.values, integers(-1, row[0], *sizes))
+        blocks = op("Transpose", blocks, perm=[0, *(2 + 2 * d for d in dims), 1, *(3 + 2 * d for d in dims)])
+        values = op("Reshape", blocks, integers(-1, prod(patches), prod(row)))
         weight = op("Transpose", op("Reshape", self._codes(), integers(outputs, -1)), perm=[1, 0])
         bias = self.affine.bias
         product = op(
@@ -166,7 +169,7 @@ class _Product:
             product = op("Mul", product, op("Reshape", codes.scale, integers(-1, 1, 1)))
         if bias is not None:
             product = op("Add", product, self.writer.constant(bias, f"{self.name}.bias"))
-        return op("Reshape", op("Transpose", product, perm=[0, 2, 1]), integers(-1, outputs, rows, columns))
+        return op("Reshape", op("Transpose", product, perm=[0, 2, 1]), integers(-1, outputs, *patches))
 
     def _integer_convolution(self, codes: Codes, factors: NDArray[np.float32]) -> Any:
         product = self.writer.op(
@@ -192,7 +195,7 @@ class _Product:
         if values is None:
             return None
         key = f"{self.name}.{what}"
-        shaped = values.reshape(-1, 1, 1) if self.convolution else values
+        shaped = values.reshape(-1, *[1] * (len(self.layer.weight_shape) - 2))
         if key not in self.weights:
             self.weights[key] = self.writer.constant(shaped, key)
         return self.weights[key]
@@ -205,37 +208,43 @@ class _Product:
 
     def _weight(self) -> Any:
         """The weight in fp32: its codes times what a code is worth, which runtimes compute once, at loading."""
-        if isinstance(self.layer.formats.weight, BlockFormat):
-            return self._block_weight()
-        codes, shift = self._codes(), int8_shift(self.layer.formats.weight) or 0
-        factors = channels(self.layer) * np.float32(2.0**-shift) * self.affine.gain
         key = f"{self.name}.decoded"
         if key not in self.weights:
-            axis = 0 if self.convolution else 1
-            writer = self.writer
-            if self.decided.form == "qdq":
-                scale = writer.constant(factors, f"{self.name}.scale")
-                self.weights[key] = writer.op("DequantizeLinear", codes, scale, axis=axis)
-            else:
-                shape = (-1, *[1] * (len(self.layer.weight_shape) - 1)) if self.convolution else (-1,)
-                scale = writer.constant(factors.reshape(shape), f"{self.name}.scale")
-                self.weights[key] = writer.op("Mul", writer.op("Cast", codes, to=onnx_ir.DataType.FLOAT), scale)
+            blocks = isinstance(self.layer.formats.weight, BlockFormat)
+            weight = self._block_weight() if blocks else self._scaled_weight()
+            self.weights[key] = self._transposed(weight) if self.layer.kind.onnx == "ConvTranspose" else weight
         return self.weights[key]
+
+    def _scaled_weight(self) -> Any:
+        codes, shift, writer = self._codes(), int8_shift(self.layer.formats.weight) or 0, self.writer
+        factors = channels(self.layer) * np.float32(2.0**-shift) * self.affine.gain
+        if self.decided.form == "qdq":
+            scale = writer.constant(factors, f"{self.name}.scale")
+            return writer.op("DequantizeLinear", codes, scale, axis=0 if self.convolution else 1)
+        shape = (-1, *[1] * (len(self.layer.weight_shape) - 1)) if self.convolution else (-1,)
+        scale = writer.constant(factors.reshape(shape), f"{self.name}.scale")
+        return writer.op("Mul", writer.op("Cast", codes, to=onnx_ir.DataType.FLOAT), scale)
 
     def _block_weight(self) -> Any:
-        key, op, integers = f"{self.name}.decoded", self.writer.op, self.writer.integers
-        if key not in self.weights:
-            weight = decoded_blocks(self.writer, self.name, self.layer, self._codes())
-            if (self.affine.gain != 1).any():
-                weight = op("Mul", weight, self.writer.constant(self.affine.gain.reshape(-1, 1), f"{self.name}.gain"))
-            shape = integers(*self.layer.weight_shape)
-            self.weights[key] = op("Reshape", weight, shape) if self.convolution else op("Transpose", weight)
-        return self.weights[key]
+        op = self.writer.op
+        weight = decoded_blocks(self.writer, self.name, self.layer, self._codes())
+        if (self.affine.gain != 1).any():
+            weight = op("Mul", weight, self.writer.constant(self.affine.gain.reshape(-1, 1), f"{self.name}.gain"))
+        shape = self.writer.integers(*self.layer.weight_shape)
+        return op("Reshape", weight, shape) if self.convolution else op("Transpose", weight)
+
+    def _transposed(self, rows: Any) -> Any:
+        """[out, in / groups, *kernel] as [in, out / groups, *kernel]."""
+        op, integers = self.writer.op, self.writer.integers
+        (outputs, inputs, *kernel), groups = self.layer.weight_shape, self.layer.geometry["groups"]
+        rows = op("Reshape", rows, integers(groups, outputs // groups, inputs, *kernel))
+        rows = op("Transpose", rows, perm=[0, 2, 1, *range(3, 3 + len(kernel))])
+        return op("Reshape", rows, integers(groups * inputs, outputs // groups, *kernel))
 
     def _geometry(self) -> dict[str, Any]:
-        g = self.layer.geometry
-        left, right, top, bottom = g["_reversed_padding_repeated_twice"]
+        g = Geometry.of(self.layer)
+        more = {"output_padding": g.output_padding} if self.layer.kind.onnx == "ConvTranspose" else {}
         return {
-            "kernel_shape": list(g["kernel_size"]), "strides": list(g["stride"]), "dilations": list(g["dilation"]),
-            "group": g["groups"], "pads": [top, left, bottom, right],
+            "kernel_shape": g.kernel, "strides": g.strides, "dilations": g.dilations, "group": g.groups,
+            "pads": [*g.begins, *g.ends], **more,
         }  # fmt: skip

@@ -18,6 +18,7 @@ class Conv1d(Convolution):
     name = "conv1d"
     plain = nn.Conv1d
     tokens = Tokens((-2, -1), -2)
+    onnx = "Conv"
 
     def _unfold(self, x: Tensor, kernel: Any, dilation: Any, stride: Any) -> Tensor:
         return functional.unfold(x.unsqueeze(2), (1, *kernel), dilation=(1, *dilation), stride=(1, *stride))

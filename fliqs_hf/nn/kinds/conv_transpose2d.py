@@ -19,6 +19,7 @@ class ConvTranspose2d(Convolution):
     name = "conv_transpose2d"
     plain = nn.ConvTranspose2d
     tokens = IMAGE
+    onnx = "ConvTranspose"
     arguments = (*Convolution.arguments, "output_padding")
     state = ()
 

@@ -33,7 +33,8 @@ class LayerKind:
         arguments: of the plain class, other than `bias`, all of them attributes of a layer.
         state: other attributes that `multiply` reads.
         matrix: the layer is a matrix [out, in] times every row of its input, which is [..., in].
-        onnx: the operator that its packed layers become, "MatMul" or "Conv", "" for none.
+        onnx: the operator that its packed layers become, "MatMul", "Conv" or "ConvTranspose", "" for
+            none.
         lora: the name of the class in `peft.tuners.lora` that can be put on its packed layers, "" for none.
     """
 

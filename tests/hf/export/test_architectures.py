@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ onnx_ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
 
-def exported(architecture: str, folder: Path, weight: str = "int8", activation: str = "int8") -> tuple[Any, Any]:
+def exported(
+    architecture: str, folder: Path, weight: str = "int8", activation: str = "int8", **settings: Any
+) -> tuple[Any, Any]:
     model = fliqs_hf.quantize(tiny(architecture), FLIQSConfig(weight_format=weight, activation_format=activation))
     set_kernels(model, "reference")
-    write_onnx(model, images(1), folder / "model.onnx", OnnxSettings())
+    write_onnx(model, images(1), folder / "model.onnx", OnnxSettings(**settings))
     return model, OnnxClassifier(folder / "model.onnx", threads=1)
 
 
@@ -65,3 +68,19 @@ def test_batch_norms_are_folded_into_integer_products(tmp_path: Path) -> None:
     kinds = [node.op_type for node in model.graph]
     assert "ConvInteger" in kinds and "BatchNormalization" not in kinds
     assert not [name for name in model.graph.initializers if "running_mean" in name]
+
+
+@pytest.mark.parametrize("weight", ["int8", "int4", "e2m1"])
+def test_one_scale_for_the_batch_is_fused_by_onnx_runtime(weight: str, tmp_path: Path) -> None:
+    """Into one operator with the quantization of an input that one layer reads; weights of 4 bits are widened once."""
+    import onnxruntime
+
+    exported("vit", tmp_path, weight, input_scales="per_tensor")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    kinds = Counter(node.op_type for node in onnx_ir.load(tmp_path / "optimized.onnx").graph)
+    assert kinds["MatMulInteger"] == 0
+    assert kinds["DynamicQuantizeMatMul"] == 2 * 3 + 1  # o_proj, fc1 and fc2, and the head
+    assert kinds["MatMulIntegerToFloat"] == 2 * 3 + 1  # q, k and v read one input; patches are cut from one
+    assert kinds["DynamicQuantizeLinear"] == 2 + 1

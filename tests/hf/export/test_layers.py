@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import parse
 from fliqs_hf.formats.rounding import code_values
 from fliqs_hf.hf.export.forms import OnnxSettings, layer_form, storage
-from fliqs_hf.nn.kinds import CONV1D
+from fliqs_hf.nn.kinds.linear import Linear
 from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.searchable import QuantizerSettings
 from fliqs_hf.nn.swap import packed_like
@@ -23,12 +24,33 @@ ort = pytest.importorskip("onnxruntime")
 
 INPUTS = torch.randn(3, 7, 40, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 7).view(1, 7, 1)
 IMAGES = torch.randn(3, 8, 12, 12, generator=torch.Generator().manual_seed(2))
+#: Layers that are neither a Linear nor a Conv2d, and their inputs.
+OTHERS: dict[str, tuple[Any, Tensor]] = {
+    "conv1d": (lambda: nn.Conv1d(8, 16, 3, padding=1, stride=2), IMAGES[:, :, 0]),
+    "conv1d-same": (lambda: nn.Conv1d(8, 16, 2, padding="same", dilation=3, bias=False), IMAGES[:, :, 0]),
+    "conv1d-groups": (lambda: nn.Conv1d(8, 16, 3, groups=4), IMAGES[:, :, 0]),
+    "conv1d-patches": (lambda: nn.Conv1d(8, 16, 4, stride=4), IMAGES[:, :, 0]),
+    "transposed": (
+        lambda: nn.ConvTranspose2d(8, 6, (3, 2), stride=(2, 3), padding=(1, 0), output_padding=(1, 2)), IMAGES,
+    ),
+    "transposed-groups": (lambda: nn.ConvTranspose2d(8, 6, 3, groups=2, dilation=(2, 1), bias=False), IMAGES),
+    "transposed-linear": (lambda: Conv1D(24, 40), INPUTS),
+}  # fmt: skip
+
+
+def other(name: str, *arguments: Any) -> tuple[PackedLayer, Tensor]:
+    torch.manual_seed(0)
+    make, x = OTHERS[name]
+    plain = make()
+    if plain.bias is not None:
+        nn.init.normal_(plain.bias)
+    return packed(plain, *arguments), x
 
 
 def packed(plain: nn.Module, weight: str, activation: str | None, granularity: Any = "per_token") -> PackedLayer:
     formats = LayerFormats(parse(weight), None if activation is None else parse(activation))
     layer = packed_like(plain, formats, QuantizerSettings(activation_granularity=granularity))
-    layer.pack_(plain.weight)  # type: ignore[arg-type]
+    layer.pack_(layer.kind.rows(plain, plain.weight))  # type: ignore[arg-type]
     if layer.input_scale is not None:
         layer.input_scale = torch.tensor([0.01 if granularity == "static" else 0.7])
     return layer.eval()
@@ -75,9 +97,9 @@ def assert_equal(layer: PackedLayer, x: Tensor, *arguments: Any, **settings: Any
     if layer.kind.matrix:
         bound = nn.functional.linear(inputs, weight)
     else:
-        bound = nn.Conv2d._conv_forward(layer, inputs, weight, None)  # type: ignore[arg-type]
+        bound = layer.kind.multiply(layer, inputs, weight, None)
     bias = torch.zeros(layer.weight_shape[0]) if layer.bias is None else layer.bias.detach().abs()
-    bias = bias.view(-1, *[1] * (2 * (not layer.kind.matrix)))
+    bias = bias.view(-1, *[1] * (len(layer.weight_shape) - 2))
     assert ((found - expected).abs() <= 2 * layer.weight_shape[1:].numel() * 2.0**-24 * (bound + bias)).all()
     return model
 
@@ -183,6 +205,28 @@ def test_integer_convolutions_are_that() -> None:
     assert "ConvInteger" in [node.op_type for node in model.graph]
 
 
+@pytest.mark.parametrize("form", ["auto", "integer", "qdq"])
+@pytest.mark.parametrize("formats", [("int8", "int8"), ("e2m1", "e4m3"), ("int4_g32", "int8_zp"), ("int4", None)])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kinds_of_layers(name: str, formats: tuple[str, str | None], form: str) -> None:
+    layer, x = other(name, *formats)
+    model = assert_equal(layer, x, form)
+    integers = formats == ("int8", "int8")
+    decided = layer_form(name, layer, OnnxSettings(form=form))
+    if integers and name.split("-")[-1] not in ("groups", "transposed"):
+        assert decided.form == ("qdq" if form == "qdq" else "integer") and not decided.changed
+        assert form == "qdq" or any("Integer" in node.op_type for node in model.graph)
+    else:
+        assert decided.form == "float" and decided.changed.startswith("fp32 product: ")
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "static"])
+@pytest.mark.parametrize("name", ["conv1d", "conv1d-patches", "transposed"])
+def test_other_kinds_with_one_input_scale(name: str, granularity: str) -> None:
+    layer, x = other(name, "int8", "int8", granularity)
+    assert_equal(layer, x)
+
+
 def test_one_scale_for_the_batch_maps_to_onnx_runtimes_own() -> None:
     layer = linear("int8", "int8")
     found, model = run(layer, INPUTS, input_scales="per_tensor")
@@ -218,8 +262,11 @@ def test_two_bits_are_two_bits() -> None:
 
 
 def test_what_is_not_known_is_refused() -> None:
+    class Other(Linear):
+        onnx = ""
+
     class PackedOther(PackedLayer):
-        kind = CONV1D
+        kind = Other()
 
     layer = linear("int8", "int8")
     layer.register_buffer("zero_point", torch.zeros(1))

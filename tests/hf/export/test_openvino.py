@@ -19,7 +19,7 @@ from fliqs_hf.hf.export.openvino_file import OpenVinoSettings, layer_form, store
 from fliqs_hf.hf.export.runtime import OpenVinoClassifier
 from fliqs_hf.nn.kernels import set_kernels
 from tests.helpers.models import images, tiny
-from tests.hf.export.test_layers import convolution, linear
+from tests.hf.export.test_layers import OTHERS, convolution, linear, other
 
 openvino = pytest.importorskip("openvino")
 pytest.importorskip("onnx_ir")
@@ -82,6 +82,13 @@ def test_convolutions(geometry: dict[str, Any]) -> None:
     layer = convolution("int8", None, **geometry)
     x = torch.randn(2, 8, 12, 12, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(run(layer, x), layer(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", ["int4", "e2m1", "int4_g32"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kinds_of_layers(name: str, weight: str) -> None:
+    layer, x = other(name, weight, None)
+    torch.testing.assert_close(run(layer, x), layer(x).detach(), rtol=1e-5, atol=1e-4)  # of sums of 5 to 100
 
 
 def test_static_scales_are_fake_quantized() -> None:
