@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fliqs_hf_cli.parser import Parser
+from fliqs_hf_cli.parser import Parser, columns, task
 
 HELP = "a packed model for other programs: ONNX, OpenVINO, torch.export, compared with itself"
 EXAMPLES = """  fliqs-hf export runs/pilot exported --dataset_name photos/ --min_agreement 99
@@ -34,7 +34,8 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--dataset_name", help="images to compare on: Hub id, folder of images, or 'digits'; default: "
                         "generated noise")  # fmt: skip
     parser.add_argument("--split", help="or a part, such as 'test[:500]'; default: validation or test if there is one")
-    parser.add_argument("--image_column", default="image")
+    columns(parser, None)
+    task(parser)
     parser.add_argument("--max_samples", type=int, default=256, help="images to compare on (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--min_agreement", type=float, metavar="PERCENT",

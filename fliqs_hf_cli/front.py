@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fliqs_hf_cli import quantize
-from fliqs_hf_cli.parser import Parser, match_labels, take_defaults
+from fliqs_hf_cli.parser import Parser, columns, match_labels, take_defaults
 
 HELP = "what every budget buys: the best allocations by cost, from one pass over images"
 EXAMPLES = """  fliqs-hf front MODEL fronts/deit --calibration photos/
@@ -26,9 +26,7 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--hardware", metavar="NAME", help="choose among formats that this runs")
     parser.add_argument("--calibration_split", help="default: train where there is one")
     parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--label_column", default="label",
-                        help="if there is no such column, the model's own answers are the labels")  # fmt: skip
+    columns(parser, "if there is none, the model's own answers")
     match_labels(parser)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--device", help="cpu, cuda, …; default: cuda if there is one")

@@ -44,6 +44,22 @@ def match_labels(parser: Parser) -> None:
                         help="match classes of data and model by name, or take the numbers as they are")  # fmt: skip
 
 
+def task(parser: Parser) -> None:
+    """The argument of every command that asks what a model's output means."""
+    parser.add_argument("--task", default="image-classification", metavar="NAME",
+                        help="what the model does (default: %(default)s)")  # fmt: skip
+
+
+def columns(parser: Parser, without: str | None = "it must be there") -> None:
+    """The columns of a data set; what they are called by default is the task's to say.
+
+    Args: without: what holds where there are no labels; None for a command that reads none.
+    """
+    parser.add_argument("--image_column", help="default: the task's, such as image")
+    if without is not None:
+        parser.add_argument("--label_column", help=f"default: the task's, such as label; {without}")
+
+
 def take_defaults(parser: Parser, arguments: Callable[[Parser], None]) -> None:
     """Let `parser` give every argument of another command, its default where it has none of that name itself."""
     other = Parser()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fliqs_hf_cli.parser import Parser, match_labels
+from fliqs_hf_cli.parser import Parser, columns, match_labels, task
 
 HELP = "quantize a checkpoint without training"
 EXAMPLES = """  fliqs-hf quantize MODEL runs/w8a8                                      uniform INT8
@@ -94,11 +94,8 @@ def _images(parser: Parser) -> None:
         "--calibration_split", help="or a part, such as 'train[:500]'; default: train where there is one"
     )
     parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--label_column", default="label",
-                        help="if there is no such column, the model's own answers are the labels")  # fmt: skip
-    parser.add_argument("--task", default="image-classification", metavar="NAME",
-                        help="what the model does (default: %(default)s)")  # fmt: skip
+    columns(parser, "if there is none, the model's own answers")
+    task(parser)
     match_labels(parser)
 
 

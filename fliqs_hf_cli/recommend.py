@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fliqs_hf_cli import quantize
-from fliqs_hf_cli.parser import Parser, match_labels, take_defaults
+from fliqs_hf_cli.parser import Parser, columns, match_labels, take_defaults
 
 HELP = "one quantized checkpoint that is accurate enough, with what speaks for it"
 EXAMPLES = """  fliqs-hf recommend MODEL runs/pilot --calibration photos/ --max_drop 0.5
@@ -31,8 +31,7 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--held_out", metavar="DATASET", help="default: that of --calibration")
     parser.add_argument("--held_out_split", help="default: validation or test where there is one, else the only one")
     parser.add_argument("--held_out_images", type=int, default=10_000, help="at most (default: %(default)s)")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--label_column", default="label")
+    columns(parser)
     match_labels(parser)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--device", help="cpu, cuda, …; default: cuda if there is one")

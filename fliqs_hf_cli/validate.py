@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fliqs_hf_cli.parser import Parser, match_labels
+from fliqs_hf_cli.parser import Parser, columns, match_labels, task
 
 HELP = "compare a quantized model with its original on your images"
 EXAMPLES = """  fliqs-hf validate MODEL runs/pilot --dataset_name photos/ --split test --max_drop 0.5
@@ -14,9 +14,9 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("quantized", help="Hub id or folder; the result is kept in a run folder")
     parser.add_argument("--dataset_name", required=True, help="Hub id, folder of images, or 'digits'")
     parser.add_argument("--split", help="or a part, such as 'test[:500]'; default: validation or test if there is one")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--label_column", default="label")
+    columns(parser)
     match_labels(parser)
+    task(parser)
     parser.add_argument("--max_samples", type=int, help="use so many images, chosen at random")
     parser.add_argument(
         "--max_drop",

@@ -248,6 +248,34 @@ def test_what_has_a_place_is_written_once(pattern: str, home: str, instead: str)
     assert copies(sources, pattern, home) == [], f"call {instead} of {home}.py instead"
 
 
+#: What a classifier's output is and how it is measured: of `fliqs_hf.tasks` alone. A policy has logits of its own.
+OF_A_TASK = re.compile(
+    r"cross_entropy|(?<!policy)\.logits\b|(?<!\.)\blogits\.(argmax|topk|softmax)|ForImageClassification\b"
+    r"|argmax\([^)]*\) == |IMAGE_CLASSIFICATION\.(?!name)"
+)
+#: Other places that have such words: file -> why.
+NOT_OF_A_TASK = {"oneshot/policy.py": "the logits of the policy"}
+
+
+def test_what_is_of_a_task_is_found() -> None:
+    found = ["functional.cross_entropy(x, y)", "model(x).logits", "logits.argmax(-1)", "(x.argmax(-1) == y).sum()",
+             "AutoModelForImageClassification", "IMAGE_CLASSIFICATION.prediction(x)"]  # fmt: skip
+    assert all(OF_A_TASK.search(line) for line in found)
+    fine = ["self.policy.logits.argmax()", "task: Task = IMAGE_CLASSIFICATION", "IMAGE_CLASSIFICATION.name"]
+    assert not any(OF_A_TASK.search(line) for line in fine)
+
+
+def test_nothing_but_tasks_knows_what_an_output_means() -> None:
+    found: dict[str, list[str]] = {}
+    for path in MODULES:
+        name, text = path.relative_to(PACKAGE).as_posix(), path.read_text(encoding="utf-8")
+        lines = [line.strip() for line in text.splitlines() if OF_A_TASK.search(line)]
+        if lines and not name.startswith("tasks/"):
+            found[name] = lines
+    assert {name: lines for name, lines in found.items() if name not in NOT_OF_A_TASK} == {}
+    assert found.keys() == NOT_OF_A_TASK.keys(), "those that need no exception any more"
+
+
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 

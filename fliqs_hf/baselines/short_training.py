@@ -15,6 +15,7 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.nn import QuantizerSettings, make_searchable, restore
 from fliqs_hf.nn.evaluation import modes_kept
 from fliqs_hf.oneshot.hook import FixedFormats
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
 from fliqs_hf.training import ImageData, TrainConfig, evaluate, train
 from fliqs_hf.training.seeds import derived_seed
 
@@ -37,6 +38,7 @@ class ShortTraining:
         holdout: float = 0.1,
         settings: QuantizerSettings | None = None,
         teacher: nn.Module | None = None,
+        task: Task = IMAGE_CLASSIFICATION,
     ) -> None:
         """
         Args:
@@ -59,7 +61,7 @@ class ShortTraining:
         self.training: Any = Subset(data, order[count:])
         self.model, self.config, self.accelerator = model, config, accelerator
         self.layers = tuple(layer for layer in layers if layer.quantizable)
-        self.settings, self.teacher = settings, teacher
+        self.settings, self.teacher, self.task = settings, teacher, task
         self.start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def __call__(self, allocation: Allocation, number: int) -> float:
@@ -74,9 +76,9 @@ class ShortTraining:
                 hook = FixedFormats(switch, allocation)
                 train(
                     self.model, self.training, self.config, self.accelerator,
-                    hook=hook, teacher=self.teacher, name=f"trial {number}",
+                    hook=hook, teacher=self.teacher, name=f"trial {number}", task=self.task,
                 )  # fmt: skip
-                return -evaluate(self.model, self.held_out, self.accelerator).loss
+                return -evaluate(self.model, self.held_out, self.accelerator, task=self.task).loss
         finally:
             restore(self.model)
             self.model.load_state_dict(self.start)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cli.data import TO_CALIBRATE
+from fliqs_hf.cli.data import TO_CALIBRATE, task_of
 from fliqs_hf.cli.targets import zero_points
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format, parse
@@ -20,12 +20,10 @@ from fliqs_hf.formats.spaces import with_zero_point
 from fliqs_hf.hf import FLIQSConfig, fold_batchnorm
 from fliqs_hf.hf import quantize as round_to_nearest
 from fliqs_hf.ptq import calibrate, rotate
-from fliqs_hf.tasks import find_task
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import mode_of, pixels
-from fliqs_hf.training.labels import names_of
 from fliqs_hf.training.splits import ROW, Part, common, load_split, sample
-from fliqs_hf.validation.data import label_reader
+from fliqs_hf.validation.data import targets
 
 #: Images that GPTQ and bias correction see at most: they hold all of them in memory, and more did not help.
 ROUNDING_IMAGES = 128
@@ -38,7 +36,7 @@ class CalibrationImages:
     def __init__(self, args: argparse.Namespace, model: Any, processor: Any) -> None:
         """Raises: DataError: the images cannot be loaded; the first one is read."""
         self._args, self._model, self._processor = args, model, processor
-        self.task = find_task(args.task)
+        self.task = task_of(args)
         self._mode = mode_of(model.config)
         split, parts = load_split(args.calibration, args.calibration_split, TO_CALIBRATE)
         self._parts = parts
@@ -71,12 +69,11 @@ class CalibrationImages:
                     labels = self.task.answers(self.task.prediction(self._model(images)))
                 yield images, labels
             return
-        names = tuple(names_of(config))
-        read = label_reader(self._rows, column, names, len(names), self._args.match_labels)
-        answers = [read(value, self._images[i][1]) for i, value in enumerate(self._rows[column])]
+        columns = self._args.image_column, column
+        answers = targets(self.task, self._rows, columns, config, self._processor, self._args.match_labels)
         done = 0
         for images in self._batches("sensitivity", len(self._images)):
-            yield images, torch.tensor(answers[done : done + len(images)], device=self._device)
+            yield images, answers[done : done + len(images)].to(self._device)
             done += len(images)
 
     def few(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,23 @@ from fliqs_hf.errors import CheckpointError, DataError
 from fliqs_hf.json_file import read_object
 from fliqs_hf.records import RunSettings
 from fliqs_hf.runs.files import RUN
+from fliqs_hf.tasks import Task, find_task
 from fliqs_hf.training.splits import ROW, Part, common, load_all, load_split, load_splits, numbered, parts_of, sample
 
 #: Which split is meant, where there are several and none is named.
 TO_VALIDATE, TO_CALIBRATE = ("validation", "test"), ("train",)
+
+
+def task_of(args: argparse.Namespace) -> Task:
+    """The task that a command was given; columns that it was not given are the task's, from here on.
+
+    Raises: ConfigError: there is no such task.
+    """
+    task = find_task(args.task)
+    for name, column in zip(("image_column", "label_column"), task.columns, strict=True):
+        if getattr(args, name, "") is None:
+            setattr(args, name, column)
+    return task
 
 
 def to_validate(run: str, name: str, split: str | None) -> tuple[Any, list[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fliqs_hf.cli.data import to_validate
+from fliqs_hf.cli.data import task_of, to_validate
 from fliqs_hf.cli.output import answer, table
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf.export.targets import TARGETS, Settings, find_target
@@ -24,6 +24,7 @@ from fliqs_hf.training.splits import sample
 
 
 def export(args: argparse.Namespace) -> int:
+    task_of(args)
     result = export_model(
         args.run,
         args.output,
@@ -33,6 +34,7 @@ def export(args: argparse.Namespace) -> int:
         min_agreement=args.min_agreement,
         include_preprocessing=args.include_preprocessing,
         overwrite=args.overwrite,
+        task=args.task,
     )
     answer(args.json, result.to_dict(), _text(result))
     return 0

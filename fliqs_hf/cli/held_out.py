@@ -15,9 +15,8 @@ from fliqs_hf.cli.data import TO_VALIDATE
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import mode_of, pixels
-from fliqs_hf.training.labels import names_of
 from fliqs_hf.training.splits import ROW, load_split, numbered, sample
-from fliqs_hf.validation.data import label_reader
+from fliqs_hf.validation.data import targets
 
 FEWEST = 20
 
@@ -43,17 +42,16 @@ class HeldOutImages:
                 "--held_out or --held_out_split, or calibrate on fewer (--calibration_images)"
             )
         rows = sample(split, args.held_out_images)
-        names = tuple(names_of(model.config))
         if args.label_column not in rows.column_names:
             raise DataError(f"the held-out images have no column {args.label_column!r}: name it with --label_column")
         self._task = calibration.task
         self._images = Images(rows, args.image_column)
-        read = label_reader(rows, args.label_column, names, len(names), args.match_labels)
-        self._labels = np.array([read(v, self._images[i][1]) for i, v in enumerate(rows[args.label_column])])
+        columns = args.image_column, args.label_column
+        self._targets = targets(self._task, rows, columns, model.config, processor, args.match_labels)
         self._processor, self._mode, self._size = processor, mode_of(model.config), args.batch_size
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._targets)
 
     @torch.no_grad()
     def right(self, model: Any, name: str) -> NDArray[np.bool_]:
@@ -64,7 +62,7 @@ class HeldOutImages:
             batch = [self._pixels(index) for index in range(first, min(first + self._size, len(self)))]
             prediction = self._task.prediction(model(torch.stack(batch).to(device)))
             answers.append(self._task.answers(prediction).cpu())
-        found: NDArray[np.bool_] = torch.cat(answers).numpy() == self._labels
+        found: NDArray[np.bool_] = self._task.right(torch.cat(answers), self._targets).numpy()
         return found
 
     def _pixels(self, index: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.calibration import CalibrationImages, check, input_format, pack, turn
+from fliqs_hf.cli.data import task_of
 from fliqs_hf.cli.floor import floor_of, meeting, missed, record, summary
 from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer
@@ -24,7 +25,7 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.hf.card import write_card
 from fliqs_hf.lock import locked
-from fliqs_hf.pipeline.checkpoints import device_of, is_classifier, load_model, load_processor, read_config, traced
+from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config, traced
 from fliqs_hf.pipeline.floor import FloorTest, candidates
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.post_training import Found, allocate
@@ -122,8 +123,11 @@ def _loaded(args: argparse.Namespace) -> tuple[Any, Any]:
     device = device_of(args.device)
     processor = load_processor(args.model, args.revision)
     model = load_model(args.model, args.revision)
-    if args.calibration and not is_classifier(model):
-        raise ConfigError(f"--calibration runs images through a classifier, which {type(model).__name__} is not")
+    task = task_of(args)
+    if args.calibration and not task.has_model(model):
+        raise ConfigError(
+            f"--calibration runs images through {task.models}, which {type(model).__name__} is not: name its --task"
+        )
     return model.to(device), processor
 
 

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from fliqs_hf.cli.data import to_validate
+from fliqs_hf.cli.data import task_of, to_validate
 from fliqs_hf.cli.output import answer
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.files import write_text
@@ -50,6 +50,7 @@ def _validate(args: argparse.Namespace) -> int:
         run.check(CARD, *kept, *(WRITTEN if PAGE in run.listed() else ()))
         check_writable(run.path)
     device = device_of(args.device)
+    task_of(args)
     for name in (args.original, args.quantized):
         read_config(name)  # what is wrong with a model shows before the data are fetched
     split, warnings = to_validate(args.quantized, args.dataset_name, args.split)
@@ -69,6 +70,7 @@ def _validate(args: argparse.Namespace) -> int:
         device=device,
         dataset_name=args.dataset_name,
         warnings=warnings,
+        task=args.task,
     )
     for path in outputs:
         write_text(path, FORMS[path.suffix](result))

@@ -13,6 +13,9 @@ POWER = 0.8
 
 Verdict = Literal["pass", "fail", "undecided"]
 
+ACCURACY = "top-1 accuracy"
+"""What is measured where nothing else is said."""
+
 NOT_ASKED = "No decision was asked for: max_drop was not set."
 
 
@@ -25,6 +28,7 @@ class Gate:
         verdict: "pass" if `upper` < `max_drop`, "fail" if `lower` > `max_drop`, else "undecided".
         images: in all, to settle an undecided case with a chance of `POWER`; None if decided, or if no number would
             settle it because the observed drop is `max_drop`.
+        measure: what drops, in words.
     """
 
     max_drop: float
@@ -33,6 +37,7 @@ class Gate:
     upper: float
     verdict: Verdict
     images: int | None
+    measure: str = ACCURACY
 
     @property
     def passing_limit(self) -> float:
@@ -53,17 +58,17 @@ class Gate:
         if self.verdict == "pass":
             most = f"at most {points(self.upper)}" if self.upper > 0 else f"it gains {points(-self.upper)} or more"
             return (
-                f"The quantized model may take the original's place: {sure} it loses less than {limit} of top-1 "
-                f"accuracy ({most})."
+                f"The quantized model may take the original's place: {sure} it loses less than {limit} of "
+                f"{self.measure} ({most})."
             )
         if self.verdict == "fail":
             return (
-                f"The quantized model may not take the original's place: {sure} it loses more than {limit} of top-1 "
-                f"accuracy (at least {points(self.lower)})."
+                f"The quantized model may not take the original's place: {sure} it loses more than {limit} of "
+                f"{self.measure} (at least {points(self.lower)})."
             )
         return (
-            f"{count(images)} images cannot tell whether the quantized model loses less than {limit} of top-1 "
-            f"accuracy. They do show, {sure}, a loss of at most {points(self.upper)} points: a limit of "
+            f"{count(images)} images cannot tell whether the quantized model loses less than {limit} of "
+            f"{self.measure}. They do show, {sure}, a loss of at most {points(self.upper)} points: a limit of "
             f"{points(self.passing_limit)} or more would have passed."
         )
 

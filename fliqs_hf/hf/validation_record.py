@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fliqs_hf.errors import CheckpointError
-from fliqs_hf.hf.gate import NOT_ASKED, Gate
+from fliqs_hf.hf.gate import ACCURACY, NOT_ASKED, Gate
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Validation:
     Attributes:
         dataset: name of the images, as the user gave it; None where it was not recorded.
         speedup: median of (time of the original / time of the quantized model); None where it was not timed.
-        gate: None where no limit was set.
+        gate: None where no limit was set. measure: what is measured, in words.
     """
 
     images: int
@@ -56,6 +56,7 @@ class Validation:
     device: str
     threads: int
     batch_size: int
+    measure: str = ACCURACY
 
     @property
     def verdict(self) -> str:
@@ -93,6 +94,7 @@ class Validation:
             device=conditions.text("device") or "",
             threads=conditions.whole("threads", 1),
             batch_size=conditions.whole("batch_size", 1),
+            measure=top.text("measure", optional=True) or ACCURACY,
         )
 
 
@@ -170,4 +172,5 @@ def _gate(data: _Reader) -> Gate:
             f"{upper} at the limit {limit}; validate the model again"
         )
     images = data.whole("images", 1) if data.data.get("images") is not None else None
-    return Gate(limit, confidence, lower, upper, verdict, images)  # type: ignore[arg-type]
+    measure = data.text("measure", optional=True) or ACCURACY
+    return Gate(limit, confidence, lower, upper, verdict, images, measure)  # type: ignore[arg-type]

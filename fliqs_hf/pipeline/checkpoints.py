@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from fliqs_hf.cost import LayerInfo, example_image, trace_layers
 from fliqs_hf.errors import ConfigError, FliqsError
@@ -77,12 +76,6 @@ def load_model(name: str, revision: str | None = None) -> Any:
 def load_processor(name: str, revision: str | None = None) -> Any:
     """Its image processor. Raises: ConfigError: it has none."""
     return load(AutoImageProcessor, _folder_of(name), "image processor", revision=revision)
-
-
-def is_classifier(model: Any) -> bool:
-    """Whether it takes images alone and answers with one logit per class."""
-    known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
-    return type(model).__name__ in {name for names in known for name in ([names] if isinstance(names, str) else names)}
 
 
 def traced(model: Any) -> tuple[tuple[LayerInfo, ...], str]:

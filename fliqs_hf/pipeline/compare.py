@@ -37,7 +37,6 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForImageClassification
 from transformers.utils import logging as hf_logging
 
 from fliqs_hf.allocation import Allocation
@@ -78,9 +77,8 @@ from fliqs_hf.pipeline.compare_summary import is_summary, summarise, write_summa
 from fliqs_hf.pipeline.compare_table import COLUMNS, Table, is_table, provenance
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, data_source
 from fliqs_hf.selection import SearchProblem, SearchSpace
-from fliqs_hf.tasks import IMAGE_CLASSIFICATION
-from fliqs_hf.training import ImageData, StepHook, TrainConfig, evaluate, load_splits, train
-from fliqs_hf.training.data import labelled
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, find_task
+from fliqs_hf.training import StepHook, TrainConfig, evaluate, load_splits, train
 from fliqs_hf.training.labels import match_given, names_of
 from fliqs_hf.training.loading import load
 from fliqs_hf.validation.comparison import peak_memory
@@ -102,29 +100,37 @@ class Comparison:
         for name in ("trials", "prior_images"):
             if not is_whole(value := getattr(arguments, name), 1):
                 raise ConfigError(f"--{name} {value} must be at least 1")
+        self.task = find_task(arguments.task)
         self.accelerator = Accelerator(cpu=arguments.use_cpu)
-        self.model = load(AutoModelForImageClassification, arguments.model)
+        self.model = load(self.task.auto_class(), arguments.model)
         self.model.to(self.accelerator.device)
         self.teacher = copy.deepcopy(self.model) if arguments.distill else None
-        processor = load_processor(arguments.model)
-        *splits, names = labelled(*load_splits(arguments.dataset_name), "label")
-        labels, ids = self.model.config.num_labels, None
-        IMAGE_CLASSIFICATION.check(self.model.config)
-        if getattr(splits[0].features["label"], "names", None) is not None:  # numbers are taken as they are
-            ids = match_given(names, names_of(self.model.config), labels, arguments.match_labels).ids
-        limits = (arguments.max_train_samples, arguments.max_eval_samples)
-        self.train, self.eval = (
-            ImageData(split, processor, labels, label_ids=ids, max_samples=limit, cache=True)
-            for split, limit in zip(splits, limits, strict=True)
-        )
+        self.train, self.eval = self._data(load_processor(arguments.model))
         self.original = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.layers = trace_layers(self.model, self.train[0][0][None].to(self.accelerator.device))
         self.space = SearchSpace(self.layers, arguments.search_space, arguments.activation)
         self.table = CostTable(self.layers, self.space.formats)
         self.quantizers = QuantizerSettings(activation_granularity=arguments.activation_granularity)
         self.scores = Scores(
-            self.model, self.train, self.space, self.accelerator, arguments.batch_size, arguments.prior_images
+            self.model, self.train, self.space, self.accelerator, arguments.batch_size, arguments.prior_images,
+            self.task,
+        )  # fmt: skip
+
+    def _data(self, processor: Any) -> tuple[Any, Any]:
+        """Both splits, with targets as the model has them."""
+        task, config, (image, label) = self.task, self.model.config, self.task.columns
+        *splits, names = task.classes(*load_splits(self.arguments.dataset_name), label)
+        task.check(config)
+        ids = None  # numbers are taken as they are
+        if task.class_per_image and getattr(splits[0].features[label], "names", None) is not None:
+            ids = match_given(names, names_of(config), config.num_labels, self.arguments.match_labels).ids
+        options = {"image_column": image, "label_column": label, "label_ids": ids, "cache": True}
+        limits = (self.arguments.max_train_samples, self.arguments.max_eval_samples)
+        train, held_out = (
+            task.data(split, processor, config.num_labels, max_samples=limit, **options)
+            for split, limit in zip(splits, limits, strict=True)
         )
+        return train, held_out
 
     def run(self, method: str, bits: float, seed: int) -> dict[str, Any]:
         """One row: choose formats, train in them, evaluate."""
@@ -152,20 +158,24 @@ class Comparison:
                 choose = lambda: self.fixed_training(allocation, steps, method, seed)  # noqa: E731
             chosen = choose()
             seconds = time.perf_counter() - start
-        accuracy = evaluate(self.model, self.eval, self.accelerator)
+        score = self.score()
         restore(self.model)
         return {
             "method": method,
             "target_bits": f"{bits:g}",
             "seed": seed,
-            "top1": round(accuracy.top1, 5),
-            "loss": round(accuracy.loss, 5),
+            "value": round(score.value, 5),
+            "loss": round(score.loss, 5),
             "cost_ratio": round(bops(self.layers, chosen) / self.wanted(method, problem), 4),
             "steps": steps,
             "seconds": round(seconds + spent, 1),
             "peak_mb": round((peak.working_bytes or 0) / 1e6) or "",
             "allocation": chosen.summary(),
         }
+
+    def score(self) -> Any:
+        """Of the model as it is, on the evaluation images."""
+        return evaluate(self.model, self.eval, self.accelerator, task=self.task)
 
     def problem(self, method: str, bits: float) -> SearchProblem:
         """The formats that a method chooses from, and what they cost. Raises: ConfigError: there are none."""
@@ -211,7 +221,7 @@ class Comparison:
             return own[name](problem, seed)
         objective = ShortTraining(
             self.model, self.layers, self.train, self.settings(seed, self.trial_steps), self.accelerator,
-            settings=self.quantizers, teacher=self.teacher,
+            settings=self.quantizers, teacher=self.teacher, task=self.task,
         )  # fmt: skip
         sampler: Any = name.removeprefix("multi-trial-")
         journal = self.arguments.output.with_suffix(f".{name}-{bits:g}-{seed}.jsonl")
@@ -250,7 +260,8 @@ class Comparison:
 
     def trained(self, config: TrainConfig, hook: StepHook, name: str) -> torch.nn.Module:
         """`train` for the model and data that are compared, with the teacher if there is one."""
-        return train(self.model, self.train, config, self.accelerator, hook=hook, teacher=self.teacher, name=name)
+        return train(self.model, self.train, config, self.accelerator, hook=hook, teacher=self.teacher, name=name,
+                     task=self.task)  # fmt: skip
 
     def searchable(self, formats: Any) -> Any:
         groups = {layer.name: layer.input_group for layer in self.table.layers}
@@ -280,6 +291,7 @@ def parser(command: str) -> argparse.ArgumentParser:
     )
     made.add_argument("model", help="folder of the fp32 checkpoint that everything starts from")
     made.add_argument("--dataset_name", required=True, help="Hub id, folder, or 'digits'")
+    made.add_argument("--task", default=IMAGE_CLASSIFICATION.name, help="what the model does (default: %(default)s)")
     made.add_argument("--match_labels", choices=("name", "index"), default="name",
                       help="match classes of data and model by name, or take the numbers as they are")  # fmt: skip
     made.add_argument("--methods", nargs="+", default=list(METHODS))
@@ -319,6 +331,7 @@ def main(argv: list[str], command: str = "fliqs-hf compare") -> list[dict[str, A
     check_values(vars(arguments))
     for bits in arguments.target_bits:
         Target.of(target_bits=bits)
+    find_task(arguments.task)
     check_methods(arguments.methods, arguments.activation, arguments.activation_granularity)
     hf_logging.disable_progress_bar()
     check_outputs(arguments)
@@ -330,7 +343,10 @@ def main(argv: list[str], command: str = "fliqs-hf compare") -> list[dict[str, A
 
 def _add_rows(arguments: argparse.Namespace, command: str) -> None:
     """Run what the CSV does not have yet."""
-    table = Table(arguments.output, {k: v for k, v in vars(arguments).items() if k not in FREE})
+    settings = {k: v for k, v in vars(arguments).items() if k not in FREE}
+    if arguments.task == IMAGE_CLASSIFICATION.name:
+        del settings["task"]  # as tables written before have it
+    table = Table(arguments.output, settings)
     todo = [
         (method, bits, seed)
         for method, bits, seed in runs(arguments.methods, arguments.target_bits, arguments.seeds)
@@ -343,11 +359,12 @@ def _add_rows(arguments: argparse.Namespace, command: str) -> None:
     comparison = Comparison(arguments)
     for method, bits in {(method, bits) for method, bits, _ in todo}:
         comparison.check(method, bits)
-    notes = [command, str(provenance())]
+    notes, key = [command, str(provenance())], ""
     if table.new:
-        fp32 = evaluate(comparison.model, comparison.eval, comparison.accelerator)
-        notes.append(f"fp32: top1 {fp32.top1:.4f}, loss {fp32.loss:.4f}, {fp32.n} images")
-    table.begin(notes)
+        fp32 = comparison.score()
+        key = fp32.key
+        notes.append(f"fp32: {key} {fp32.value:.4f}, loss {fp32.loss:.4f}, {fp32.n} images")
+    table.begin(notes, key)
     for method, bits, seed in todo:
         table.add(row := comparison.run(method, bits, seed))
         print({key: row[key] for key in COLUMNS[:9]}, flush=True)

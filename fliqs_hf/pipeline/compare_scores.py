@@ -14,8 +14,7 @@ from tqdm.auto import tqdm
 from fliqs_hf.baselines import elementwise_scores, hessian_trace_scores, loss_delta_scores
 from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores, two_pass_scores
-from fliqs_hf.tasks import IMAGE_CLASSIFICATION
-from fliqs_hf.training import ImageData
+from fliqs_hf.tasks import Task
 from fliqs_hf.training.data import train_loader
 
 #: Images that the dearer scores are measured on, at most.
@@ -29,18 +28,19 @@ class Scores:
     def __init__(
         self,
         model: Any,
-        data: ImageData,
+        data: Any,
         space: SearchSpace,
         accelerator: Accelerator,
         batch_size: int,
         images: int,
+        task: Task,
     ) -> None:
         """
         Args:
             model: in fp32; what is measured are the weights that it has now.
         """
         self.model, self.data, self.space = model, data, space
-        self.accelerator, self.batch_size, self.images = accelerator, batch_size, images
+        self.accelerator, self.batch_size, self.images, self.task = accelerator, batch_size, images, task
         self.original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         self.known: dict[str, tuple[Tensor, float]] = {}
 
@@ -52,12 +52,14 @@ class Scores:
             batches, start = self._batches(method, seed), time.perf_counter()
             if method == "fisher":
                 scores = fisher_scores(
-                    self.model, self._bar(batches, method), self._logits, self.space
+                    self.model, self._bar(batches, method), self._prediction, self.space, task=self.task
                 ).decision_scores
             elif method == "loss-delta":  # many passes, under a bar of its own
-                scores = loss_delta_scores(self.model, batches, self._logits, self.space)
+                scores = loss_delta_scores(self.model, batches, self._prediction, self.space, task=self.task)
             else:
-                scores = MEASURES[method](self.model, self._bar(batches, method), self._logits, self.space)
+                scores = MEASURES[method](
+                    self.model, self._bar(batches, method), self._prediction, self.space, task=self.task
+                )
             self.known[key] = self._same_everywhere(scores), time.perf_counter() - start
         return self.known[key]
 
@@ -71,7 +73,7 @@ class Scores:
             self.model.load_state_dict(self.original)
             batches = self._bar(self._batches("fisher", seed), "fisher again")
             once = Sensitivity(first, 0, seconds)
-            twice = two_pass_scores(self.model, batches, self._logits, problem, once, config.band)
+            twice = two_pass_scores(self.model, batches, self._prediction, problem, once, config.band, task=self.task)
             self.known[key] = self._same_everywhere(twice.decision_scores), twice.seconds
         return self.known[key]
 
@@ -92,5 +94,5 @@ class Scores:
         )
         return shown
 
-    def _logits(self, images: Tensor) -> Tensor:
-        return IMAGE_CLASSIFICATION.prediction(self.model(images))
+    def _prediction(self, images: Tensor) -> Tensor:
+        return self.task.prediction(self.model(images))

@@ -11,22 +11,22 @@ from typing import Any
 from fliqs_hf.errors import DataError
 from fliqs_hf.files import replacing, write_text
 from fliqs_hf.optional import needed_for
-from fliqs_hf.pipeline.compare_table import rows_of
+from fliqs_hf.pipeline.compare_table import key_of, rows_of
 
 NOTE = (
     "Mean ± standard deviation over seeds. Seconds include choosing the formats; peak MB is memory beyond what "
     "the model and the data took before."
 )
-HEAD = ("bits", "method", "top-1 %", "loss", "cost / target", "seconds", "peak MB", "seeds")
+HEAD = ("bits", "method", "{} %", "loss", "cost / target", "seconds", "peak MB", "seeds")
 
 
 def summarise(path: Path) -> tuple[float | None, list[dict[str, Any]]]:
-    """Top-1 of the fp32 model if it is on record, and a row per target and method, best first.
+    """What was measured of the fp32 model if it is on record, and a row per target and method, best first.
 
     Raises: DataError: the file holds no results. CheckpointError: it is damaged.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
-    fp32 = next((float(x.split("top1 ")[1].split(",")[0]) for x in lines if x.startswith("# fp32: top1 ")), None)
+    fp32 = next((float(found[1]) for line in lines if (found := re.match(r"# fp32: \w+ ([\d.]+),", line))), None)
     groups: dict[tuple[float, str], list[dict[str, str]]] = defaultdict(list)
     for row in rows_of(path, lines):
         groups[float(row["target_bits"]), row["method"]].append(row)
@@ -34,27 +34,34 @@ def summarise(path: Path) -> tuple[float | None, list[dict[str, Any]]]:
         raise DataError(f"{path} holds no results yet")
     table = []
     for (bits, method), rows in groups.items():
-        top1 = [float(row["top1"]) for row in rows]
+        values = [float(row["value"]) for row in rows]
         peaks = [float(row["peak_mb"]) for row in rows if row["peak_mb"]]
         table.append(
             {
-                "bits": bits, "method": method, "top1": mean(top1), "std": stdev(top1) if len(top1) > 1 else None,
+                "bits": bits, "method": method, "value": mean(values),
+                "std": stdev(values) if len(values) > 1 else None,
                 "loss": mean(float(row["loss"]) for row in rows),
                 "cost": mean(float(row["cost_ratio"]) for row in rows),
                 "seconds": mean(float(row["seconds"]) for row in rows),
                 "peak": mean(peaks) if peaks else None, "seeds": len(rows),
             }
         )  # fmt: skip
-    return fp32, sorted(table, key=lambda row: (row["bits"], -row["top1"]))
+    return fp32, sorted(table, key=lambda row: (row["bits"], -row["value"]))
 
 
-def markdown(fp32: float | None, table: list[dict[str, Any]]) -> str:
-    lines = [f"| {' | '.join(HEAD)} |", "|---|---" + "|--:" * (len(HEAD) - 2) + "|"]
+def measure_of(path: Path) -> str:
+    """What was measured, in words."""
+    key = key_of(path.read_text(encoding="utf-8").splitlines())
+    return "top-1" if key == "top1" else key.replace("_", " ")
+
+
+def markdown(fp32: float | None, table: list[dict[str, Any]], measure: str = "top-1") -> str:
+    lines = [f"| {' | '.join(HEAD).format(measure)} |", "|---|---" + "|--:" * (len(HEAD) - 2) + "|"]
     for row in table:
         spread = "" if row["std"] is None else f" ± {100 * row['std']:.2f}"
         peak = "" if row["peak"] is None else f"{row['peak']:.0f}"
         lines.append(
-            f"| {row['bits']:g} | {row['method']} | {100 * row['top1']:.2f}{spread} | {row['loss']:.3f} "
+            f"| {row['bits']:g} | {row['method']} | {100 * row['value']:.2f}{spread} | {row['loss']:.3f} "
             f"| {row['cost']:.3f} | {row['seconds']:.0f} | {peak} | {row['seeds']} |"
         )
     head = f"fp32: {fp32:.2%}. " if fp32 is not None else ""
@@ -75,22 +82,24 @@ def write_summary(path: Path) -> str:
         from matplotlib.figure import Figure
 
     fp32, table = summarise(path)
-    text = markdown(fp32, table)
+    measure = measure_of(path)
+    text = markdown(fp32, table, measure)
     write_text(path.with_suffix(".md"), text)
     bits = sorted({row["bits"] for row in table})
-    methods = list(dict.fromkeys(row["method"] for row in sorted(table, key=lambda row: -row["top1"])))
+    methods = list(dict.fromkeys(row["method"] for row in sorted(table, key=lambda row: -row["value"])))
     figure = Figure(figsize=(2.4 + 2.2 * len(bits), 1.2 + 0.27 * len(methods)), layout="constrained")
     grid = figure.subplots(1, len(bits), sharey=True, squeeze=False)[0]
     for axes, target in zip(grid, bits, strict=True):
         for row in (row for row in table if row["bits"] == target):
             ours = row["method"].startswith("search")
             axes.errorbar(
-                100 * row["top1"], methods.index(row["method"]), xerr=None if row["std"] is None else 100 * row["std"],
+                100 * row["value"], methods.index(row["method"]),
+                xerr=None if row["std"] is None else 100 * row["std"],
                 fmt="D" if ours else "o", color="#1d5fbf" if ours else "#4a5568", capsize=3, markersize=5,
             )  # fmt: skip
         if fp32 is not None:
             axes.axvline(100 * fp32, color="0.6", linestyle="--", linewidth=1, label="fp32")
-        axes.set(title=f"cost of {target:g} bits", xlabel="top-1, %")
+        axes.set(title=f"cost of {target:g} bits", xlabel=f"{measure}, %")
         axes.grid(axis="y", color="#e6e9ee", linewidth=0.7)
     grid[0].set_yticks(range(len(methods)), methods)
     grid[0].invert_yaxis()

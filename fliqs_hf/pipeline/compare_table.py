@@ -18,7 +18,8 @@ from fliqs_hf.json_file import parse_object, read_bytes
 from fliqs_hf.runs.folder import versions
 from fliqs_hf.validation.validate import processor_name
 
-COLUMNS = ("method", "target_bits", "seed", "top1", "loss", "cost_ratio", "steps", "seconds", "peak_mb", "allocation")
+#: The fourth is called after what the task measures: "top1" of classifiers.
+COLUMNS = ("method", "target_bits", "seed", "value", "loss", "cost_ratio", "steps", "seconds", "peak_mb", "allocation")
 _SETTINGS = "# settings: "
 
 
@@ -43,11 +44,14 @@ class Table:
             if line.startswith(_SETTINGS):
                 self._check(line)
 
-    def begin(self, notes: list[str]) -> None:
-        """Note what follows and, where nothing is there yet, the settings and the head of the table."""
+    def begin(self, notes: list[str], key: str) -> None:
+        """Note what follows and, where nothing is there yet, the settings and the head of the table.
+
+        Args: key: of what is measured, see `Score`; only the head needs it.
+        """
         lines = [f"# {note}\n" for note in notes]
         if self.new:
-            lines += [f"{_SETTINGS}{json.dumps(self.settings)}\n", _line(COLUMNS)]
+            lines += [f"{_SETTINGS}{json.dumps(self.settings)}\n", _line(_head(key))]
         append_text(self.path, "".join(lines))
 
     def add(self, row: dict[str, Any]) -> None:
@@ -82,8 +86,8 @@ class Table:
 
 def is_table(head: str) -> bool:
     """Whether a file that begins like this is one; it may end after the notes, where it was killed."""
-    lines = head.splitlines()
-    return ",".join(COLUMNS) in lines or re.match(r"# .*\bcompare(\.py)? .*--output ", head) is not None
+    rows = [line.split(",") for line in head.splitlines()]
+    return any(_is_head(row) for row in rows) or re.match(r"# .*\bcompare(\.py)? .*--output ", head) is not None
 
 
 def rows_of(path: Path, lines: list[str]) -> list[dict[str, str]]:
@@ -92,13 +96,13 @@ def rows_of(path: Path, lines: list[str]) -> list[dict[str, str]]:
         head, *rest = list(csv.reader(line for line in lines if line and not line.startswith("#"))) or [[]]
     except csv.Error as error:
         raise CheckpointError(f"{path} is no table of a comparison: {error}") from error
-    if head and tuple(head) != COLUMNS:
+    if head and not _is_head(head):
         raise CheckpointError(f"{path} is no table of a comparison: its first row is {','.join(head)[:60]!r}")
     rows = []
     for cells in rest:
         try:
             row = dict(zip(COLUMNS, cells, strict=True))
-            for column in ("target_bits", "seed", "top1", "loss", "cost_ratio", "steps", "seconds"):
+            for column in ("target_bits", "seed", "value", "loss", "cost_ratio", "steps", "seconds"):
                 float(row[column])
         except ValueError as error:
             raise CheckpointError(
@@ -106,6 +110,20 @@ def rows_of(path: Path, lines: list[str]) -> list[dict[str, str]]:
             ) from error
         rows.append(row)
     return rows
+
+
+def _head(key: str) -> list[str]:
+    return [key if column == "value" else column for column in COLUMNS]
+
+
+def _is_head(row: list[str]) -> bool:
+    return len(row) == len(COLUMNS) and row == _head(row[COLUMNS.index("value")])
+
+
+def key_of(lines: list[str]) -> str:
+    """What the values of a table are, of its head."""
+    heads = (line.split(",") for line in lines)
+    return next((head[COLUMNS.index("value")] for head in heads if _is_head(head)), "top1")
 
 
 def _line(cells: Any) -> str:

@@ -21,8 +21,9 @@ from fliqs_hf.hf.export.preprocessing import Normalization
 from fliqs_hf.hf.export.targets import ExportTarget, Settings, find_target
 from fliqs_hf.json_file import read_object
 from fliqs_hf.nn import packed_layers
-from fliqs_hf.pipeline.checkpoints import is_classifier, load_model, load_processor, read_config
+from fliqs_hf.pipeline.checkpoints import load_model, load_processor, read_config
 from fliqs_hf.pipeline.outputs import check_apart, check_writable
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task, find_task
 from fliqs_hf.version import __version__
 
 To = Literal["onnx", "openvino", "torch"]
@@ -73,11 +74,12 @@ def export(
     settings: Settings | None = None,
     include_preprocessing: bool = False,
     overwrite: bool = False,
+    task: str = IMAGE_CLASSIFICATION.name,
 ) -> ExportResult:
     """Write a packed model as a file that other programs run, if it answers there as it does here.
 
     Args:
-        run: run folder, checkpoint folder or Hub id of a packed image classifier.
+        run: run folder, checkpoint folder or Hub id of a packed model.
         to: "onnx", "openvino", or "torch" for a program of `torch.export`.
         output: folder to write: the model, its config and image processor, and a record.
         images: batches of pixel values [images, channels, height, width] as the image processor makes them, to compare
@@ -86,15 +88,16 @@ def export(
         settings: of a file of ONNX or OpenVINO.
         include_preprocessing: the file takes pixels from 0 to 255 of resized images and normalizes them itself.
         overwrite: replace an earlier export; nothing else is ever replaced.
+        task: what the model does; the name of a registered one.
     Raises: ConfigError: a setting, or a model that cannot be exported. DependencyError: an extra is missing.
         ExportError: the agreement is below `min_agreement`; nothing is written. DiskError: `output` cannot be written.
     """
-    target = find_target(to)
+    target, kind = find_target(to), find_task(task)
     settings = _checked_settings(to, target, min_agreement, settings, include_preprocessing)
     target.check()
     folder = Path(output)
     _check_output(folder, str(run), overwrite)
-    source = _PackedModel.load(str(run))
+    source = _PackedModel.load(str(run), kind)
     target.check_layers(source.model, settings)
     normalization = Normalization.of(source.processor, source.image.shape[1]) if include_preprocessing else None
     if images is not None and min_agreement is None:
@@ -106,7 +109,7 @@ def export(
             exported = target.load(draft / target.file, source.config)
         agreement = compare(
             source.model, exported, _noise(source.image) if images is None else images,
-            None if normalization is None else normalization.pixels,
+            None if normalization is None else normalization.pixels, kind,
         )  # fmt: skip
         _check_agreement(agreement, min_agreement, settings)
         source.config.save_pretrained(draft)
@@ -153,13 +156,13 @@ class _PackedModel:
     image: Tensor
 
     @classmethod
-    def load(cls, run: str) -> _PackedModel:
+    def load(cls, run: str, task: Task) -> _PackedModel:
         config, quantization = read_config(run)
         if quantization is None:
             raise ConfigError(f"{run!r} is not quantized by fliqs_hf: run `fliqs-hf quantize` on it first")
         processor, model = load_processor(run), load_model(run)
-        if not is_classifier(model):
-            raise ConfigError(f"{type(model).__name__} is no image classifier: only those can be exported yet")
+        if not task.has_model(model):
+            raise ConfigError(f"{type(model).__name__} is not {task.models}: name the task of the model (--task)")
         config.architectures = [type(model).__name__]
         return cls(model, config, processor, torch.zeros_like(example_image(model, _side(processor, model))))
 

@@ -21,7 +21,7 @@ from fliqs_hf.lock import locked
 from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.pipeline.checkpoints import load_processor
-from fliqs_hf.pipeline.job import Job, accelerator_of, job_of, task_data
+from fliqs_hf.pipeline.job import Job, accelerator_of, job_of, task_data, with_columns
 from fliqs_hf.pipeline.outputs import check_run_folders
 from fliqs_hf.pipeline.own_loop import SearchResult
 from fliqs_hf.pipeline.search import carry_out, searched
@@ -48,8 +48,8 @@ def search(
     modules_to_not_convert: Sequence[str] | None = None,
     tie: Sequence[str] = (),
     activation_granularity: Literal["per_token", "per_token_clipped"] = "per_token",
-    image_column: str = "image",
-    label_column: str = "label",
+    image_column: str | None = None,
+    label_column: str | None = None,
     task: str = "image-classification",
     **training: Any,
 ) -> SearchResult:
@@ -61,6 +61,7 @@ def search(
             (pixel values [channels, height, width], label) or of dictionaries of both ("pixel_values", "labels"), as
             for `Trainer`. A `datasets.DatasetDict` holds those of `eval_data` too ("validation", or else "test").
         eval_data: images that accuracies are measured on, of the same kind.
+        image_column, label_column: of a `datasets.Dataset`; default: the task's, "image" and "label" of classifiers.
         processor: the model's image processor; default: that of the checkpoint the model was loaded from.
         output_dir: run folder to write, with report and card; None: nothing is kept on disk.
         training: settings of the recipe by name, such as `max_steps`, `learning_rate`, `finetune_steps`, `resume`.
@@ -98,6 +99,7 @@ def _run(
     model_args, data_args, args, search_args = parts
     kind = find_task(model_args.task)
     kind.check(model.config)
+    data_args = with_columns(data_args, kind)
     with ExitStack() as stack:
         if output_dir is None:
             args = replace(args, output_dir=stack.enter_context(TemporaryDirectory()))
@@ -182,17 +184,18 @@ def _tensors(
 ) -> tuple[Any, Any]:
     """Both as pixel values and labels. Raises: DataError: other items, or labels that are no classes of the model."""
     if not hasattr(train, "column_names") or "pixel_values" in train.column_names or train.format["type"] == "custom":
-        pairs = PixelData(train, model.num_labels), PixelData(held_out, model.num_labels)
+        classes = model.num_labels if task.class_per_image else None
+        pairs = PixelData(train, classes), PixelData(held_out, classes)
         for data in pairs:
             data.first()
         return pairs
-    train, held_out, names = task.classes(train, held_out, args.label_column_name)
+    train, held_out, names = task.classes(train, held_out, str(args.label_column_name))
     columns = {
         "image_column": args.image_column_name,
         "label_column": args.label_column_name,
-        "label_ids": label_ids(names, model),
+        "label_ids": label_ids(names, model) if task.class_per_image else None,
     }
-    if len(names) > model.num_labels:
+    if task.class_per_image and len(names) > model.num_labels:
         raise DataError(f"the data set has {len(names)} classes, the model {model.num_labels}")
     split = [task_data(task, split, processor, names, None, args, columns) for split in (train, held_out)]
     for data in split:

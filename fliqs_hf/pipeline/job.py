@@ -72,11 +72,12 @@ def load(
 ) -> Job:
     """Accelerator, data, model and image processor."""
     task = find_task(model_args.task)
+    data_args = with_columns(data_args, task)
     accelerator = accelerator_of(args, data_args.metrics or [])
     with accelerator.main_process_first():
         train_split, eval_split, names = _splits(task, model_args, data_args, args.seed)
     model, processor = load_classifier(names, **model_settings(model_args))
-    ids = label_ids(names, model)
+    ids = label_ids(names, model) if task.class_per_image else None
     train_data, eval_data = _data(task, train_split, eval_split, processor, names, ids, data_args)
     augment = None
     if data_args.augment:
@@ -84,6 +85,12 @@ def load(
         augment = BatchAugment(data_args.augment, len(names), mean, std)
     parts = (model_args, data_args, args, search_args)
     return job_of(parts, accelerator, task, model, processor, (train_data, eval_data), augment)
+
+
+def with_columns(args: DataArguments, task: Task) -> DataArguments:
+    """Those of the task, where the arguments name none."""
+    image, label = args.image_column_name or task.columns[0], args.label_column_name or task.columns[1]
+    return replace(args, image_column_name=image, label_column_name=label)
 
 
 def accelerator_of(args: TrainingArguments, metrics: Sequence[str] = ()) -> Accelerator:
@@ -160,7 +167,7 @@ def _splits(task: Task, model_args: ModelArguments, data_args: DataArguments, se
         seed=seed,
         cache_dir=model_args.cache_dir,
     )
-    return task.classes(train_split, eval_split, data_args.label_column_name)
+    return task.classes(train_split, eval_split, str(data_args.label_column_name))
 
 
 def _data(
@@ -168,22 +175,13 @@ def _data(
     args: DataArguments,
 ) -> tuple[ImageData | StreamData, ImageData]:  # fmt: skip
     """Both splits as tensors; a fault of all images shows here, before the training."""
-    columns: dict[str, Any] = {
-        "image_column": args.image_column_name,
-        "label_column": args.label_column_name,
-        "label_ids": ids,
-    }
+    image, label = str(args.image_column_name), str(args.label_column_name)
+    columns: dict[str, Any] = {"image_column": image, "label_column": label, "label_ids": ids}
     train_data: ImageData | StreamData
     if args.streaming:
         train_data = StreamData(train_split, processor, len(names), **columns)
-        columns["stream"] = undecoded(eval_split, args.image_column_name)
-        eval_split = held_in_memory(
-            eval_split,
-            names,
-            args.max_eval_samples,
-            image_column=args.image_column_name,
-            label_column=args.label_column_name,
-        )
+        columns["stream"] = undecoded(eval_split, image)
+        eval_split = held_in_memory(eval_split, names, args.max_eval_samples, image_column=image, label_column=label)
     else:
         train_data = task_data(task, train_split, processor, names, args.max_train_samples, args, columns)
     eval_data = task_data(task, eval_split, processor, names, args.max_eval_samples, args, columns)

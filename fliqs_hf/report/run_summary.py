@@ -26,7 +26,7 @@ def banner(report: RunReport) -> tuple[str, str, str, str, str]:
     if found is not None:
         loss, low, high = (wording.points(value) for value in (found.drop.value, found.drop.low, found.drop.high))
         text = (
-            f"On {wording.count(found.images)} images the loss of top-1 accuracy is {loss} points "
+            f"On {wording.count(found.images)} images the loss of {found.measure} is {loss} points "
             f"({wording.level(found.confidence)} interval {low} to {high}). Say which loss is acceptable to get a "
             "decision:"
         )

@@ -95,8 +95,9 @@ class ImageClassification(Task):
     model = "AutoModelForImageClassification"
     models = "an image classifier"
     measure = "top-1 accuracy"
+    share = "top-1 accuracy"
     class_per_image = True
-    example = "print(model.config.id2label[logits.argmax(-1).item()])"
+    example = "print(model.config.id2label[output.logits.argmax(-1).item()])"
 
     def check(self, config: Any) -> None:
         """Raises: ConfigError: a model's config that says that it does not choose one of several classes:
@@ -126,6 +127,18 @@ class ImageClassification(Task):
 
     def answers(self, prediction: Tensor) -> Tensor:
         return prediction.argmax(-1)
+
+    def size(self, prediction: Tensor) -> int:
+        if prediction.ndim != 2 or prediction.shape[1] < 2:
+            raise DataError(f"logits of shape {tuple(prediction.shape)} are not [images, two classes or more]")
+        return prediction.shape[1]
+
+    def confidence(self, prediction: Tensor) -> Tensor:
+        return prediction.softmax(-1).amax(-1)
+
+    def among_first(self, prediction: Tensor, target: Tensor, count: int) -> Tensor:
+        first = prediction.topk(min(count, prediction.shape[-1]), dim=-1).indices
+        return (first == target[:, None]).any(-1)
 
     def losses(self) -> Losses:
         return ClassLosses(self)

@@ -78,24 +78,33 @@ class Task:
         model: the Auto class that loads its models, by name.
         models: its models, in words.
         measure: what `Score.value` is, in words.
+        share: what the share of images that are `right` is called, in words.
         columns: of the data set, where nothing else is said: images and targets.
-        example: a line of Python for model cards, after `logits` of one image.
-        class_per_image: a target is one class of its image, so that images can be streamed, mixed and augmented.
+        example: a line of Python for model cards, after the `output` of one image.
+        class_per_image: a target is one class of its image, so that images can be streamed, mixed and augmented, and
+            looked at class by class.
     """
 
     name: ClassVar[str]
     model: ClassVar[str]
     models: ClassVar[str]
     measure: ClassVar[str]
+    share: ClassVar[str] = "share of right answers"
     columns: ClassVar[tuple[str, str]] = ("image", "label")
     class_per_image: ClassVar[bool] = False
-    example: ClassVar[str] = "print(logits.shape)"
+    example: ClassVar[str] = "print(output)"
 
     def auto_class(self) -> Any:
         """The class that `model` names."""
         import transformers  # heavy parts of it are loaded by name
 
         return getattr(transformers, self.model)
+
+    def has_model(self, model: Any) -> bool:
+        """Whether a model is of a class that the Auto class makes."""
+        entries = self.auto_class()._model_mapping._model_mapping.values()
+        names = {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
+        return type(model).__name__ in names
 
     def check(self, config: Any) -> None:
         """Raises: ConfigError: a model's config that says that it is not for this task."""
@@ -122,6 +131,30 @@ class Task:
     def answers(self, prediction: Tensor) -> Tensor:
         """What the model says, in the form of targets."""
         raise NotImplementedError
+
+    def same(self, answers: Tensor, others: Tensor) -> Tensor:
+        """Share of each image's answers that are the same in both, float64 [images]."""
+        return (answers == others).reshape(len(answers), -1).double().mean(1)
+
+    def right(self, answers: Tensor, target: Tensor) -> Tensor:
+        """Which images are answered right, bool [images]: what two models are compared by, image by image."""
+        return self.same(answers, target) == 1
+
+    # What only tasks with one class per image are asked.
+
+    def size(self, prediction: Tensor) -> int:
+        """Number of the classes that predictions choose from. Raises: DataError: they are none of this task."""
+        raise NotImplementedError
+
+    def confidence(self, prediction: Tensor) -> Tensor:
+        """Probability of each answer, [images]."""
+        raise NotImplementedError
+
+    def among_first(self, prediction: Tensor, target: Tensor, count: int) -> Tensor:
+        """Whether each target is among the `count` most likely classes, bool [images]."""
+        raise NotImplementedError
+
+    # What is measured on a split.
 
     def losses(self) -> Losses:
         return Losses(self)

@@ -49,8 +49,8 @@ class DataArguments:
     train_val_split: float = field(
         default=0.15, metadata={"help": "share held out where there is no validation split"}
     )
-    image_column_name: str = "image"
-    label_column_name: str = "label"
+    image_column_name: str | None = field(default=None, metadata={"help": "default: the task's, such as image"})
+    label_column_name: str | None = field(default=None, metadata={"help": "default: the task's, such as label"})
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     cache_images: bool = field(default=False, metadata={"help": "keep processed images in memory (small data sets)"})

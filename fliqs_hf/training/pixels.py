@@ -12,11 +12,14 @@ from torch.utils.data import Dataset
 from fliqs_hf.errors import DataError
 
 
-class PixelData(Dataset[tuple[Tensor, int]]):
+class PixelData(Dataset[tuple[Tensor, Any]]):
     """A dataset of pixel values and labels as the recipe reads them."""
 
-    def __init__(self, data: Any, num_labels: int) -> None:
-        """Raises: DataError: it is empty."""
+    def __init__(self, data: Any, num_labels: int | None) -> None:
+        """
+        Args: num_labels: of the model; None for a task whose targets are something else, which are left as they are.
+        Raises: DataError: it is empty.
+        """
         if not len(data):
             raise DataError("the dataset is empty: it holds no image")
         self.data, self.num_labels = data, num_labels
@@ -24,10 +27,10 @@ class PixelData(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def first(self) -> tuple[Tensor, int]:
+    def first(self) -> tuple[Tensor, Any]:
         return self[0]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         item = self.data[index]
         if isinstance(item, Mapping) and "pixel_values" in item:
             item = item["pixel_values"], item["labels"] if "labels" in item else item.get("label")
@@ -41,6 +44,8 @@ class PixelData(Dataset[tuple[Tensor, int]]):
             raise DataError(
                 f"item {index}: pixel values are floats [channels, height, width], not {list(pixels.shape)}"
             )
+        if self.num_labels is None:
+            return pixels.float(), label
         number = int(label) if isinstance(label, (int, Tensor)) and not isinstance(label, bool) else -1
         if not 0 <= number < self.num_labels:
             raise DataError(

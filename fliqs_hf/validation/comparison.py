@@ -6,7 +6,7 @@ import ctypes
 import gc
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fliqs_hf.errors import CheckpointError, DataError
 from fliqs_hf.nn.evaluation import evaluation
-from fliqs_hf.tasks import IMAGE_CLASSIFICATION
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
 from fliqs_hf.training.labels import checked_label
 from fliqs_hf.validation.data import Batch
 
@@ -50,9 +50,9 @@ class PairedPredictions:
     """What both models did. The first axis of an array with two is the model: original, quantized.
 
     Attributes:
-        labels: int64 [images].
-        predictions: int64 [2, images], the most likely class.
-        confidences: float64 [2, images], its softmax probability.
+        correct: bool [2, images], whether the answer is right. agree: bool [images], whether both give the same one.
+        labels: int64 [images]; it and what follows are None where the task has no one class per image.
+        confidences: float64 [2, images], the answers' probabilities.
         in_top5: bool [2, images], or None where there are no more than 5 classes.
         classes: size of the models' output.
         examples: by class, the first ones in the order of the data set.
@@ -61,20 +61,45 @@ class PairedPredictions:
             it cannot be measured.
     """
 
-    labels: NDArray[np.int64]
-    predictions: NDArray[np.int64]
-    confidences: NDArray[np.float64]
+    correct: NDArray[np.bool_]
+    agree: NDArray[np.bool_]
+    labels: NDArray[np.int64] | None
+    confidences: NDArray[np.float64] | None
     in_top5: NDArray[np.bool_] | None
-    classes: int
+    classes: int | None
     examples: dict[int, tuple[Example, ...]]
     seconds: NDArray[np.float64]
     working_bytes: tuple[int | None, int | None]
 
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """[2, images]"""
-        correct: NDArray[np.bool_] = self.predictions == self.labels
-        return correct
+    @classmethod
+    def of(
+        cls,
+        batches: Sequence[tuple[Outputs, Outputs]],
+        labels: NDArray[np.int64] | None,
+        examples: dict[int, list[Example]],
+        seconds: list[list[float]],
+        working: list[int | None],
+    ) -> PairedPredictions:
+        """Raises: DataError: no batches."""
+        if not batches:
+            raise DataError("the data set has no images; a validation needs at least two")
+
+        def joined(name: str) -> Any:
+            if getattr(batches[0][0], name) is None:
+                return None
+            return np.stack([np.concatenate([getattr(pair[i], name) for pair in batches]) for i in (0, 1)])
+
+        return cls(
+            joined("right"),
+            np.concatenate([pair[0].same for pair in batches]),
+            labels,
+            joined("confidences"),
+            joined("in_top5"),
+            batches[0][0].classes,
+            {label: tuple(kept) for label, kept in examples.items()},
+            np.array(seconds, dtype=np.float64).reshape(-1, 2).T,
+            (working[0], working[1]),
+        )
 
 
 def compare(
@@ -86,13 +111,14 @@ def compare(
     batch_size: int,
     device: torch.device,
     examples_per_class: int,
+    task: Task = IMAGE_CLASSIFICATION,
 ) -> PairedPredictions:
     """Run both models, already on `device`, over `batches`. The order of the two changes from batch to batch.
 
     Raises: DataError: no images, or outputs that do not match. CheckpointError: a model returns NaN or infinities.
     """
     models = (original, quantized)
-    labels: list[NDArray[np.int64]] = []
+    labels: list[NDArray[Any]] = []
     outputs: list[tuple[Outputs, Outputs]] = []
     seconds: list[list[float]] = []
     working: list[int | None] = [None, None]
@@ -101,92 +127,89 @@ def compare(
         for number, batch in enumerate(batches):
             pixels = image_processor(batch.images, return_tensors="pt")["pixel_values"].to(device)
             full = len(batch.images) == batch_size
-            logits: list[Tensor] = [pixels, pixels]
+            predictions: list[Tensor] = [pixels, pixels]
             elapsed = [0.0, 0.0]
             for i in (0, 1) if number % 2 == 0 else (1, 0):
                 if number == 1 and full:
                     with peak_memory(device) as peak:
-                        logits[i] = _logits(models[i], pixels)
+                        predictions[i] = _prediction(models[i], pixels, task)
                     working[i] = peak.working_bytes
                 else:
                     _wait(device)
                     start = time.perf_counter()
-                    logits[i] = _logits(models[i], pixels)
+                    predictions[i] = _prediction(models[i], pixels, task)
                     _wait(device)
                     elapsed[i] = time.perf_counter() - start
             if full and number >= WARM_UP_BATCHES:
                 seconds.append(elapsed)
-            pair = _outputs(logits, batch)
-            labels.append(batch.labels)
+            pair = _outputs(predictions, batch, task)
             outputs.append(pair)
-            _keep_examples(examples, batch, pair, examples_per_class)
-    if not labels:
-        raise DataError("the data set has no images; a validation needs at least two")
-    return PairedPredictions(
-        np.concatenate(labels),
-        np.stack([np.concatenate([pair[i].predictions for pair in outputs]) for i in (0, 1)]),
-        np.stack([np.concatenate([pair[i].confidences for pair in outputs]) for i in (0, 1)]),
-        None
-        if outputs[0][0].classes <= 5
-        else np.stack([np.concatenate([pair[i].in_top5 for pair in outputs]) for i in (0, 1)]),
-        outputs[0][0].classes,
-        {label: tuple(kept) for label, kept in examples.items()},
-        np.array(seconds, dtype=np.float64).reshape(-1, 2).T,
-        (working[0], working[1]),
-    )
+            if task.class_per_image:
+                labels.append(batch.labels)
+                _keep_examples(examples, batch, pair, examples_per_class)
+    return PairedPredictions.of(outputs, np.concatenate(labels) if labels else None, examples, seconds, working)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of one model for one batch, each [images]; as in `PairedPredictions`."""
+    """Of one model for one batch, each [images], as in `PairedPredictions`; `answers` [images, ...]; `same`: where
+    both models give the same one."""
 
-    predictions: NDArray[np.int64]
-    confidences: NDArray[np.float64]
-    in_top5: NDArray[np.bool_]
-    classes: int
+    answers: NDArray[Any]
+    right: NDArray[np.bool_]
+    same: NDArray[np.bool_]
+    confidences: NDArray[np.float64] | None = None
+    in_top5: NDArray[np.bool_] | None = None
+    classes: int | None = None
 
 
-def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
+def _prediction(model: nn.Module, pixels: Tensor, task: Task) -> Tensor:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), pixels.dtype)
-    output = model(pixels.to(dtype))
-    return IMAGE_CLASSIFICATION.prediction(output)
+    return task.prediction(model(pixels.to(dtype)))
 
 
-def _outputs(logits: list[Tensor], batch: Batch) -> tuple[Outputs, Outputs]:
-    shapes = [tuple(values.shape) for values in logits]
-    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][1] < 2:
+def _outputs(predictions: list[Tensor], batch: Batch, task: Task) -> tuple[Outputs, Outputs]:
+    shapes = [tuple(values.shape) for values in predictions]
+    if shapes[0] != shapes[1] or shapes[0][:1] != (len(batch.rows),):
         raise DataError(
-            f"the original returns logits of shape {shapes[0]}, the quantized model {shapes[1]}; both must be "
-            "[images, classes] with the same two classes or more"
+            f"the original returns predictions of shape {shapes[0]}, the quantized model {shapes[1]}, for "
+            f"{len(batch.rows)} images; both must be alike, with one for each image"
         )
-    classes = shapes[0][1]
-    if batch.labels.max() >= classes:
+    classes = task.size(predictions[0]) if task.class_per_image else None
+    if classes is not None and batch.labels.max() >= classes:
         checked_label(batch.labels.max(), classes, f"image {batch.rows[int(batch.labels.argmax())]}", "the models'")
     targets = torch.from_numpy(batch.labels)
+    finite = [_finite(values.double().cpu(), name, batch) for name, values in zip(MODELS, predictions, strict=True)]
+    answers = [task.answers(values) for values in finite]
+    same = task.same(*answers) == 1
     results = []
-    for name, values in zip(MODELS, logits, strict=True):
-        values = values.double().cpu()
-        finite = values.isfinite().all(1)
-        if not finite.all():
-            row = batch.rows[int((~finite).nonzero()[0])]
-            raise CheckpointError(
-                f"the {name} model returns NaN or infinity for image {row}: damaged weights, or a dtype too narrow"
-            )
-        confidences, predictions = values.softmax(1).max(1)
-        top5 = values.topk(min(5, classes)).indices
-        in_top5 = (top5 == targets[:, None]).any(1)
-        results.append(Outputs(predictions.numpy(), confidences.numpy(), in_top5.numpy(), classes))
+    for values, answer in zip(finite, answers, strict=True):
+        sure = None if classes is None else task.confidence(values).numpy()
+        first = None if classes is None or classes <= 5 else task.among_first(values, targets, 5).numpy()
+        right = task.right(answer, targets)
+        results.append(Outputs(answer.numpy(), right.numpy(), same.numpy(), sure, first, classes))
     return results[0], results[1]
+
+
+def _finite(values: Tensor, name: str, batch: Batch) -> Tensor:
+    finite = values.isfinite().reshape(len(values), -1).all(1)
+    if not finite.all():
+        row = batch.rows[int((~finite).nonzero()[0])]
+        raise CheckpointError(
+            f"the {name} model returns NaN or infinity for image {row}: damaged weights, or a dtype too narrow"
+        )
+    return values
 
 
 def _keep_examples(examples: dict[int, list[Example]], batch: Batch, pair: tuple[Outputs, Outputs], most: int) -> None:
     original, quantized = pair
-    broken = (original.predictions == batch.labels) & (quantized.predictions != batch.labels)
+    assert original.confidences is not None and quantized.confidences is not None
+    broken = original.right & ~quantized.right
     for i in np.flatnonzero(broken):
         label = int(batch.labels[i])
         kept = examples.setdefault(label, [])
         if len(kept) < most:
-            predictions = (int(original.predictions[i]), int(quantized.predictions[i]))
+            predictions = (int(original.answers[i]), int(quantized.answers[i]))
             confidences = (float(original.confidences[i]), float(quantized.confidences[i]))
             kept.append(Example(batch.rows[i], label, predictions, confidences, _thumbnail(batch.images[i])))
 

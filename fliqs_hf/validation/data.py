@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from fliqs_hf.errors import DataError
-from fliqs_hf.tasks import IMAGE_CLASSIFICATION
-from fliqs_hf.training.data import undecoded
-from fliqs_hf.training.images import Lazy, decoded, name_of
+from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
+from fliqs_hf.training.data import Images, undecoded
+from fliqs_hf.training.images import Lazy, decoded, mode_of, name_of
 from fliqs_hf.training.labels import LabelReader, MatchLabels, generic_names, names_of
 from fliqs_hf.training.splits import ROW, check_column
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Up to `batch_size` images with the labels [images] that the model would give them; `rows` are the numbers of the
-    images in the data set, or texts that name the split as well."""
+    """Up to `batch_size` images with the labels [images, ...] that the model would give them; `rows` are the numbers
+    of the images in the data set, or texts that name the split as well. Where the task reads images by itself,
+    `images` are pixel values."""
 
     rows: list[int | str]
-    images: list[Image.Image]
-    labels: NDArray[np.int64]
+    images: list[Any]
+    labels: NDArray[Any]
 
 
-def class_names(original: Any, quantized: Any) -> tuple[str, ...] | None:
+def class_names(original: Any, quantized: Any, task: Task = IMAGE_CLASSIFICATION) -> tuple[str, ...] | None:
     """Names of the classes, by label; None where neither model has names of its own (`LABEL_0` is none).
 
     Raises: DataError: the models have different numbers of classes, or different names. ConfigError: one of them does
@@ -41,7 +43,7 @@ def class_names(original: Any, quantized: Any) -> tuple[str, ...] | None:
         table = getattr(config, "id2label", None)
         if not table:
             continue
-        IMAGE_CLASSIFICATION.check(config)
+        task.check(config)
         if size is not None and len(table) != size:
             raise DataError(f"the original has {size} classes, the quantized model {len(table)}: not the same task")
         size = len(table)
@@ -111,6 +113,81 @@ def read_batches(
             images, labels, rows = [], [], []
     if images:
         yield Batch(rows, images, np.array(labels, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a data set is read. `processor` makes pixel values of the images in `batches`; `names`: of the classes."""
+
+    batches: Iterator[Batch]
+    processor: Callable[..., Any]
+    names: tuple[str, ...] | None = None
+    labels: LabelReader | None = None
+
+    @property
+    def matched_by(self) -> str:
+        """What labels were matched by; for text known at the end."""
+        return "task" if self.labels is None else self.labels.by
+
+
+def read(
+    task: Task,
+    models: tuple[Any, Any],
+    dataset: Any,
+    processor: Callable[..., Any],
+    batch_size: int,
+    columns: tuple[str, str],
+    match: MatchLabels,
+) -> Reading:
+    """Labels as classes of the models; where the task has no one class per image, as the task reads its targets.
+
+    Raises: ConfigError: models that are not of the task. DataError: classes that are not the models'.
+    """
+    config = getattr(models[0], "config", None)
+    if task.class_per_image:
+        names = class_names(*models, task)
+        classes = len(names) if names else getattr(config, "num_labels", None)
+        labels = label_reader(dataset, columns[1], names, classes, match)
+        return Reading(read_batches(dataset, batch_size, *columns, labels, mode_of(config)), processor, names, labels)
+    if match != "name":
+        raise ConfigError(f"match_labels is for tasks with one class per image, not for {task.name!r}: leave it out")
+    if not hasattr(dataset, "column_names"):
+        raise DataError(f"the task {task.name!r} reads a datasets.Dataset, not a {type(dataset).__name__}")
+    task.check(config)
+    data = task.data(
+        dataset, processor, getattr(config, "num_labels", 0), image_column=columns[0], label_column=columns[1]
+    )
+    rows = dataset[ROW] if ROW in dataset.column_names else range(len(data))
+    return Reading(_task_batches(data, rows, batch_size), _stacked)
+
+
+def targets(
+    task: Task, rows: Any, columns: tuple[str, str], config: Any, processor: Any, match: MatchLabels
+) -> torch.Tensor:
+    """Of all images of a `datasets.Dataset`, [images, ...], as a model with this config would have them.
+
+    Raises: DataError: a label that is none of its classes; where the task has one class per image, before any image is
+        read.
+    """
+    names, (image_column, label_column) = tuple(names_of(config)), columns
+    if not task.class_per_image:
+        data = task.data(rows, processor, len(names), image_column=image_column, label_column=label_column)
+        return torch.stack([torch.as_tensor(data[index][1]) for index in range(len(data))])
+    reader, images = label_reader(rows, label_column, names, len(names), match), Images(rows, image_column)
+    return torch.tensor([reader(value, images[index][1]) for index, value in enumerate(rows[label_column])])
+
+
+def _task_batches(data: Any, rows: Sequence[int | str], batch_size: int) -> Iterator[Batch]:
+    for first in range(0, len(data), batch_size):
+        some = range(first, min(first + batch_size, len(data)))
+        images, targets = zip(*(data[index] for index in some), strict=True)
+        labels = torch.stack([torch.as_tensor(target) for target in targets])
+        yield Batch([rows[index] for index in some], list(images), labels.numpy())
+
+
+def _stacked(images: Sequence[torch.Tensor], return_tensors: str) -> dict[str, torch.Tensor]:
+    """What an image processor makes of images, of those that a task has processed already."""
+    return {"pixel_values": torch.stack(list(images))}
 
 
 def _plain(dataset: Any, image_column: str, label_column: str) -> Any:

@@ -21,8 +21,8 @@ _COLOURS = {"pass": "#1a7f4b", "fail": "#b3261e", "undecided": "#946200"}
 _SERIES = {"original": "#4a5568", "quantized": "#1d5fbf"}
 
 
-def drop_figure(drop: float, interval: tuple[float, float], gate: Gate | None) -> Markup:
-    """The drop of top-1 accuracy in percentage points: estimate, bootstrap interval, and the gate if there is one."""
+def drop_figure(drop: float, interval: tuple[float, float], gate: Gate | None, measure: str = "top-1") -> Markup:
+    """A drop in percentage points: estimate, bootstrap interval, and the gate if there is one."""
 
     def draw(axes: Any) -> None:
         axes.axvline(0, color=_GRID, linewidth=1, zorder=0)
@@ -38,7 +38,7 @@ def drop_figure(drop: float, interval: tuple[float, float], gate: Gate | None) -
                           xytext=(4, 0), textcoords="offset points")  # fmt: skip
         axes.set_yticks(range(len(rows)), rows)
         axes.set_ylim(len(rows) - 0.3, -0.6)
-        axes.set_xlabel("drop of top-1, points (left is better)")
+        axes.set_xlabel(f"drop of {measure}, points (left is better)")
 
     return _svg(draw, (4.4, 1.1 if gate is None else 1.6), "drop")
 

@@ -19,9 +19,11 @@ def markdown(result: ValidationResult) -> str:
 def html(result: ValidationResult) -> str:
     drop = result.top1_drop
     drawn = {
-        "drop_figure": figures.drop_figure(drop.value, (drop.low, drop.high), result.gate),
+        "drop_figure": figures.drop_figure(drop.value, (drop.low, drop.high), result.gate, _short(result)),
         "calibration_figures": [
-            (model, figures.calibration_figure(getattr(result, model).calibration, model)) for model in MODELS
+            (model, figures.calibration_figure(found, model))
+            for model in MODELS
+            if (found := getattr(result, model).calibration) is not None
         ],
     }
     return (
@@ -31,10 +33,16 @@ def html(result: ValidationResult) -> str:
     )
 
 
+def _short(result: ValidationResult) -> str:
+    """What is measured, as heads of columns have it: "top-1"."""
+    return result.measure.removesuffix(" accuracy")
+
+
 def _context(result: ValidationResult) -> dict[str, Any]:
     changed = [change for change in result.class_changes if change.broken or change.repaired]
     return {
         "r": result,
+        "measure": _short(result),
         "models": [(name, getattr(result, name)) for name in MODELS],
         "changed": changed,
         "significant": [change for change in changed if change.p_corrected < 1 - result.confidence],

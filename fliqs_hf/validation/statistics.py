@@ -27,7 +27,7 @@ with needed_for("the comparison of two models"):
     from statsmodels.stats.power import normal_sample_size_one_tail
     from statsmodels.stats.proportion import proportion_confint
 
-from fliqs_hf.hf.gate import POWER, Gate, Verdict
+from fliqs_hf.hf.gate import ACCURACY, POWER, Gate, Verdict
 
 BINS = 15
 """Bins of the calibration error, equally wide between 0 and 1 (as in Guo et al. 2017)."""
@@ -118,12 +118,12 @@ def _spread_if(drop: float, broken: float, repaired: float) -> float:
     return math.sqrt(max(2 * fraction + drop * (1 - drop), 0.0))
 
 
-def gate(broken: int, repaired: int, images: int, max_drop: float, confidence: float) -> Gate:
+def gate(broken: int, repaired: int, images: int, max_drop: float, confidence: float, measure: str = ACCURACY) -> Gate:
     lower = drop_bound(broken, repaired, images, confidence, "lower")
     upper = drop_bound(broken, repaired, images, confidence, "upper")
     verdict: Verdict = "pass" if upper < max_drop else "fail" if lower > max_drop else "undecided"
     needed = images_to_settle(broken, repaired, images, max_drop, confidence) if verdict == "undecided" else None
-    return Gate(max_drop, confidence, lower, upper, verdict, needed)
+    return Gate(max_drop, confidence, lower, upper, verdict, needed, measure)
 
 
 def images_to_settle(broken: int, repaired: int, images: int, max_drop: float, confidence: float) -> int | None:

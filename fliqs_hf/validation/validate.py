@@ -23,11 +23,11 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.hf.gate import NOT_ASKED, Gate
 from fliqs_hf.hf.private import last_part
-from fliqs_hf.training.images import mode_of
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, find_task
 from fliqs_hf.training.labels import MatchLabels
 from fliqs_hf.validation import page, statistics
 from fliqs_hf.validation.comparison import WARM_UP_BATCHES, Example, PairedPredictions, compare
-from fliqs_hf.validation.data import class_names, label_reader, read_batches
+from fliqs_hf.validation.data import read
 from fliqs_hf.validation.statistics import ClassChange, ConfidenceCalibration, Proportion
 from fliqs_hf.version import __version__
 
@@ -57,7 +57,8 @@ class ModelResult:
     Attributes:
         name: Hub name or folder name where known, else the class.
         formats: the number formats of its layers in short, or None.
-        top5: None where the task has no more than 5 classes.
+        top1: share of the images that it gets right, whatever the task calls it. top5: None where the task has no more
+            than 5 classes. calibration: None where it has no classes.
         weights_bytes: parameters and buffers in memory.
         working_bytes: peak memory of a forward pass beyond the weights; None where it cannot be measured.
         checkpoint_bytes: weight files as `save_pretrained` writes them; None for a model that has no such method.
@@ -68,7 +69,7 @@ class ModelResult:
     formats: str | None
     top1: Proportion
     top5: Proportion | None
-    calibration: ConfidenceCalibration
+    calibration: ConfidenceCalibration | None
     weights_bytes: int
     working_bytes: int | None
     checkpoint_bytes: int | None
@@ -98,12 +99,14 @@ class ValidationResult:
     """Everything that `validate` found. Fractions are between 0 and 1; the rendered forms show percentages.
 
     Attributes:
+        measure: what the share of right images is called, "top-1 accuracy" of classifiers.
         agreement: images to which both models give the same class, right or wrong.
         broken, repaired: images that only the original, and only the quantized model, gets right.
         p_value: of McNemar's exact test that both are equally accurate.
         speedup: median over batches of (time of the original / time of the quantized model), or None.
         gate: None where no `max_drop` was given.
-        class_changes: every class that has images, worst first.
+        class_changes: every class that has images, worst first; this and what follows of classes is empty where the
+            task has no one class per image.
         class_names: by label.
         conditions: where and how it was measured; `labels`: what classes were matched by; `warnings`: what is known
             against the result.
@@ -125,6 +128,7 @@ class ValidationResult:
     worst_classes: tuple[WorstClass, ...]
     class_names: tuple[str, ...]
     conditions: Mapping[str, Any]
+    measure: str
 
     @property
     def exit_code(self) -> int:
@@ -184,42 +188,43 @@ def validate(
     examples_per_class: int = 4,
     dataset_name: str | None = None,
     warnings: Sequence[str] = (),
+    task: str = IMAGE_CLASSIFICATION.name,
 ) -> ValidationResult:
-    """Compare two image classifiers on the same labelled images, in one pass over them.
+    """Compare two models on the same labelled images, in one pass over them.
 
     Args:
-        original, quantized: models that return logits, as a tensor or as an attribute. Both move to `device`.
+        original, quantized: models of the task, such as two that return logits. Both move to `device`.
         dataset: a `datasets.Dataset`, or anything that gives mappings with an image (PIL, or uint8 array) and a label.
             The images should be a random sample of those the model will meet, and none it was trained or searched on.
         image_processor: called as `image_processor(images, return_tensors="pt")["pixel_values"]`.
         match_labels: "name" matches a data set's class names with the models' by the rules of `training.labels`,
             "index" takes its numbers as they are.
-        max_drop: the gate, in percentage points of top-1 accuracy: the result passes only if the one-sided upper bound
-            of the drop is below it.
+        max_drop: the gate, in percentage points of top-1 accuracy, or of the share of images that another task calls
+            right: the result passes only if the one-sided upper bound of the drop is below it.
         confidence: of every interval (two-sided) and of the gate (one-sided).
         device: default: where the original is.
         resamples, seed: of the bootstrap.
         examples_per_class: most example images kept of each class; 0 keeps images out of the report.
         dataset_name: what to call the images in the results; of a path only the last part is kept.
         warnings: what is known against the result, such as images that the model was trained on; shown with it.
+        task: the name of a registered one. One without one class per image reads the data set itself, which is then a
+            `datasets.Dataset`, and has neither top-5, calibration nor classes.
     Raises: ConfigError: a setting out of range. DataError: no images, or images, labels or label sets that do not fit.
         CheckpointError: a model returns NaN or infinities.
     """
     settings = _Settings(batch_size, max_drop, confidence, resamples, seed, examples_per_class, match_labels)
-    names = class_names(original, quantized)
-    config = getattr(original, "config", None)
-    classes = len(names) if names else getattr(config, "num_labels", None)
-    reader = label_reader(dataset, label_column, names, classes, match_labels)
-    batches = read_batches(dataset, batch_size, image_column, label_column, reader, mode_of(config))
+    kind, columns = find_task(task), (image_column, label_column)
+    reading = read(kind, (original, quantized), dataset, image_processor, batch_size, columns, match_labels)
     place = torch.device(device) if device is not None else next(original.parameters()).device
     length = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Sized) else None
     found = compare(
-        original.to(place), quantized.to(place), tqdm(batches, total=length, desc="validate", unit="batch"),
-        image_processor=image_processor, batch_size=batch_size, device=place, examples_per_class=examples_per_class,
+        original.to(place), quantized.to(place), tqdm(reading.batches, total=length, desc="validate", unit="batch"),
+        image_processor=reading.processor, batch_size=batch_size, device=place,
+        examples_per_class=examples_per_class, task=kind,
     )  # fmt: skip
     data = {"dataset": None if dataset_name is None else last_part(dataset_name)}
-    conditions = {**data, **_conditions(place, settings), "labels": reader.by, "warnings": list(warnings)}
-    return _result((original, quantized), found, settings, names, conditions)
+    conditions = {**data, **_conditions(place, settings), "labels": reading.matched_by, "warnings": list(warnings)}
+    return _result((original, quantized), found, settings, reading.names, conditions, kind.share)
 
 
 @dataclass(frozen=True)
@@ -252,9 +257,10 @@ def _result(
     settings: _Settings,
     names: tuple[str, ...] | None,
     conditions: Mapping[str, Any],
+    measure: str,
 ) -> ValidationResult:
     """The statistics of what was found."""
-    images, correct, confidence = len(found.labels), found.correct, settings.confidence
+    images, correct, confidence = len(found.agree), found.correct, settings.confidence
     if images < 2:
         raise DataError("the data set has one image; a validation needs at least two")
     broken, repaired = statistics.broken_and_repaired(correct[0], correct[1])
@@ -263,7 +269,7 @@ def _result(
         interval = statistics.bootstrap_drop(right[0], right[1], confidence, settings.resamples, settings.seed)
         return Drop(float(right[0].mean() - right[1].mean()), *interval)
 
-    changes = statistics.class_changes(found.labels, correct[0], correct[1])
+    changes = () if found.labels is None else statistics.class_changes(found.labels, correct[0], correct[1])
     worst = [change for change in changes[:WORST_CLASSES] if change.lost > 0]
     limit = settings.max_drop
     return ValidationResult(
@@ -273,16 +279,17 @@ def _result(
         quantized=_model_result(models[1], found, 1, settings),
         top1_drop=drop(correct),
         top5_drop=None if found.in_top5 is None else drop(found.in_top5),
-        agreement=statistics.proportion(int((found.predictions[0] == found.predictions[1]).sum()), images, confidence),
+        agreement=statistics.proportion(int(found.agree.sum()), images, confidence),
         broken=broken,
         repaired=repaired,
         p_value=statistics.mcnemar_p_value(broken, repaired),
         speedup=float(np.median(found.seconds[0] / found.seconds[1])) if _timed(found) else None,
-        gate=None if limit is None else statistics.gate(broken, repaired, images, limit / 100, confidence),
+        gate=None if limit is None else statistics.gate(broken, repaired, images, limit / 100, confidence, measure),
         class_changes=changes,
         worst_classes=tuple(WorstClass(change, found.examples.get(change.label, ())) for change in worst),
-        class_names=names or tuple(map(str, range(found.classes))),
+        class_names=names or tuple(map(str, range(found.classes or 0))),
         conditions=conditions,
+        measure=measure,
     )
 
 
@@ -291,7 +298,7 @@ def _timed(found: PairedPredictions) -> bool:
 
 
 def _model_result(model: nn.Module, found: PairedPredictions, i: int, settings: _Settings) -> ModelResult:
-    correct, images, confidence = found.correct[i], len(found.labels), settings.confidence
+    correct, images, confidence = found.correct[i], len(found.agree), settings.confidence
     latency = None
     if _timed(found):
         low, median, high = (float(value) * 1e3 for value in np.quantile(found.seconds[i], [0.25, 0.5, 0.75]))
@@ -303,7 +310,7 @@ def _model_result(model: nn.Module, found: PairedPredictions, i: int, settings: 
         formats=allocation.summary() if isinstance(allocation, Allocation) else None,
         top1=statistics.proportion(int(correct.sum()), images, confidence),
         top5=None if found.in_top5 is None else statistics.proportion(int(found.in_top5[i].sum()), images, confidence),
-        calibration=statistics.calibration(found.confidences[i], correct),
+        calibration=None if found.confidences is None else statistics.calibration(found.confidences[i], correct),
         weights_bytes=getattr(model, "file_bytes", 0)
         or sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         working_bytes=found.working_bytes[i],

@@ -16,6 +16,7 @@ class ImageRegression(Task):
     model = "AutoModelForImageClassification"
     models = "a model with one output"
     measure = "explained variance"
+    share = "share of digits read right"
 
     def prediction(self, output: Any) -> Tensor:
         return output.logits[:, 0]  # type: ignore[no-any-return]
@@ -24,10 +25,10 @@ class ImageRegression(Task):
         return functional.mse_loss(prediction, target / 10)
 
     def quality(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return ((prediction * 10).round() == target).float().mean()
+        return self.right(self.answers(prediction), target).float().mean()
 
     def answers(self, prediction: Tensor) -> Tensor:
-        return prediction * 10
+        return (prediction * 10).round().long()
 
     def counts(self, prediction: Tensor, target: Tensor) -> Tensor:
         y, error = target.double() / 10, prediction.double() - target.double() / 10

@@ -24,9 +24,12 @@ from fliqs_hf.formats import BlockFormat, FloatFormat, parse, register_format, u
 from fliqs_hf.nn import packed_layers, unregister_kind
 from fliqs_hf.nn.kinds import kinds
 from fliqs_hf.pipeline import compare
+from fliqs_hf.pipeline.export import export
 from fliqs_hf.pipeline.search import main
 from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.tasks import unregister_task
+from fliqs_hf.validation.validate import validate
+from fliqs_hf_cli import main as command
 from tests.helpers.models import images, tiny
 from tests.recipes.test_vit import write
 
@@ -94,14 +97,68 @@ def test_a_layer_kind(tmp_path: Path) -> None:
     assert all(kind.name != "standardized_conv2d" for kind in kinds())
 
 
+def validated_and_exported(run: Path, folder: Path) -> None:
+    """The commands that measure a finished model, for a task that they know nothing of."""
+    given = ["--task", "image-regression", "--dataset_name", "digits", "--max_samples", "64"]
+    page = folder / "page.json"
+    status = command(
+        ["validate", str(run / "fliqs/fp32"), str(run), *given, "--max_drop", "99", "--output", str(page)]
+    )
+    found = json.loads(page.read_text())
+    assert (
+        status == (0 if found["gate"]["verdict"] == "pass" else 1) and found["measure"] == "share of digits read right"
+    )
+    assert found["images"] == 64 and found["original"]["calibration"] is None and found["class_changes"] == []
+    count = found["quantized"]["top1"]["count"]
+    assert found["original"]["top1"]["count"] - count == found["broken"] - found["repaired"]
+    for text in (run / "README.md", run / "fliqs/validation.html"):
+        assert "hare of digits read right" in text.read_text() and "top-1" not in text.read_text()
+    model = AutoModelForImageClassification.from_pretrained(run)
+    with pytest.raises(ConfigError, match="match_labels is for tasks with one class per image"):
+        validate(model, model, None, image_processor=None, task="image-regression", match_labels="index")
+    exported = export(run, folder / "exported", to="torch", task="image-regression")
+    assert exported.agreement.percent == 100 and exported.agreement.rms == 0
+    packed = folder / "packed"
+    given = [
+        "--task",
+        "image-regression",
+        "--calibration",
+        "digits",
+        "--calibration_images",
+        "32",
+        "--batch_size",
+        "16",
+    ]
+    floor = ["--target_bits", "4", "--search_space", "int2,int8", "--max_drop", "100", "--held_out_images", "32"]
+    assert command(["quantize", str(run / "fliqs/fp32"), str(packed), *given, *floor]) == 0
+    assert json.loads((packed / "fliqs/results.json").read_text())["floor"]["trials"][-1]["images"] == 32
+
+
+def compared(fp32: Path, folder: Path) -> None:
+    table = folder / "compared.csv"
+    given = [str(fp32), "--dataset_name", "digits", "--task", "image-regression", "--use_cpu", "--seeds", "0",
+             "--target_bits", "4", "--max_steps", "2", "--batch_size", "8", "--max_train_samples", "32",
+             "--max_eval_samples", "16", "--prior_images", "16", "--output", str(table)]  # fmt: skip
+    rows = compare.main([*given, "--methods", "ptq-fisher", "uniform-int", "search"])
+    assert len(rows) == 3 and all(0 <= row["value"] <= 1 for row in rows)
+    assert "target_bits,seed,explained_variance,loss" in table.read_text()
+    assert "explained variance %" in table.with_suffix(".md").read_text()
+
+
 def test_a_task(tmp_path: Path) -> None:
     with added("task", lambda: unregister_task("image-regression")):
         result, model, report = searched(tmp_path, task="image-regression", finetune_steps=40, learning_rate=2e-3)
         assert model.config.num_labels == 1 and "explained variance" in report
         card = (Path(result["run"]) / "README.md").read_text(encoding="utf-8")
-        assert "pipeline_tag: image-regression" in card and "print(logits.shape)" in card
+        assert (
+            "pipeline_tag: image-regression" in card
+            and "print(output)" in card
+            and "model with one output with" in card
+        )
         found = result["accuracy"]
         assert found["fp32"]["measure"] == "explained variance" and 0 <= found["searched"]["value"] <= 1
+        validated_and_exported(Path(result["run"]), tmp_path)
+        compared(Path(result["run"]) / "fliqs/fp32", tmp_path)
         with pytest.raises(ConfigError, match="augment is for tasks with one class per image"):
             main([str(write(tmp_path, **SHORT, task="image-regression", augment=["mixup"]))])
     with pytest.raises(ConfigError, match=r"task='image-regression' does not exist: use 'image-classification'"):

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from fliqs_hf.errors import DataError, ExportError
-from fliqs_hf.tasks import IMAGE_CLASSIFICATION
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
 
 
 @dataclass(frozen=True)
 class Agreement:
     """
     Attributes:
-        images: compared. same: how many of them got the same class.
+        images: compared. same: how many of them got the same answer, such as a class.
         rms: root mean square of the differences of the logits. logits_rms: that of the packed model's logits.
     """
 
@@ -32,7 +32,9 @@ class Agreement:
         return 100 * self.same / self.images
 
 
-def compare(packed: Any, exported: Any, batches: Iterable[Tensor], scale: Any = None) -> Agreement:
+def compare(
+    packed: Any, exported: Any, batches: Iterable[Tensor], scale: Any = None, task: Task = IMAGE_CLASSIFICATION
+) -> Agreement:
     """
     Args:
         batches: pixel values [images, channels, height, width], as `packed` takes them.
@@ -44,13 +46,13 @@ def compare(packed: Any, exported: Any, batches: Iterable[Tensor], scale: Any = 
     squares = total = count = 0.0
     for pixels in batches:
         with torch.no_grad():
-            expected = IMAGE_CLASSIFICATION.prediction(packed(pixels)).double()
-            found = IMAGE_CLASSIFICATION.prediction(exported(pixels if scale is None else scale(pixels))).double()
+            expected = task.prediction(packed(pixels)).double()
+            found = task.prediction(exported(pixels if scale is None else scale(pixels))).double()
         if found.shape != expected.shape or not bool(found.isfinite().all()):
             what = "NaN or infinities" if found.shape == expected.shape else f"logits of shape {list(found.shape)}"
             raise ExportError(f"the exported model answers with {what}, the packed one with finite {expected.shape}")
         images += len(expected)
-        same += int((found.argmax(-1) == expected.argmax(-1)).sum())
+        same += int((task.same(task.answers(found), task.answers(expected)) == 1).sum())
         squares += float((found - expected).square().sum())
         total += float(expected.square().sum())
         count += expected.numel()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf.export.forms import LayerForm
@@ -23,8 +24,8 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        logits: Tensor = self.model(pixel_values=pixel_values).logits
-        return logits
+        first: Tensor = self.model(pixel_values=pixel_values, return_dict=False)[0]
+        return first
 
 
 def write_torch(model: Any, image: Tensor, file: Path) -> tuple[LayerForm, ...]:
@@ -57,5 +58,5 @@ class TorchProgram(nn.Module):
         self.program = torch.export.load(file).module()
         self.file_bytes = file.stat().st_size
 
-    def forward(self, pixel_values: Tensor) -> Any:
-        return self.program(pixel_values)
+    def forward(self, pixel_values: Tensor) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=self.program(pixel_values))

@@ -25,4 +25,4 @@ def test_answers_are_the_packed_models(architecture: str, tmp_path: Path) -> Non
     program = TorchProgram(tmp_path / "model.pt2")
     for count in (1, 5):
         with torch.no_grad():
-            assert torch.equal(program(images(count)), model(images(count)).logits)
+            assert torch.equal(program(images(count)).logits, model(images(count)).logits)
