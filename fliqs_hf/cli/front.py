@@ -56,7 +56,9 @@ def front(args: argparse.Namespace) -> int:
     if args.latency_table is not None:
         table_of_times.check(traced(model)[0])
     images = CalibrationImages(args, model, processor)
-    found = allocate(model, images.labelled, costs[0].name, search_space=space, activation=args.activation)
+    found = allocate(
+        model, images.labelled, costs[0].name, search_space=space, activation=args.activation, task=images.task
+    )
     points = {
         cost: sensitivity_front(
             search_problem(model, found.layers, found.space, cost.name), found.sensitivity.decision_scores, args.points

@@ -163,6 +163,7 @@ def _allocated(
         modules_to_not_convert=args.modules_to_not_convert,
         require=require,
         min_bits=min_bits,
+        task=images.task,
     )
 
 

@@ -69,8 +69,12 @@ def allocate(
     """The allocation of least expected loss that meets `target`, for an fp32 model that is not trained further.
 
     Args:
-    wanted = problem.reachable[0] if problem.target is None else problem.target_cost  # before the images are run
-    sensitivity = fisher_scores(model, batches(), lambda images: task.prediction(model(images)), space, task=task)
+        model: of Transformers, on its device.
+        batches: gives (pixel values [batch, 3, height, width], targets of the task, such as labels int64 [batch]) on
+            that device; called once, after the target has been checked. 1500 images or more make the scores reliable
+            (docs/search.md).
+        target: several are to be met together, each as a limit that is never exceeded; the name of a cost instead asks
+            for the cheapest allocation by it.
         search_space, activation, tie, require, min_bits: see `SearchSpace`.
     Returns: the allocation, which costs between 97 % and 100 % of a single target where the space has such a one.
     Raises: TargetError: out of reach, alone or together. DataError: no images, or labels or scores without a meaning.
