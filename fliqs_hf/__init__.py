@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fliqs_hf.oneshot import SearchConfig
     from fliqs_hf.pipeline.estimating import estimate
     from fliqs_hf.pipeline.export import export
+    from fliqs_hf.pipeline.export_config import export_config
     from fliqs_hf.pipeline.in_memory import search
     from fliqs_hf.pipeline.own_loop import Search, SearchResult
     from fliqs_hf.pipeline.post_training import allocate
@@ -37,6 +38,7 @@ _LAZY = {
     "calibrate": "fliqs_hf.ptq",
     "estimate": "fliqs_hf.pipeline.estimating",
     "export": "fliqs_hf.pipeline.export",
+    "export_config": "fliqs_hf.pipeline.export_config",
     "model_card": "fliqs_hf.hf.card",
     "push": "fliqs_hf.hf.hub",
     "search": "fliqs_hf.pipeline.in_memory",
@@ -57,6 +59,7 @@ __all__ = [
     "calibrate",
     "estimate",
     "export",
+    "export_config",
     "fold_batchnorm",
     "kernels_of",
     "make_searchable",

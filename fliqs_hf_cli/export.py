@@ -8,6 +8,7 @@ HELP = "a packed model for other programs: ONNX, OpenVINO, torch.export, compare
 EXAMPLES = """  fliqs-hf export runs/pilot exported --dataset_name photos/ --min_agreement 99
   fliqs-hf export runs/pilot exported --form qdq               for TensorRT and NPUs; static scales fit best
   fliqs-hf export runs/pilot exported --to openvino
+  fliqs-hf export runs/pilot config --to torchao               a format per layer, as torchao's FqnToConfig
   fliqs-hf validate MODEL exported --dataset_name photos/      the file, as a model like any other
 The file runs in ONNX Runtime or OpenVINO without this package, and holds the allocation. Before it is kept,
 it answers the same images as the packed model; exit status 1, and no file, where too few answers are the same."""
@@ -16,10 +17,12 @@ it answers the same images as the packed model; exit status 1, and no file, wher
 def arguments(parser: Parser) -> None:
     parser.add_argument("run", help="run folder, checkpoint folder or Hub id of a packed model")
     parser.add_argument(
-        "output", help="folder to write: model.onnx or the like, its config and image processor, a record"
+        "output",
+        help="folder to write: model.onnx or the like, its config and image processor, a record",
     )
-    parser.add_argument("--to", choices=("onnx", "openvino", "torch"), default="onnx",
-                        help="a file of ONNX or OpenVINO, or a program of torch.export (.pt2); default: "
+    parser.add_argument("--to", choices=("onnx", "openvino", "torch", "torchao", "modelopt"), default="onnx",
+                        help="a file of ONNX or OpenVINO, or a program of torch.export (.pt2); or the formats "
+                        "alone, as a config with which torchao or ModelOpt quantizes the original; default: "
                         "%(default)s")  # fmt: skip
     parser.add_argument("--form", choices=("auto", "integer", "qdq"),
                         help="products of 8-bit integers, in the fastest operators of ONNX Runtime (auto, the "

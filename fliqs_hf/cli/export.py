@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -14,16 +14,21 @@ from torch import Tensor
 from fliqs_hf.cli.data import task_of, to_validate
 from fliqs_hf.cli.output import answer, table
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.hf.export.configs.counterpart import Counterpart
+from fliqs_hf.hf.export.forms import LayerForm
 from fliqs_hf.hf.export.targets import TARGETS, Settings, find_target
 from fliqs_hf.pipeline.checkpoints import load_processor, read_config
 from fliqs_hf.pipeline.export import ExportResult
 from fliqs_hf.pipeline.export import export as export_model
+from fliqs_hf.pipeline.export_config import LIBRARIES, export_config
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import mode_of, pixels
 from fliqs_hf.training.splits import sample
 
 
 def export(args: argparse.Namespace) -> int:
+    if args.to in LIBRARIES:
+        return _export_config(args)
     task_of(args)
     result = export_model(
         args.run,
@@ -37,6 +42,20 @@ def export(args: argparse.Namespace) -> int:
         task=args.task,
     )
     answer(args.json, result.to_dict(), _text(result))
+    return 0
+
+
+def _export_config(args: argparse.Namespace) -> int:
+    """Raises: ConfigError: an option that is of models alone."""
+    of_files = [field.name for target in TARGETS.values() if target.settings for field in fields(target.settings)]
+    for name in (*of_files, "dataset_name", "min_agreement", "include_preprocessing"):
+        if getattr(args, name) not in (None, False):
+            raise ConfigError(f"--{name} is no setting of --to {args.to}, which writes no model: leave it out")
+    result = export_config(args.run, args.output, to=args.to, overwrite=args.overwrite)
+    kinds = Counter((layer.weight, layer.activation, layer.became) for layer in result.layers)
+    rows = [(*kind, count) for kind, count in kinds.most_common()]
+    text = table(("weights", "inputs", f"in {args.to}", "layers"), rows) + _changes(result.layers)
+    answer(args.json, result.to_dict(), f"{text}\n\nwritten         {result.folder}: {', '.join(result.files)}")
     return 0
 
 
@@ -76,11 +95,7 @@ def _text(result: ExportResult) -> str:
         ("weights", "inputs", "product", "stored as", "layers"),
         [(*kind, count) for kind, count in kinds.most_common()],
     )
-    changes: dict[str, list[str]] = {}
-    for layer in result.layers:
-        if layer.changed:
-            changes.setdefault(layer.changed, []).append(layer.name)
-    text += "".join(f"\n{_names(names)}: {reason}" for reason, names in changes.items())
+    text += _changes(result.layers)
     noise = " (generated noise: give --dataset_name to know)" if result.images == "generated" else ""
     return (
         f"{text}\n\n"
@@ -90,6 +105,15 @@ def _text(result: ExportResult) -> str:
         f"{result.packed_bytes / 1e6:.3f} MB packed\n"
         f"written         {result.folder}: {', '.join(result.files)}"
     )
+
+
+def _changes(layers: Iterable[LayerForm | Counterpart]) -> str:
+    """A line for each reason."""
+    changes: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.changed:
+            changes.setdefault(layer.changed, []).append(layer.name)
+    return "".join(f"\n{_names(names)}: {reason}" for reason, names in changes.items())
 
 
 def _names(names: list[Any]) -> str:

@@ -96,7 +96,7 @@ def export(
     settings = _checked_settings(to, target, min_agreement, settings, include_preprocessing)
     target.check()
     folder = Path(output)
-    _check_output(folder, str(run), overwrite)
+    check_output(folder, str(run), overwrite)
     source = _PackedModel.load(str(run), kind)
     target.check_layers(source.model, settings)
     normalization = Normalization.of(source.processor, source.image.shape[1]) if include_preprocessing else None
@@ -182,8 +182,11 @@ def _check_agreement(agreement: Agreement, least: float | None, settings: Settin
     )
 
 
-def _check_output(folder: Path, run: str, overwrite: bool) -> None:
-    """Raises: ConfigError: something is in the way. DiskError: it cannot be written."""
+def check_output(folder: Path, run: str, overwrite: bool) -> None:
+    """Whether an export may be written to `folder`.
+
+    Raises: ConfigError: something is in the way. DiskError: it cannot be written.
+    """
     if not str(folder).strip() or folder.name in ("", "..") or "\0" in str(folder):
         raise ConfigError(f"the output folder {str(folder)!r} has no usable name: give one, such as exported")
     check_apart(folder, {"RUN": run})

@@ -1,0 +1,1 @@
+"""An allocation in the terms of libraries that quantize the original model themselves: torchao, ModelOpt."""
