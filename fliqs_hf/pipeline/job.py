@@ -17,7 +17,7 @@ from fliqs_hf.nn import QuantizerSettings
 from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.pipeline.checks import RUN_NAMES, model_settings, search_config, trackers_of, train_config
 from fliqs_hf.tasks import Task, find_task
-from fliqs_hf.training import ImageData, TrainConfig, evaluate, load_splits
+from fliqs_hf.training import ImageData, TrainConfig, evaluate, load_models_whole, load_splits
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
 from fliqs_hf.training.augment import BatchAugment
 from fliqs_hf.training.data import held_in_memory, undecoded
@@ -25,7 +25,6 @@ from fliqs_hf.training.evaluation import load_metric
 from fliqs_hf.training.models import label_ids, load_classifier
 from fliqs_hf.training.splits import sample
 from fliqs_hf.training.stream import StreamData
-from fliqs_hf.training.zero import load_models_whole
 
 
 @dataclass(frozen=True)

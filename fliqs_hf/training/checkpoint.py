@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,15 +39,13 @@ class Checkpoint:
         world_size = backend.accelerator.num_processes
         self._settings = {"config": repr(config), "world_size": world_size, "name": name}
 
-    def begin(self, resume: bool, image: Callable[[], Tensor]) -> tuple[int, float]:
+    def begin(self, resume: bool) -> tuple[int, float]:
         """Restore the last state, with `resume` and where there is one.
 
-        Args:
-            image: see `Backend.load`.
         Returns: steps and seconds of training until then.
         Raises: CheckpointError: a damaged state, or one of other settings.
         """
-        known = self._restore(image) if resume else {}
+        known = self._restore() if resume else {}
         if self.best is not None and known:
             self.best.resume(known["best"])
         elif self.best is not None and self.backend.accelerator.is_main_process:
@@ -78,12 +75,11 @@ class Checkpoint:
         if self.best is not None:
             self.best.load(model)
 
-    def _restore(self, image: Callable[[], Tensor]) -> dict[str, Any]:
+    def _restore(self) -> dict[str, Any]:
         saved = states(self.folder) if self.folder is not None else []
         if not saved:
             return {}
-        load = self.backend.load
-        known, extra = load_state(saved[-1], lambda weights, moments: load(weights, moments, image), self._settings)
+        known, extra = load_state(saved[-1], self.backend.load, self._settings)
         if self.hook is not None:
             self.hook.load_state_dict(extra)
         if self.average is not None:

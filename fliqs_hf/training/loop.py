@@ -9,13 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fliqs_hf.errors import ConfigError
 from fliqs_hf.interrupt import finishing
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
-from fliqs_hf.training.backends import Backend, ShardedBackend
+from fliqs_hf.training.backends import backend_for, check_support
 from fliqs_hf.training.checkpoint import Checkpoint
 from fliqs_hf.training.config import TrainConfig
 from fliqs_hf.training.data import ImageData, train_loader
@@ -25,7 +23,6 @@ from fliqs_hf.training.optimizer import adamw
 from fliqs_hf.training.step import Augment, StepHook, TrainingStep
 from fliqs_hf.training.stream import StreamData
 from fliqs_hf.training.window import Window
-from fliqs_hf.training.zero import ZeroBackend, check_zero
 
 
 def train(
@@ -57,14 +54,14 @@ def train(
     Raises: TrainingError: the loss or a gradient is not finite. DiskError: a state cannot be written. Interrupted:
         a signal arrived, the state is saved. CheckpointError: `resume` with a damaged state, or of other settings.
     """
-    _check_support(accelerator, config)
+    check_support(accelerator, config)
     task.check(getattr(model, "config", None))
     check_best(config, score, state_folder, hook)
-    backend = _backend(accelerator, model, adamw(model, config.learning_rate, config.weight_decay), config, task)
+    backend = backend_for(accelerator, model, adamw(model, config.learning_rate, config.weight_decay), config, task)
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
     window = Window(accelerator)
     checkpoint = Checkpoint(state_folder, backend, config, name, hook=hook, average=average, window=window)
-    step, seconds = checkpoint.begin(resume, lambda: _first_image(data))
+    step, seconds = checkpoint.begin(resume)
     batches = iter(_loader(data, config, accelerator, step))
     training = TrainingStep(backend, batches, config, hook=hook, augment=augment, teacher=teacher, average=average)
     monitor = Monitor(
@@ -105,46 +102,3 @@ def _loader(data: ImageData | StreamData, config: TrainConfig, accelerator: Any,
         data, config.batch_size, config.seed, done * parts, config.max_steps * parts,
         accelerator.process_index, accelerator.num_processes, config.workers,
     )  # fmt: skip
-
-
-def _first_image(data: ImageData | StreamData) -> Tensor:
-    """[1, channels, height, width]"""
-    image: Tensor = next(iter(train_loader(data, 1, 0, 0, 1, 0, 1, 0)))[0]
-    return image
-
-
-def _backend(
-    accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, task: Task
-) -> Backend:
-    kind = str(accelerator.distributed_type)
-    if "DEEPSPEED" in kind:
-        return ZeroBackend(
-            accelerator, model, optimizer, batch_size=config.batch_size,
-            accumulation=config.gradient_accumulation_steps, max_norm=config.max_grad_norm, task=task,
-        )  # fmt: skip
-    if "FSDP" in kind:
-        return ShardedBackend(accelerator, model, optimizer, task=task)
-    return Backend(accelerator, model, optimizer, config.compile_backend, task)
-
-
-def _check_support(accelerator: Any, config: TrainConfig) -> None:
-    """Raises: ConfigError: what this loop cannot do."""
-    kind = str(accelerator.distributed_type)
-    if "MEGATRON" in kind:
-        raise ConfigError(f"{kind} steps the optimizer by itself, which this loop cannot follow; use DDP or FSDP2")
-    if "FSDP" in kind and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
-        raise ConfigError("FSDP version 1 is not supported: set fsdp_version: 2 in the accelerate config")
-    if "DEEPSPEED" in kind:
-        check_zero(accelerator)
-    if ("FSDP" in kind or "DEEPSPEED" in kind) and (config.ema_decay or config.eval_steps):
-        name = "ema_decay" if config.ema_decay else "eval_steps"
-        raise ConfigError(
-            f"{name}={getattr(config, name)} needs the whole model on every process during training: use DDP, or 0"
-        )
-    if ("FSDP" in kind or "DEEPSPEED" in kind) and config.compile_backend:
-        raise ConfigError(f"torch_compile does not go with {kind}, which shards the model: use DDP, or leave it out")
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ConfigError(
-            f"mixed_precision={accelerator.mixed_precision!r} scales the loss, which a resumed run would not repeat; "
-            "choose bf16 or no"
-        )

@@ -17,7 +17,7 @@ from fliqs_hf.oneshot import OneShotSearch, SearchConfig
 from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.selection import SearchProblem, SearchSpace
 from fliqs_hf.training import TrainConfig, train
-from fliqs_hf.training.shards import is_sharded
+from fliqs_hf.training.backends.sharded import is_sharded
 from tests.helpers.models import tiny
 from tests.training.test_loop import Blobs
 

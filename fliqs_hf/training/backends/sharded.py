@@ -1,10 +1,11 @@
-"""Weights and optimizer states of models that FSDP2 has sharded, as whole tensors.
+"""A model that FSDP2 shards, and its weights and optimizer states as whole tensors.
 
-Collective: every function here is called by all processes together.
+All processes call everything here together.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -18,10 +19,37 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from fliqs_hf.tasks import Task
+from fliqs_hf.training.backends.plain import Backend
+
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 #: Between the name of a parameter and that of its state; no parameter's name has it.
 _SEPARATOR = "|"
+
+
+class ShardedBackend(Backend):
+    """A model that FSDP2 shards."""
+
+    def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, task: Task) -> None:
+        self.whole = copy.deepcopy(model)  # to return: a sharded model stays one
+        super().__init__(accelerator, model, optimizer, task=task)
+
+    def step(self, max_norm: float) -> Tensor:
+        norm: Any = super().step(max_norm)
+        whole: Tensor = norm.full_tensor()
+        return whole
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return whole_weights(self.given), whole_optimizer(self.given, self.optimizer)
+
+    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        load_whole(self.given, self.optimizer, weights, moments)
+
+    def finish(self) -> nn.Module:
+        self.share_buffers()
+        self.accelerator.free_memory()
+        return gathered_into(self.whole, self.given)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -1,9 +1,8 @@
-"""Where a model and its optimizer live while they are trained: whole on every process, or sharded by FSDP2."""
+"""A model and its optimizer whole on every process: one process, or DDP. Other backends differ from this one."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +11,10 @@ from torch import Tensor, nn
 
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
 from fliqs_hf.training.compiling import compiled
-from fliqs_hf.training.shards import gathered_into, load_whole, whole_optimizer, whole_weights
 
 
 class Backend:
-    """A model and an optimizer that accelerate has prepared; here whole on every process (one process, or DDP).
+    """A model and an optimizer that accelerate has prepared.
 
     Attributes:
         model, optimizer: the prepared ones.
@@ -82,12 +80,8 @@ class Backend:
         moments = {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
         return self.given.state_dict(), moments
 
-    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor], image: Callable[[], Tensor]) -> None:
-        """Continue where `tensors` was taken.
-
-        Args:
-            image: one image, [1, C, H, W], for backends that make their optimizer's state in a step.
-        """
+    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        """Continue where `tensors` was taken."""
         self.given.load_state_dict(weights)
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in moments.items():
@@ -112,27 +106,3 @@ class Backend:
             torch.compiler.reset()
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         return model
-
-
-class ShardedBackend(Backend):
-    """A model that FSDP2 shards."""
-
-    def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, task: Task) -> None:
-        self.whole = copy.deepcopy(model)  # to return: a sharded model stays one
-        super().__init__(accelerator, model, optimizer, task=task)
-
-    def step(self, max_norm: float) -> Tensor:
-        norm: Any = super().step(max_norm)
-        whole: Tensor = norm.full_tensor()
-        return whole
-
-    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return whole_weights(self.given), whole_optimizer(self.given, self.optimizer)
-
-    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor], image: Callable[[], Tensor]) -> None:
-        load_whole(self.given, self.optimizer, weights, moments)
-
-    def finish(self) -> nn.Module:
-        self.share_buffers()
-        self.accelerator.free_memory()
-        return gathered_into(self.whole, self.given)

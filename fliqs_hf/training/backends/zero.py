@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,21 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.tasks import Task
-from fliqs_hf.training.backends import Backend
+from fliqs_hf.training.backends.plain import Backend
+from fliqs_hf.training.backends.zero_settings import filled
 
 #: Adam's moments, as torch names them.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-#: Settings of `zero_optimization` with the one value that is supported. `round_robin_gradients` stores weights in
-#: another order than DeepSpeed's access to whole ones reads (0.19.8); the others are untried.
-_FIXED = {
-    "round_robin_gradients": False,
-    "compute_grad_norm": True,
-    "zero_hpz_partition_size": 1,
-    "zero_quantized_weights": False,
-    "zero_quantized_gradients": False,
-    "mics_shard_size": -1,
-    "zenflow": None,
-}
 #: The number of optimizer steps, beside `<parameter>|<moment>`; no parameter's name has the separator.
 _SEPARATOR, _STEPS = "|", "|step"
 
@@ -63,7 +53,7 @@ class ZeroBackend(Backend):
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ConfigError(
                 "the model was loaded in shards (deepspeed.zero.Init), but costs and checkpoints need it whole: load "
-                "it before the Accelerator is made, or call fliqs_hf.training.zero.load_models_whole() after that"
+                "it before the Accelerator is made, or call fliqs_hf.training.load_models_whole() after that"
             )
         if accelerator.mixed_precision == "bf16" and any(isinstance(module, _BatchNorm) for module in model.modules()):
             raise ConfigError(
@@ -77,7 +67,7 @@ class ZeroBackend(Backend):
             "gradient_clipping": max_norm,
         }
         self.whole = copy.deepcopy(model)  # to return: a model of DeepSpeed's stays one
-        with _filled(accelerator, settings):
+        with filled(accelerator, settings):
             super().__init__(accelerator, model, optimizer, task=task)
         self.stage = accelerator.state.deepspeed_plugin.zero_stage
         # DeepSpeed makes its float32 weights from the bfloat16 ones: these lack the digits of the originals.
@@ -112,16 +102,15 @@ class ZeroBackend(Backend):
             for name, parameter in self._trained()
             for key in _MOMENTS
         }
-        steps = [entry["step"] for entry in self._adam().state.values()]
+        steps = [entry["step"] for entry in self._adam_state().values()]
         return self.whole.state_dict(), moments | {_STEPS: steps[0]}
 
-    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor], image: Callable[[], Tensor]) -> None:
-        self._link_moments(image())
+    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         self._set_weights(weights)
         for name, parameter in self._trained():
             for key in _MOMENTS:
                 self._set(parameter, moments[f"{name}{_SEPARATOR}{key}"], key)
-        for entry in self._adam().state.values():
+        for entry in self._adam_state().values():
             entry["step"].copy_(moments[_STEPS])
 
     def finish(self) -> nn.Module:
@@ -167,7 +156,7 @@ class ZeroBackend(Backend):
                 utils.safe_set_full_optimizer_state(parameter, value, key)
             return
         # DeepSpeed's own setters of whole tensors fail at stage 3 where the processes do not divide their length.
-        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        size = utils.safe_get_local_fp32_param(parameter).numel()
         padded = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
         share = padded[size * self.accelerator.process_index :][:size]
         if key is None:
@@ -176,93 +165,22 @@ class ZeroBackend(Backend):
             utils.safe_set_local_optimizer_state(parameter, share, key)
 
     def _begin_moments(self) -> None:
-        """Moments of zero after no step: those that DeepSpeed finds missing after its first step it never finds.
+        """Moments of zero after no step, as `safe_…_optimizer_state` finds none before the first one.
 
-        With several groups of parameters it looks for those of all groups when the first group has been stepped
-        (stages 1 and 2, DeepSpeed 0.19).
+        After it, with several groups of parameters at stages 1 and 2, it would miss those of all but the first.
         """
-        adam = self._adam()
-        self.set_learning_rate(0.0)
-        flat = [parameter for group in adam.param_groups for parameter in group["params"]]
-        for parameter in flat:
-            parameter.grad = torch.zeros_like(parameter)
-        adam.step()
-        for parameter in flat:
-            parameter.grad = None
-            adam.state[parameter]["step"].zero_()
-
-    def _link_moments(self, image: Tensor) -> None:
-        """A step without gradient and learning rate: DeepSpeed gives access to moments only after its first step."""
-        self.set_learning_rate(0.0)
-        self.model.eval()  # one image has no batch statistics
-        with self.training_pass(last=True):
-            self.backward(0 * self.prediction(image.to(self.accelerator.device)).sum())
-        self.model.step()
-        self.model.train()
+        sharding = self.optimizer.optimizer
+        flat = [parameter for group in sharding.optimizer.param_groups for parameter in group["params"]]
+        for one in sharding.fp32_partitioned_groups_flat if self.stage == 3 else flat:
+            moments = {key: torch.zeros_like(one) for key in _MOMENTS}
+            self._adam_state()[one] = {"step": torch.zeros(()), **moments}
+        if self.stage < 3:
+            sharding._lazy_init_hp_params_optimizer_state()
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, parameter) for name, parameter in self.given.named_parameters() if parameter.requires_grad]
 
-    def _adam(self) -> torch.optim.Optimizer:
-        """The optimizer inside of DeepSpeed's inside of accelerate's."""
-        inner: torch.optim.Optimizer = self.optimizer.optimizer.optimizer
-        return inner
-
-
-def load_models_whole() -> None:
-    """Have `from_pretrained` load whole models: with ZeRO 3 configured it would give each process a share.
-
-    To be called when the Accelerator is made; without DeepSpeed it does nothing.
-    """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
-
-
-def check_zero(accelerator: Any) -> None:
-    """Raises: ConfigError: a DeepSpeed configuration that this loop cannot train with."""
-    plugin = accelerator.state.deepspeed_plugin
-    given = plugin.deepspeed_config
-    if plugin.zero_stage == 0:
-        raise ConfigError("zero_stage=0 shards nothing: use DDP (distributed_type: MULTI_GPU), or stages 1 to 3")
-    for section, remedy in (
-        ("optimizer", "this loop has its own: remove the section, and set learning_rate and weight_decay instead"),
-        ("scheduler", "this loop has its own: remove the section, and set learning_rate and warmup_ratio instead"),
-        ("torch_autocast", "choose mixed_precision: bf16 in the accelerate config instead"),
-    ):
-        if given.get(section):
-            raise ConfigError(f"the DeepSpeed config has a section {section!r}: {remedy}")
-    zero = given.get("zero_optimization", {})
-    for key, value in _FIXED.items():
-        if zero.get(key, value) != value:
-            raise ConfigError(f"zero_optimization.{key}={zero[key]!r} is not supported: remove it from the config")
-    for section in ("offload_optimizer", "offload_param"):
-        device = (zero.get(section) or {}).get("device", "none")
-        if device not in ("none", None):
-            raise ConfigError(
-                f"{section} to {device!r} replaces the optimizer, which is not supported; set it to none"
-            )
-
-
-@contextmanager
-def _filled(accelerator: Any, settings: dict[str, float]) -> Iterator[None]:
-    """The DeepSpeed configuration with `settings`, as long as this context: the next training may have others.
-
-    Raises: ConfigError: it says something else.
-    """
-    plugin = accelerator.state.deepspeed_plugin
-    config = plugin.deepspeed_config
-    given = copy.deepcopy(config)
-    for key, value in settings.items():
-        if given.get(key, "auto") != "auto" and given[key] != value:
-            raise ConfigError(
-                f"the DeepSpeed config says {key}={given[key]!r}, but this training has {value!r}: remove it there or "
-                "set it to auto"
-            )
-    accelerator.gradient_accumulation_steps = settings["gradient_accumulation_steps"]
-    config.update(settings)
-    try:
-        yield
-    finally:
-        # A copy: DeepSpeed goes on to read the one that it was given.
-        plugin.hf_ds_config.config = plugin.deepspeed_config = given
+    def _adam_state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Of torch's optimizer, inside of DeepSpeed's, inside of accelerate's."""
+        state: dict[Tensor, dict[str, Tensor]] = self.optimizer.optimizer.optimizer.state
+        return state
