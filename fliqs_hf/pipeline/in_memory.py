@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader
@@ -32,6 +31,9 @@ from fliqs_hf.tasks import Task, find_task
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
 from fliqs_hf.training.models import label_ids
 from fliqs_hf.training.pixels import PixelData
+
+#: The run folder where none is named.
+OUTPUT = "search_output"
 
 
 def search(
@@ -63,7 +65,8 @@ def search(
         eval_data: images that accuracies are measured on, of the same kind.
         image_column, label_column: of a `datasets.Dataset`; default: the task's, "image" and "label" of classifiers.
         processor: the model's image processor; default: that of the checkpoint the model was loaded from.
-        output_dir: run folder to write, with report and card; None: nothing is kept on disk.
+        output_dir: run folder to write, with report and card; default: "search_output" in the working directory, as
+            `Trainer` has its "trainer_output". It holds what `resume=True` goes on with.
         training: settings of the recipe by name, such as `max_steps`, `learning_rate`, `finetune_steps`, `resume`.
     Returns: the packed model, as it is loaded from its files; its allocation, costs and accuracies.
     Raises: ConfigError, TargetError, FormatError, DataError: what cannot work, before anything is trained.
@@ -85,7 +88,7 @@ def search(
     refuse_packed(model)
     check_finite(model)
     splits = _splits(data, eval_data)
-    return _run(model, splits, target, parts, processor or _processor_of(model), output_dir)
+    return _run(model, splits, target, parts, processor or _processor_of(model))
 
 
 def _run(
@@ -94,31 +97,26 @@ def _run(
     target: Target,
     parts: tuple[ModelArguments, DataArguments, TrainingArguments, SearchArguments],
     processor: Any,
-    output_dir: str | Path | None,
 ) -> SearchResult:
     model_args, data_args, args, search_args = parts
     kind = find_task(model_args.task)
     kind.check(model.config)
     data_args = with_columns(data_args, kind)
     with ExitStack() as stack:
-        if output_dir is None:
-            args = replace(args, output_dir=stack.enter_context(TemporaryDirectory()))
         folder = RunFolder(args.output_dir)
         check_run_folders(
             [folder],
-            args.resume or args.overwrite_output_dir or output_dir is None,
+            args.resume or args.overwrite_output_dir,
             "give resume=True to go on with it, overwrite_output_dir=True to replace it",
         )
         accelerator = accelerator_of(args)
-        if output_dir is None and accelerator.num_processes > 1:
-            raise ConfigError("several processes need a folder that all of them see: give output_dir=")
         if accelerator.is_main_process:
             stack.enter_context(locked(folder.path))
         pair = _tensors(kind, *splits, processor, model, data_args)
         parts = (model_args, data_args, args, search_args)
         job = job_of(parts, accelerator, kind, copy.deepcopy(model), processor, pair)
         result = _result(job, folder, target, search_args)
-    return result if output_dir is None else replace(result, run=folder.path)
+    return replace(result, run=folder.path)
 
 
 def _result(job: Job, folder: RunFolder, target: Target, search_args: SearchArguments) -> SearchResult:
@@ -150,8 +148,7 @@ def _training_arguments(training: Mapping[str, Any], output_dir: str | Path | No
     for name in training:
         if name not in known:
             raise ConfigError(f"search() has no argument {name!r}{did_you_mean(name, known)}")
-    folder = {} if output_dir is None else {"output_dir": str(output_dir)}
-    return TrainingArguments(**{**training, **folder})
+    return TrainingArguments(**{**training, "output_dir": str(OUTPUT if output_dir is None else output_dir)})
 
 
 def _processor_of(model: Any) -> Any:

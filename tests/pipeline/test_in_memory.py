@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,24 @@ def test_one_call_searches_trains_packs_and_evaluates(tmp_path: Path) -> None:
         fliqs_hf.search(model, data, BITS, eval_data=data, processor=processor(), output_dir=run, **SETTINGS)
 
 
-def test_data_of_all_kinds_give_the_same_search() -> None:
+def test_a_search_that_names_no_folder_has_one_that_can_be_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `Trainer`, in the working directory; an earlier result is not replaced unasked, and one can be resumed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *_, **__: pytest.fail("a folder that nobody finds"))
+    given = {"eval_data": pairs(8), "processor": processor(), **SETTINGS}
+    result = fliqs_hf.search(tiny("vit"), pairs(8), BITS, **given)
+    assert result.run == Path("search_output") and "search_output" in capsys.readouterr().out
+    assert result.model.name_or_path == "search_output"
+    assert {path.name for path in tmp_path.iterdir()} == {"search_output"}
+    with pytest.raises(ConfigError, match=r"search_output holds a run already: .*overwrite_output_dir=True"):
+        fliqs_hf.search(tiny("vit"), pairs(8), BITS, **given)
+    again = fliqs_hf.search(tiny("vit"), pairs(8), BITS, **given, resume=True)
+    assert again.allocation == result.allocation and again.metrics == result.metrics
+
+
+def test_data_of_all_kinds_give_the_same_search(tmp_path: Path) -> None:
     """Pairs, dictionaries as a transform of `datasets` gives them, and columns of images."""
     prepare, names = processor(), [f"LABEL_{i}" for i in range(5)]
     noise = torch.randint(256, (24, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -75,9 +93,9 @@ def test_data_of_all_kinds_give_the_same_search() -> None:
     found = []
     for data in (as_pairs, as_dictionaries, columns, datasets.DatasetDict(train=columns, validation=columns)):
         given = {} if isinstance(data, dict) else {"eval_data": data}
-        found.append(fliqs_hf.search(tiny("vit"), data, BITS, processor=prepare, **given, **SETTINGS))
+        given |= {"processor": prepare, "output_dir": tmp_path / str(len(found))}
+        found.append(fliqs_hf.search(tiny("vit"), data, BITS, **given, **SETTINGS))
     first = found[0].model.state_dict()
-    assert found[0].run is None
     for other in found[1:]:
         assert other.allocation == found[0].allocation and other.metrics == found[0].metrics
         assert all(torch.equal(tensor, first[name]) for name, tensor in other.model.state_dict().items())
@@ -97,7 +115,10 @@ def test_data_of_all_kinds_give_the_same_search() -> None:
     ({"max_steps": 0}, ConfigError, "max_steps"),
     ({"target": Target.of(target_bits=1)}, TargetError, "target"),
 ])  # fmt: skip
-def test_what_cannot_work_is_refused(changes: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_what_cannot_work_is_refused(
+    changes: dict[str, Any], error: type[Exception], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     given = {"data": pairs(8), "eval_data": pairs(8), "target": BITS, "processor": processor(), **SETTINGS, **changes}
     with pytest.raises(error, match=words):
         fliqs_hf.search(tiny("vit"), given.pop("data"), given.pop("target"), **given)
