@@ -28,7 +28,7 @@ from fliqs_hf.lock import locked
 from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config, traced
 from fliqs_hf.pipeline.floor import FloorTest, candidates
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
-from fliqs_hf.pipeline.post_training import Found, allocate
+from fliqs_hf.pipeline.post_training import AllocationResult, allocate
 from fliqs_hf.records import RunResults
 from fliqs_hf.runs.folder import RunFolder, cost_lines, cost_summary, layer_table
 
@@ -141,7 +141,7 @@ def _aim(args: argparse.Namespace, target: list[Target]) -> list[Target] | str |
 
 
 def _cost(
-    layers: Sequence[LayerInfo], allocation: Allocation, other_bytes: int, found: Found | None
+    layers: Sequence[LayerInfo], allocation: Allocation, other_bytes: int, found: AllocationResult | None
 ) -> dict[str, float]:
     cost: dict[str, float] = cost_summary(layers, allocation, other_bytes) if layers else {}
     if found is not None:
@@ -152,7 +152,7 @@ def _cost(
 
 def _allocated(
     args: argparse.Namespace, model: Any, images: CalibrationImages, aim: list[Target] | str, profile: Profile | None
-) -> Found:
+) -> AllocationResult:
     require, min_bits = rules(args)
     return allocate(
         model,
@@ -252,7 +252,7 @@ def _save(
     processor: Any,
     layers: tuple[LayerInfo, ...],
     allocation: Allocation,
-    found: Found | None,
+    found: AllocationResult | None,
 ) -> RunFolder:
     """Write the run folder of the packed model, but for its results."""
     run.files.clear()

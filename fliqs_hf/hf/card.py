@@ -15,8 +15,8 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from fliqs_hf.cost import registered
 from fliqs_hf.errors import CheckpointError, ConfigError
-from fliqs_hf.hf.making import Making
 from fliqs_hf.hf.private import command_line, is_hub_id, last_part, without_private
+from fliqs_hf.hf.provenance import Provenance
 from fliqs_hf.hf.results import SEARCHED, Result, hardware_of, measured_models, validation_of
 from fliqs_hf.hf.templating import Markdown, markdown
 from fliqs_hf.runs.files import CARD, RunFiles
@@ -57,7 +57,7 @@ def model_card(
         "name": name,
         "source": repo_id or ".",
         "run": run,
-        "making": Making.of(run),
+        "provenance": Provenance.of(run),
         "settings": settings.arguments,
         "versions": settings.versions,
         "settings_json": json.dumps(without_private(settings.told), indent=2, ensure_ascii=False),

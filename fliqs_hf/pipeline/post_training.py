@@ -20,7 +20,7 @@ from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
 
 
 @dataclass(frozen=True)
-class Found:
+class AllocationResult:
     """An allocation and what it follows from.
 
     Attributes:
@@ -41,7 +41,7 @@ class Found:
     loss_increase: float
     problem: SearchProblem
 
-    def at(self, allocation: Allocation) -> Found:
+    def at(self, allocation: Allocation) -> AllocationResult:
         """With another allocation of the space."""
         choice = self.space.choice(allocation)
         return replace(
@@ -65,7 +65,7 @@ def allocate(
     require: Mapping[str, Sequence[str | Format]] | None = None,
     min_bits: Mapping[str, float] | None = None,
     task: Task = IMAGE_CLASSIFICATION,
-) -> Found:
+) -> AllocationResult:
     """The allocation of least expected loss that meets `target`, for an fp32 model that is not trained further.
 
     Args:
@@ -95,7 +95,7 @@ def allocate(
         choice = problem.best_choice(-scores, low=0.0, high=wanted)
     else:
         choice = problem.choice_at_target(-scores)
-    return Found(
+    return AllocationResult(
         allocation=space.allocation(choice),
         layers=layers,
         space=space,

@@ -17,8 +17,8 @@ from fliqs_hf.cost.models import BOPS
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.formats import Format
 from fliqs_hf.hf.card import write_card
-from fliqs_hf.hf.making import Making
 from fliqs_hf.hf.private import command_line, without_private
+from fliqs_hf.hf.provenance import Provenance
 from fliqs_hf.hf.results import Result, hardware_of, measured_models, validation_of
 from fliqs_hf.hf.templating import environment
 from fliqs_hf.hf.validation_record import Validation
@@ -58,7 +58,7 @@ class RunReport:
 
     run: FinishedRun
     name: str
-    making: Making
+    provenance: Provenance
     validation: Validation | None
     results: list[Result]
     rows: list[Row]
@@ -96,7 +96,7 @@ class RunReport:
         return cls(
             run=run,
             name=run.path.resolve().name,
-            making=Making.of(run),
+            provenance=Provenance.of(run),
             validation=validation,
             results=measured_models(run, validation),
             rows=[_row(layer, run, decisions) for layer in run.layers],
@@ -152,7 +152,7 @@ def _page(report: RunReport, drawn: Mapping[str, Figure | None]) -> str:
             .get_template("run.html.j2")
             .render(
                 report=report,
-                making=report.making,
+                provenance=report.provenance,
                 banner=summary.banner(report),
                 tiles=summary.tiles(report),
                 measured_on=summary.measured_on(report),

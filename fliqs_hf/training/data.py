@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fliqs_hf.errors import DataError
-from fliqs_hf.training.images import Lazy, name_of, pixels
+from fliqs_hf.training.images import LazyText, name_of, pixels
 from fliqs_hf.training.labels import MOST_CLASSES, checked_label
 from fliqs_hf.training.seeds import derived_seed
 from fliqs_hf.training.splits import ROW, check_column
@@ -38,13 +38,13 @@ class Images:
     def __len__(self) -> int:
         return len(self._view)
 
-    def __getitem__(self, index: int) -> tuple[Any, Lazy]:
+    def __getitem__(self, index: int) -> tuple[Any, LazyText]:
         """What `images.pixels` takes, and its name."""
         try:
             row = self._view[index]
         except Exception as error:  # whatever a column that is no `datasets.Image` decodes by
             raise DataError(f"image {index} cannot be read: {error}") from error
-        return row[self.column], Lazy(lambda: self._name(row, index))
+        return row[self.column], LazyText(lambda: self._name(row, index))
 
     def _name(self, row: Mapping[str, Any], index: int) -> str:
         image, number = row[self.column], row.get(ROW, index)
@@ -100,7 +100,7 @@ class ImageData(Dataset[tuple[Tensor, int]]):
         self.images, self.processor = Images(split, image_column, stream), processor
         known = len(label_ids) if label_ids is not None else num_labels
         self.labels = [
-            checked_label(label, known, Lazy(lambda index=index: str(self.images[index][1])))  # type: ignore[misc]
+            checked_label(label, known, LazyText(lambda index=index: str(self.images[index][1])))  # type: ignore[misc]
             for index, label in enumerate(split[label_column])
         ]
         if label_ids is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fliqs_hf.errors import ConfigError, DataError
 
 
-class Lazy:
+class LazyText:
     """A text that is made where it is wanted: in an error."""
 
     def __init__(self, make: Callable[[], str]) -> None:

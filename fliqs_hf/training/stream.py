@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fliqs_hf.errors import DataError
-from fliqs_hf.training.images import Lazy, name_of, pixels
+from fliqs_hf.training.images import LazyText, name_of, pixels
 from fliqs_hf.training.labels import checked_label
 from fliqs_hf.training.seeds import derived_seed
 from fliqs_hf.training.splits import check_column
@@ -69,7 +69,7 @@ class StreamData:
         """Pixel values and label. Raises: DataError: they cannot be used; it says which row of the data set it is."""
         image, label = example[self.image_column], example[self.label_column]
         known = len(self.label_ids) if self.label_ids is not None else self.num_labels
-        name = Lazy(lambda: name_in_stream(self.split, image, self.image_column))
+        name = LazyText(lambda: name_in_stream(self.split, image, self.image_column))
         label = checked_label(label, known, name)
         return pixels(image, self.processor, name), self.label_ids[label] if self.label_ids is not None else label
 

@@ -228,19 +228,19 @@ def _wait(device: torch.device) -> None:
 
 
 @dataclass
-class Peak:
+class PeakMemory:
     working_bytes: int | None = None
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[Peak]:
+def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
     """Peak memory inside the block beyond what was in use before.
 
     On CUDA from PyTorch's allocator. On the CPU from the kernel's high-water mark of resident memory, on Linux where
     it can be reset; the heap is trimmed first, so that memory freed earlier does not hide what the block takes.
     Elsewhere `working_bytes` stays None.
     """
-    peak = Peak()
+    peak = PeakMemory()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -14,7 +14,7 @@ from PIL import Image
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
 from fliqs_hf.training.data import Images, undecoded
-from fliqs_hf.training.images import Lazy, decoded, mode_of, name_of
+from fliqs_hf.training.images import LazyText, decoded, mode_of, name_of
 from fliqs_hf.training.labels import LabelReader, MatchLabels, generic_names, names_of
 from fliqs_hf.training.splits import ROW, check_column
 
@@ -104,7 +104,7 @@ def read_batches(
                 there = ", ".join(repr(name) for name in example if name != ROW)
                 raise DataError(f"image {number} has no column {column!r}; there are {there}: choose with {hint}")
         image, row = example[image_column], example.get(ROW, number)
-        name = Lazy(lambda image=image, row=row: name_of(image, row, None if isinstance(row, str) else split))  # type: ignore[misc]
+        name = LazyText(lambda image=image, row=row: name_of(image, row, None if isinstance(row, str) else split))  # type: ignore[misc]
         images.append(decoded(image, name, mode))
         labels.append(read_label(example[label_column], name))
         rows.append(row)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fliqs_hf.hf.gate import Gate
-from fliqs_hf.hf.making import Making
+from fliqs_hf.hf.provenance import Provenance
 from fliqs_hf.report.run_report import RunReport, write_report
 from fliqs_hf.runs.finished import FinishedRun
 from fliqs_hf.validation.statistics import gate
@@ -98,18 +98,20 @@ def test_words_fit_what_was_done(tmp_path: Path, kind: str) -> None:
     for name in ("metrics.jsonl", "search_space.json"):
         if name not in records:
             (tmp_path / "fliqs" / name).unlink()
-    making = Making.of(FinishedRun.read(tmp_path))
-    assert said in making.sentence.lower()
-    assert making.sentence in html.unescape(write_report(tmp_path).read_text())
+    provenance = Provenance.of(FinishedRun.read(tmp_path))
+    assert said in provenance.sentence.lower()
+    assert provenance.sentence in html.unescape(write_report(tmp_path).read_text())
 
 
 def test_uniform_formats_are_called_so_and_nothing_is_said_without_a_record(tmp_path: Path) -> None:
     write_run(tmp_path, formats=("int4",))
     for name in ("metrics.jsonl", "search_space.json"):
         (tmp_path / "fliqs" / name).unlink()
-    assert Making.of(FinishedRun.read(tmp_path)).sentence.startswith("All layers were given the same number formats")
+    assert Provenance.of(FinishedRun.read(tmp_path)).sentence.startswith(
+        "All layers were given the same number formats"
+    )
     shutil.rmtree(tmp_path / "fliqs")
-    assert Making.of(FinishedRun.read(tmp_path)).sentence == ""
+    assert Provenance.of(FinishedRun.read(tmp_path)).sentence == ""
 
 
 def test_a_record_of_another_type_is_named(tmp_path: Path) -> None:

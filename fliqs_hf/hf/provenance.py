@@ -8,7 +8,7 @@ from fliqs_hf.runs.finished import FinishedRun
 
 
 @dataclass(frozen=True)
-class Making:
+class Provenance:
     """
     Attributes:
         known: whether there is a record of it at all; without one the others are False.
@@ -25,7 +25,7 @@ class Making:
     uniform: bool
 
     @classmethod
-    def of(cls, run: FinishedRun) -> Making:
+    def of(cls, run: FinishedRun) -> Provenance:
         has = {name: run.has(name) for name in ("search_space.json", "metrics.jsonl", "settings.json")}
         trained = has["metrics.jsonl"] or run.settings.search is not None
         return cls(
