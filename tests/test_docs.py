@@ -148,3 +148,57 @@ def test_the_defaults_in_the_search_page_are_the_defaults() -> None:
     assert len(rows) >= 5
     for name, value in rows:
         assert str(getattr(config, name)) == value, name
+
+
+RESULTS = ROOT / "recipes" / "bench" / "results"
+#: Row of the README's table -> method in the files of results, and column of the digits in the evidence.
+SHOWN = {
+    "search (the default)": ("search", "search"),
+    "Fisher scores, integer program, training in the result": ("fisher", "fisher"),
+    "the same with loss deltas": ("loss-delta", "loss-delta"),
+    "uniform FP3 / FP4": ("uniform-fp", ""),
+    "uniform integers": ("uniform-int", "uniform INT3"),
+}
+
+
+def rows(text: str) -> list[list[str]]:
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+
+
+def written(name: str) -> list[list[str]]:
+    """Rows of a table that `compare` has written, without the memory, which pages leave out."""
+    found = rows((RESULTS / name).read_text(encoding="utf-8"))
+    return [row[:6] + row[7:] for row in found]
+
+
+def test_the_tables_of_the_evidence_are_those_that_compare_has_written() -> None:
+    known = [row for file in RESULTS.glob("compare-*.md") for row in written(file.name)]
+    shown = [row for row in rows((ROOT / "docs/evidence.md").read_text(encoding="utf-8")) if len(row) == 7]
+    methods = [row for row in shown if re.fullmatch(r"[\d.]+", row[0])]
+    assert len(methods) > 20 and [row for row in methods if row not in known] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_the_table_of_the_readme_is_of_the_same_figures() -> None:
+    """Starred figures are of the older file; the digits are those of the evidence, of which they are the means."""
+    files = {"": "compare-cifar10-two-passes.md", " *": "compare-cifar10-deit-tiny.md"}
+    cifar = {star: {(r[1], r[0]): r[2].split(" ±")[0] for r in written(name)} for star, name in files.items()}
+    evidence = rows((ROOT / "docs/evidence.md").read_text(encoding="utf-8"))
+    head = next(row for row in evidence if row[0] == "split")
+    mean = dict(zip(head, next(row for row in evidence if row[0] == "mean"), strict=True))
+    splits = [row for row in evidence if row[0].startswith("digits:")]
+    for column, name in enumerate(head[1:], 1):  # both are rounded to hundredths: half a one each, and float64
+        assert abs(sum(float(row[column]) for row in splits) / len(splits) - float(mean[name])) <= 0.01 + 1e-9
+    table = {row[0]: row[1:] for row in rows((ROOT / "README.md").read_text(encoding="utf-8"))}
+    for label, (method, digits) in SHOWN.items():
+        three, four, third = table[label]
+        for bits, shown in (("3", three), ("4", four)):
+            if shown:
+                star = " *" if shown.endswith("*") else ""
+                assert cifar[star][method, bits] == shown.removesuffix(" *"), (label, bits)
+        assert third == mean.get(digits, "")
