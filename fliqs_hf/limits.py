@@ -81,6 +81,7 @@ LIMITS: Mapping[str, Limit] = {
     "target_bits": Limit(0, 32, above=True),
     "target_bops": POSITIVE,
     "target_size_mb": POSITIVE,
+    "target_memory_mb": POSITIVE,
     "target_energy_uj": POSITIVE,
     "target_latency_ms": POSITIVE,
     "target_ratio": Limit(0, 1, above=True),

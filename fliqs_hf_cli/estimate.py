@@ -12,8 +12,12 @@ EXAMPLES = """  fliqs-hf estimate facebook/deit-tiny-patch16-224
 
 def arguments(parser: Parser) -> None:
     parser.add_argument("model", help="Hub id or folder; only its config is read")
-    parser.add_argument("--formats", nargs="+", metavar="FORMAT", default=["int8", "e4m3", "int6", "int4", "e2m1"],
-                        help="uniform models to list (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--formats", nargs="+", metavar="FORMAT",
+                        help="uniform models to list, or a space such as mixed; default: what --hardware "
+                        "runs")  # fmt: skip
+    parser.add_argument("--hardware", metavar="NAME",
+                        help="to say how it runs each model: a profile, auto (this machine; default), or a .yaml "
+                        "file")  # fmt: skip
     parser.add_argument("--allocation", metavar="FILE", help="an allocation.json to list as well")
     parser.add_argument("--image_size", type=int, help="side in pixels; default: the config's")
     parser.add_argument("--modules_to_not_convert", nargs="+", metavar="PATTERN", help="layers that stay in fp32")

@@ -20,10 +20,14 @@ def arguments(parser: Parser) -> None:
                         help="a front by each of these (default: %(default)s)")  # fmt: skip
     parser.add_argument("--points", type=int, default=20, help="of each front (default: %(default)s)")
     parser.add_argument("--latency_table", metavar="FILE", help="times of layers, for the cost latency_ms")
-    parser.add_argument("--search_space", nargs="+", metavar="FORMAT", default=["mixed"])
-    parser.add_argument("--activation", choices=("same", "separate"), default="same",
-                        help="formats of weights and inputs: the same, or chosen apart")  # fmt: skip
-    parser.add_argument("--hardware", metavar="NAME", help="choose among formats that this runs")
+    parser.add_argument("--search_space", nargs="+", metavar="FORMAT",
+                        help="formats, or a space such as mixed; default: what --hardware runs")  # fmt: skip
+    parser.add_argument("--activation", choices=("same", "separate"),
+                        help="formats of weights and inputs: the same (default with formats that are named), or "
+                        "chosen apart (default where the hardware runs every pair)")  # fmt: skip
+    parser.add_argument("--hardware", metavar="NAME",
+                        help="choose among formats that this runs: a profile, auto (this machine; default where no "
+                        "formats are named), or a .yaml file")  # fmt: skip
     parser.add_argument("--calibration_split", help="default: train where there is one")
     parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
     columns(parser, "if there is none, the model's own answers")

@@ -28,14 +28,15 @@ def arguments(parser: Parser) -> None:
         "--search_space",
         nargs="+",
         metavar="FORMAT",
-        default=["mixed"],
-        help="formats to choose from, or one of fliqs-s-int fliqs-s-fp fliqs-l-int fliqs-l-fp mixed",
+        help="formats to choose from, or one of fliqs-s-int fliqs-s-fp fliqs-l-int fliqs-l-fp mixed; default: what "
+        "some hardware multiplies as it is and --hardware runs",
     )
     parser.add_argument("--hardware", metavar="NAME",
-                        help="choose among formats that this runs: a profile, auto (this machine), or a .yaml "
-                        "file")  # fmt: skip
-    parser.add_argument("--activation", choices=("same", "separate"), default="separate",
-                        help="formats of weights and inputs: the same, or chosen apart (default)")  # fmt: skip
+                        help="choose among formats that this runs: a profile, auto (this machine; default where no "
+                        "formats are named), or a .yaml file")  # fmt: skip
+    parser.add_argument("--activation", choices=("same", "separate"),
+                        help="formats of weights and inputs: the same, or chosen apart (default where the hardware "
+                        "runs every pair, and with formats that are named)")  # fmt: skip
     _images(parser)
     _floor(parser)
     parser.add_argument(
@@ -70,6 +71,7 @@ def _targets(parser: Parser) -> None:
         ("target_bits", "bit operations of the uniform model of so many bits"),
         ("target_bops", "bit operations per image"),
         ("target_size_mb", "size of the checkpoint in 10^6 bytes, never exceeded"),
+        ("target_memory_mb", "weights with the largest input and output of a layer in 10^6 bytes, never exceeded"),
         ("target_ratio", "bit operations over those of fp32"),
         ("target_energy_uj", "energy per image in microjoules, never exceeded"),
         ("target_latency_ms", "time by --latency_table, never exceeded"),

@@ -18,14 +18,15 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("output", help="run folder to write")
     parser.add_argument("--calibration", metavar="DATASET", required=True,
                         help="labelled images: Hub id, folder, digits")  # fmt: skip
-    parser.add_argument("--hardware", metavar="NAME", default="auto",
-                        help="whose formats to choose from: a profile, auto (this machine), or a .yaml "
-                        "file")  # fmt: skip
+    parser.add_argument("--hardware", metavar="NAME",
+                        help="whose formats to choose from: a profile, auto (this machine; default where no formats "
+                        "are named), or a .yaml file")  # fmt: skip
     parser.add_argument("--max_drop", type=float, metavar="POINTS", help="default: 0.5, without --min_accuracy")
     parser.add_argument("--min_accuracy", type=float, metavar="FRACTION", help="least top-1, such as 0.78")
     parser.add_argument("--confidence", type=float, default=0.95, help="of the floor (default: %(default)s)")
     parser.add_argument("--latency_table", metavar="FILE", help="choose by time instead of bit operations")
-    parser.add_argument("--search_space", nargs="+", metavar="FORMAT", default=["mixed"])
+    parser.add_argument("--search_space", nargs="+", metavar="FORMAT",
+                        help="formats, or a space such as mixed; default: what --hardware runs")  # fmt: skip
     parser.add_argument("--calibration_split", help="default: train where there is one")
     parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
     parser.add_argument("--held_out", metavar="DATASET", help="default: that of --calibration")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before Transformers is imported. Tests that speak to a server of their own on the loopback interface set these back.
@@ -22,6 +23,20 @@ ROOT = Path(__file__).parents[1]
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def detected() -> Iterator[Callable[[], str]]:
+    """Every test takes this machine for one of VNNI, as what is chosen by default differs from machine to machine.
+
+    Yields: what tells the machine that it is.
+    """
+    from fliqs_hf.cost import hardware
+
+    original = hardware.detected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "detected", lambda: "x86-vnni")
+        yield original
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

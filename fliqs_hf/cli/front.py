@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 from fliqs_hf.baselines.front import FrontPoint, sensitivity_front
 from fliqs_hf.cli.calibration import CalibrationImages
 from fliqs_hf.cli.output import answer, table
-from fliqs_hf.cli.targets import formats
+from fliqs_hf.cli.targets import settle
 from fliqs_hf.cost import LayerInfo, unlisted_bytes
-from fliqs_hf.cost.hardware import load_profile
 from fliqs_hf.cost.latency import LatencyTable, use
 from fliqs_hf.cost.models import Cost, find, known_costs
 from fliqs_hf.errors import ConfigError
@@ -48,7 +47,7 @@ def front(args: argparse.Namespace) -> int:
     if args.latency_table is not None:
         use(table_of_times := LatencyTable.load(args.latency_table))
     costs = [find(name) for name in dict.fromkeys(args.costs)]
-    space = formats(args, None if args.hardware is None else load_profile(args.hardware))
+    settle(args, "same")
     if read_config(args.model, args.revision)[1] is not None:
         raise ConfigError(f"{args.model} is quantized already; start from the fp32 checkpoint")
     processor = load_processor(args.model, args.revision)
@@ -57,7 +56,7 @@ def front(args: argparse.Namespace) -> int:
         table_of_times.check(traced(model)[0])
     images = CalibrationImages(args, model, processor)
     found = allocate(
-        model, images.labelled, costs[0].name, search_space=space, activation=args.activation, task=images.task
+        model, images.labelled, costs[0].name, search_space=args.search_space, activation=args.activation, task=images.task
     )
     points = {
         cost: sensitivity_front(
@@ -89,7 +88,10 @@ def _write(
             name = f"{cost.name}-{number:02d}"
             point.allocation.save(folder / f"{name}.json")
             known = known_costs(layers, point.allocation)
-            known["weight_bytes"] = (known["weight_bytes"] or 0) + other_bytes
+            known = {
+                name: value + other_bytes if value is not None and find(name).of_file else value
+                for name, value in known.items()
+            }
             rows.append(FrontRow(cost.name, name, known, point.increase, point.allocation.summary()))
     text = io.StringIO()
     writer: Any = csv.writer(text, lineterminator="\n")

@@ -15,9 +15,9 @@ from fliqs_hf.cli.data import task_of
 from fliqs_hf.cli.floor import floor_of, meeting, missed, record, summary
 from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer
-from fliqs_hf.cli.targets import formats, rules, targets
+from fliqs_hf.cli.targets import rules, settle, targets
 from fliqs_hf.cost import LayerInfo, Target, unlisted_bytes
-from fliqs_hf.cost.hardware import HardwareShare, Profile, load_profile, profile_here
+from fliqs_hf.cost.hardware import HardwareShare, load_profile, profile_here
 from fliqs_hf.cost.latency import NAME as LATENCY
 from fliqs_hf.cost.latency import LatencyTable, use
 from fliqs_hf.cost.models import BOPS
@@ -63,10 +63,9 @@ def _quantized(args: argparse.Namespace, output: RunFolder) -> Outcome:
         use(latency)
     target, floor = _targets(args), floor_of(args)
     aim = _aim(args, target)
-    profile = None if args.hardware is None else load_profile(args.hardware)
-    shown = profile or profile_here()
     if aim is not None:
-        formats(args, profile)
+        settle(args, "separate")
+    shown = profile_here() if args.hardware is None else load_profile(args.hardware)
     check_run_folders([output], args.overwrite, "pass --overwrite to replace it")
     model, processor = _loaded(args)
     if latency is not None:
@@ -78,7 +77,7 @@ def _quantized(args: argparse.Namespace, output: RunFolder) -> Outcome:
     found = None
     if aim is not None:
         assert calibration is not None, "checked with the target"
-        found = _allocated(args, model, calibration, aim, profile)
+        found = _allocated(args, model, calibration, aim)
         layers, allocation = found.layers, found.allocation
     else:
         allocation = _config(args).resolve(model)
@@ -150,15 +149,13 @@ def _cost(
     return cost
 
 
-def _allocated(
-    args: argparse.Namespace, model: Any, images: CalibrationImages, aim: list[Target] | str, profile: Profile | None
-) -> AllocationResult:
+def _allocated(args: argparse.Namespace, model: Any, images: CalibrationImages, aim: list[Target] | str) -> AllocationResult:
     require, min_bits = rules(args)
     return allocate(
         model,
         images.labelled,
         aim,
-        search_space=formats(args, profile),
+        search_space=args.search_space,
         activation=args.activation,
         modules_to_not_convert=args.modules_to_not_convert,
         require=require,

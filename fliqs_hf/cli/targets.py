@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Literal
 
 from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.cost import Target, target_kinds
-from fliqs_hf.cost.hardware import Profile, restricted
+from fliqs_hf.cost.choices import choices
 from fliqs_hf.cost.target import given_targets
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.formats import Format
-from fliqs_hf.formats.spaces import parse_formats, with_zero_point
+from fliqs_hf.formats.spaces import with_zero_point
 
 
 def targets(args: argparse.Namespace) -> list[Target]:
@@ -27,18 +27,22 @@ def targets(args: argparse.Namespace) -> list[Target]:
     return found
 
 
-def formats(args: argparse.Namespace, profile: Profile | None) -> list[Format]:
-    """To choose from: those that are given, and for inputs that are decided apart the same integers with zero points.
+def settle(args: argparse.Namespace, named: Literal["same", "separate"]) -> None:
+    """Put what is chosen from into the arguments, which are recorded: formats, whether weights and inputs are chosen
+    apart (default: `named` where formats are named, else what the hardware runs), and the profile instead of "auto".
+    Where inputs are chosen apart they may also have the same integers with zero points.
 
-    Raises: ConfigError: the profile runs none of them."""
-    space = args.search_space[0] if len(args.search_space) == 1 else args.search_space
-    found = parse_formats(space) if profile is None else restricted(parse_formats(space), profile)
-    if args.activation != "separate" or not zero_points(args):
-        return list(found)
-    more = {with_zero_point(fmt): fmt for fmt in found}
-    if profile is not None:
-        more = {new: old for new, old in more.items() if profile.runs(LayerFormats(old, new)).state != "simulated"}
-    return [*found, *(fmt for fmt in more if fmt not in found)]
+    Raises: ConfigError: no such profile, or it runs none of them. FormatError: bad formats."""
+    space = args.search_space and (args.search_space[0] if len(args.search_space) == 1 else args.search_space)
+    found = choices(space, args.hardware, args.activation, named)
+    profile, kept = found.profile, list(found.formats)
+    args.activation, args.hardware = found.activation, found.hardware
+    if found.activation == "separate" and zero_points(args):
+        more = {with_zero_point(fmt): fmt for fmt in kept}
+        if profile is not None:
+            more = {new: old for new, old in more.items() if profile.runs(LayerFormats(old, new)).state != "simulated"}
+        kept += [fmt for fmt in more if fmt not in kept]
+    args.search_space = [fmt.name for fmt in kept]
 
 
 def zero_points(args: argparse.Namespace) -> bool:

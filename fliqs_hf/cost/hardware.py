@@ -51,11 +51,16 @@ _STATES = ("native", "carried", "simulated", "nowhere known")
 
 @dataclass(frozen=True)
 class Run:
-    """How a device runs a pair of formats, and why, in words; its `rate` is relative to bf16 where it is known."""
+    """How a device runs a pair of formats, and why, in words; its `rate` is relative to bf16 where it is known.
+
+    Attributes:
+        carrier_bits: of the native pair that a carried one runs as.
+    """
 
     state: State
     reason: str
     rate: float | None = None
+    carrier_bits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ class Profile:
         ]
         if wide:
             weights, inputs, rate = min(wide, key=lambda pair: pair[0].bits * pair[1].bits)
-            return Run("carried", f"as {weights} × {inputs}, exactly and at their cost", rate)
+            bits = (weights.bits, inputs.bits)
+            return Run("carried", f"as {weights} × {inputs}, exactly and at their cost", rate, bits)
         return Run("simulated", self.fallback)
 
     def rate(self, formats: LayerFormats | None) -> float:
@@ -130,7 +136,8 @@ class Profile:
         if None in shifts or weight.max_value * 2 ** (shifts[0] or 0) > (self.largest_weight_code or 0):
             return None
         whole = weight.name == activation.name == "int8"
-        return Run("native" if whole else "carried", f"{weight} × {activation} as 8-bit integers, exactly")
+        reason = f"{weight} × {activation} as 8-bit integers, exactly"
+        return Run("native", reason) if whole else Run("carried", reason, carrier_bits=(8, 8))
 
 
 @cache

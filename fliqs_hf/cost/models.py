@@ -21,7 +21,8 @@ SCALE_BYTES = 4  # one float32 per output channel
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer costs in its formats; the cost of a model is the sum over its layers, and `beside`.
+    """What a layer costs in its formats; the cost of a model is the sum over its layers, `beside`, and the highest
+    `peak`.
 
     Attributes:
         name: of the cost in records and of its targets, such as "energy_uj": a word of Python, its unit at the end.
@@ -32,6 +33,7 @@ class Cost:
             there are no uniform models between formats.
         of_file: counts bytes of the packed file; what is beside the layers in it counts too.
         beside: what a model costs beside its layers, whatever their formats.
+        peak: what a layer takes on top only while it runs, as `of_layer`; of a model the largest of them counts.
         show: a value as people read it.
         symbol: follows a change of so much, such as "B".
     """
@@ -42,6 +44,7 @@ class Cost:
     at_bits: Callable[[Sequence[LayerInfo], float], float] | None = None
     of_file: bool = False
     beside: float = 0.0
+    peak: Callable[[LayerInfo, LayerFormats | None], float | None] | None = None
     show: Callable[[float], str] = engineering
     symbol: str = ""
 
@@ -50,8 +53,14 @@ class Cost:
             raise ConfigError(f"the name of a cost is a word such as 'energy_uj', not {self.name!r}")
 
     def layer(self, layer: LayerInfo, formats: LayerFormats | None) -> float:
-        """Cost of one layer. Raises: ConfigError: it is not known, or `of_layer` gives what is no cost."""
-        value = self.of_layer(layer, formats)
+        """Cost of one layer, its peak left out. Raises: ConfigError: it is not known, or no cost."""
+        return self._checked(self.of_layer(layer, formats), layer, formats)
+
+    def peak_of(self, layer: LayerInfo, formats: LayerFormats | None) -> float:
+        """What one layer takes on top while it runs; 0 without `peak`. Raises: as `layer`."""
+        return 0.0 if self.peak is None else self._checked(self.peak(layer, formats), layer, formats)
+
+    def _checked(self, value: float | None, layer: LayerInfo, formats: LayerFormats | None) -> float:
         if value is None:
             raise ConfigError(
                 f"{self.name} of {layer.name} in {formats or 'fp32'} is not known; leave that format out"
@@ -65,12 +74,17 @@ class Cost:
 
     def of(self, layers: Sequence[LayerInfo], allocation: Mapping[str, LayerFormats]) -> float:
         """Cost of a model. Raises: AllocationError: the allocation names a layer that is not among `layers`."""
-        return self.beside + sum(self.layer(layer, formats) for layer, formats in paired(layers, allocation))
+        pairs = paired(layers, allocation)
+        highest = max((self.peak_of(*pair) for pair in pairs), default=0.0)
+        return self.beside + sum(self.layer(*pair) for pair in pairs) + highest
 
     def known(self, layers: Sequence[LayerInfo], allocation: Mapping[str, LayerFormats]) -> float | None:
         """As `of`, None where that of a layer is not known."""
         pairs = paired(layers, allocation)
-        return None if any(self.of_layer(*pair) is None for pair in pairs) else self.of(layers, allocation)
+        unknown = any(
+            self.of_layer(*pair) is None or (self.peak is not None and self.peak(*pair) is None) for pair in pairs
+        )
+        return None if unknown else self.of(layers, allocation)
 
     def shown(self, value: float | None) -> str:
         """A value as people read it, or a dash where it is not known."""
@@ -83,7 +97,7 @@ def known_costs(layers: Sequence[LayerInfo], allocation: Mapping[str, LayerForma
 
 
 #: Names of the costs that come with the package.
-OWN = ("bops", "weight_bytes", "energy_uj")
+OWN = ("bops", "weight_bytes", "energy_uj", "memory_bytes")
 _COSTS: dict[str, Cost] = {}
 
 
@@ -155,6 +169,14 @@ def _weight_bytes(layer: LayerInfo, formats: LayerFormats | None) -> int:
     return formats.weight.storage_bytes((layer.out_channels, layer.weight_numel // layer.out_channels))
 
 
+def _working_bytes(layer: LayerInfo, formats: LayerFormats | None) -> int | None:
+    """The layer's input in its format and its output in float32, of one image."""
+    if not layer.input_numel:
+        return None if layer.quantizable else 0  # a record from before inputs were traced, or products of no module
+    inputs = FP32_BITS if formats is None or formats.activation is None else formats.activation.effective_bits
+    return math.ceil(layer.input_numel * inputs / 8) + layer.output_numel * FP32_BITS // 8
+
+
 def paired(
     layers: Sequence[LayerInfo], allocation: Mapping[str, LayerFormats]
 ) -> list[tuple[LayerInfo, LayerFormats | None]]:
@@ -192,4 +214,16 @@ def _uniform_bytes(layers: Sequence[LayerInfo], bits: float) -> float:
 BOPS = register(Cost("bops", "BOPs per image", _bops, _uniform_bops))
 WEIGHT_BYTES = register(
     Cost("weight_bytes", "weights", _weight_bytes, _uniform_bytes, of_file=True, show=size, symbol="B")
+)
+#: Weights all at once, and the largest input and output of a layer: what a runtime needs that reuses its buffers.
+MEMORY = register(
+    Cost(
+        "memory_bytes",
+        "weights and activations",
+        _weight_bytes,
+        of_file=True,
+        peak=_working_bytes,
+        show=size,
+        symbol="B",
+    )
 )

@@ -49,6 +49,8 @@ class LayerInfo:
         out_channels: outputs of a Linear, output channels of a convolution; one scale each.
         input_group: equal for layers of one kind that read the very same tensor, such as q, k and v. They can share
             one quantized input.
+        input_numel, output_numel: elements per image of the largest input and output together of one call; 0 where
+            they were not traced.
 
     Raises: ConfigError: an unknown kind, or a count below 1.
     """
@@ -59,6 +61,8 @@ class LayerInfo:
     weight_numel: int
     out_channels: int
     input_group: int
+    input_numel: int = 0
+    output_numel: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
@@ -82,6 +86,7 @@ class _Seen:
     shape: tuple[str, int, int]  # kind, elements of the weight, outputs
     macs: int = 0
     inputs: list[tuple[int, int]] = field(default_factory=list)  # (identity, version) of the input of each call
+    numel: tuple[int, int] = (0, 0)  # of input and output, of the call with most of both
 
 
 def trace_layers(
@@ -133,7 +138,8 @@ def trace_layers(
         key = (find_kind(kind).tokens, *record.inputs) if kind != FP32 else (name,)
         group = groups.setdefault(key, len(groups))
         macs = -(-record.macs // batch)  # rounded up where a layer's work does not depend on the batch
-        result.append(LayerInfo(name, kind, macs, weight_numel, out_channels, group))
+        numel = (-(-elements // batch) for elements in record.numel)
+        result.append(LayerInfo(name, kind, macs, weight_numel, out_channels, group, *numel))
     if names is None:
         _warn_of_fp32(model, result)
     return tuple(result)
@@ -226,6 +232,7 @@ def _watch(
             alive.append(x)
             record = seen.setdefault(name, _Seen((kind.name, shape.numel(), shape[0])))
             record.macs += kind.macs(module, x, output)
+            record.numel = max(record.numel, (x.numel(), output.numel()), key=sum)
             record.inputs.append((id(x), 0 if x.is_inference() else x._version))
 
         return hook

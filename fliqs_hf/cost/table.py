@@ -24,6 +24,8 @@ class CostTable:
         formats: the K formats to choose from; index order of the table.
         table: float64 [L, K, K], cost of a layer by weight format and activation format. On the CPU.
         measure: the cost whose values the table holds.
+        peaks: float64 [L, K, K], what a layer takes while it runs, where the cost counts the largest; else None.
+        fixed_peak: that of layers that are not in the table.
         fixed_cost: what every allocation pays on top, in the table's unit: layers of kind "fp32", those that are not
             searched, or `unlisted_bytes` for the size of a whole checkpoint. All costs and ranges below include it.
 
@@ -44,6 +46,7 @@ class CostTable:
         kind: str | Cost = "bops",
         *,
         fixed_cost: float = 0.0,
+        fixed_peak: float = 0.0,
         alike: bool = False,
     ) -> None:
         self.measure = find(kind)
@@ -72,6 +75,11 @@ class CostTable:
             pairs = [[LayerFormats(fmt, fmt)] * len(self.formats) for fmt in self.formats]
         costs = [[[self.measure.layer(layer, formats) for formats in row] for row in pairs] for layer in self.layers]
         self.table = torch.tensor(costs, dtype=torch.float64)
+        self.peaks: Tensor | None = None
+        if self.measure.peak is not None:
+            peaks = [[[self.measure.peak_of(layer, one) for one in row] for row in pairs] for layer in self.layers]
+            self.peaks = torch.tensor(peaks, dtype=torch.float64)
+        self.fixed_peak = max([float(fixed_peak), *(self.measure.peak_of(layer, None) for layer in in_fp32)])
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def cost(self, weight_index: Tensor, activation_index: Tensor) -> Tensor:
@@ -88,7 +96,11 @@ class CostTable:
                 f"must both be [..., {len(self.layers)}], one index per layer"
             )
         table, rows = self.on(weight_index.device)
-        return table[rows, weight_index, activation_index].sum(-1) + self.fixed_cost
+        cost = table[rows, weight_index, activation_index].sum(-1) + self.fixed_cost
+        if self.peaks is None:
+            return cost
+        peaks = self.peaks.to(weight_index.device)[rows, weight_index, activation_index]
+        return cost + peaks.amax(-1).clamp(min=self.fixed_peak)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`table` and the row numbers 0 … L−1 (int64) on `device`, copied there once."""
@@ -101,9 +113,9 @@ class CostTable:
 
         Raises: AllocationError: it names a layer that is not in the table.
         """
-        return self.fixed_cost + sum(
-            self.measure.layer(layer, formats) for layer, formats in paired(self.layers, allocation)
-        )
+        pairs = paired(self.layers, allocation)
+        peak = max(self.fixed_peak, *(self.measure.peak_of(*pair) for pair in pairs))
+        return self.fixed_cost + sum(self.measure.layer(*pair) for pair in pairs) + peak
 
     def uniform(self, fmt: str | Format) -> float:
         """Cost with all layers' weights and activations in one format, which need not be among `formats`."""
@@ -133,4 +145,9 @@ class CostTable:
     def reachable(self) -> tuple[float, float]:
         """Cheapest and dearest allocation over `formats`, every layer and role free to choose."""
         flat = self.table.flatten(1)
-        return float(flat.amin(1).sum()) + self.fixed_cost, float(flat.amax(1).sum()) + self.fixed_cost
+        low, high = float(flat.amin(1).sum()) + self.fixed_cost, float(flat.amax(1).sum()) + self.fixed_cost
+        if self.peaks is None:
+            return low, high
+        peaks = self.peaks.flatten(1)
+        low += max(self.fixed_peak, float(peaks.amin(1).max()))
+        return low, high + max(self.fixed_peak, float(peaks.max()))

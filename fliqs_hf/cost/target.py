@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fliqs_hf.checks import check_fields, is_number
-from fliqs_hf.cost.models import BOPS, FP32_BITS, WEIGHT_BYTES, Cost, registered
+from fliqs_hf.cost.models import BOPS, FP32_BITS, MEMORY, WEIGHT_BYTES, Cost, registered
 from fliqs_hf.cost.table import CostTable
 from fliqs_hf.errors import ConfigError, TargetError
 from fliqs_hf.wording import engineering, figure, percent, short, size
@@ -37,7 +37,7 @@ class TargetKind:
 
 def target_kinds() -> dict[str, TargetKind]:
     """By name: those of BOPs and bytes, then one per cost that was registered beside them, in its own unit."""
-    others = [cost for cost in registered() if cost not in (BOPS, WEIGHT_BYTES)]
+    others = [cost for cost in registered() if cost not in (BOPS, WEIGHT_BYTES, MEMORY)]
     return {**_BUILT_IN, **{cost.name: _of_cost(cost) for cost in others}}
 
 
@@ -122,7 +122,7 @@ class Target:
         if low - slack <= wanted <= high + slack:
             return min(max(wanted, low), high)
         problem, remedy = (
-            ("below the cheapest", "raise it or allow formats of fewer bits")
+            ("below the cheapest", "raise it or allow formats of fewer bits, such as those of search_space mixed")
             if wanted < low
             else ("above the dearest", "lower it or allow formats of more bits")
         )
@@ -223,6 +223,11 @@ _BUILT_IN = {
             "size_mb", WEIGHT_BYTES, lambda value, table: value * 1e6, lambda cost, table: cost / 1e6,
             "size of the checkpoint in 10^6 bytes, never exceeded",
             lambda value: f"a checkpoint of at most {size(value * 1e6)}", is_limit=True,
+        ),
+        TargetKind(
+            "memory_mb", MEMORY, lambda value, table: value * 1e6, lambda cost, table: cost / 1e6,
+            "weights with the largest input and output of a layer in 10^6 bytes, never exceeded",
+            lambda value: f"at most {size(value * 1e6)} of weights and activations", is_limit=True,
         ),
         TargetKind(
             "ratio", BOPS, lambda value, table: value * table.fp32, lambda cost, table: cost / table.fp32,

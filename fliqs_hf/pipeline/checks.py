@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from fliqs_hf.cost import Target, target_kinds
+from fliqs_hf.cost.choices import choices
 from fliqs_hf.cost.latency import LatencyTable, use
 from fliqs_hf.cost.target import given_targets
 from fliqs_hf.errors import ConfigError, FormatError, HubError
 from fliqs_hf.formats import parse as parse_format
-from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.limits import check_distinct
 from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.tasks import find_task
@@ -44,10 +44,7 @@ def check_arguments(
         use(LatencyTable.load(search_args.latency_table))
     targets = targets_of(search_args)
     limits_of(search_args)
-    try:
-        parse_formats(search_space(search_args))
-    except FormatError as error:
-        raise ConfigError(f"search_space: {error}") from error
+    settled(search_args)
     uniform_formats(search_args)
     if args.max_steps is not None and args.num_train_epochs is not None:
         raise ConfigError(f"give max_steps={args.max_steps} or num_train_epochs={args.num_train_epochs}, not both")
@@ -105,10 +102,20 @@ def search_config(search_args: SearchArguments) -> SearchConfig:
     return SearchConfig.preset(search_args.preset, **(overrides or {}))
 
 
-def search_space(search_args: SearchArguments) -> str | list[str]:
-    """The name of a space, or a list of formats."""
+def settled(search_args: SearchArguments) -> SearchArguments:
+    """With the formats, the profile and `activation` that follow from these arguments on this machine: what a run
+    records, so that it is resumed with the same ones or not at all.
+
+    Raises: ConfigError: no formats, no such profile, or it runs none of them.
+    """
     space = search_args.search_space
-    return space[0] if len(space) == 1 else space
+    try:
+        named = space[0] if space and len(space) == 1 else space
+        found = choices(named, search_args.hardware, search_args.activation)
+    except FormatError as error:
+        raise ConfigError(f"search_space: {error}") from error
+    formats = space if found.profile is None else [fmt.name for fmt in found.formats]
+    return replace(search_args, search_space=formats, hardware=found.hardware, activation=found.activation)
 
 
 def uniform_formats(search_args: SearchArguments) -> list[str]:

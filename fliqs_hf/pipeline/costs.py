@@ -53,7 +53,10 @@ def _costs(
         fixed: float = _file_bytes(model, space, settings or QuantizerSettings())
     else:
         fixed = sum(cost.layer(layer, None) for layer in layers if layer.name not in searched)
-    return CostTable(space.layers, space.formats, cost, fixed_cost=fixed, alike=space.activation == "same")
+    peak = max((cost.peak_of(layer, None) for layer in layers if layer.name not in searched), default=0.0)
+    return CostTable(
+        space.layers, space.formats, cost, fixed_cost=fixed, fixed_peak=peak, alike=space.activation == "same"
+    )
 
 
 def _file_bytes(model: Any, space: SearchSpace, settings: QuantizerSettings) -> int:

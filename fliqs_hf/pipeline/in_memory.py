@@ -12,9 +12,9 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader
 
 from fliqs_hf.cost import Target
+from fliqs_hf.cost.choices import choices
 from fliqs_hf.errors import ConfigError, DataError, did_you_mean
 from fliqs_hf.formats import Format
-from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.hf.quantizer import refuse_packed, require_transformers
 from fliqs_hf.lock import locked
 from fliqs_hf.nn.finite import check_finite
@@ -45,8 +45,9 @@ def search(
     processor: Any = None,
     output_dir: str | Path | None = None,
     config: SearchConfig | None = None,
-    search_space: str | Sequence[str | Format] = "mixed",
-    activation: ActivationMode = "same",
+    search_space: str | Sequence[str | Format] | None = None,
+    hardware: str | None = None,
+    activation: ActivationMode | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     tie: Sequence[str] = (),
     activation_granularity: Literal["per_token", "per_token_clipped"] = "per_token",
@@ -65,19 +66,22 @@ def search(
         eval_data: images that accuracies are measured on, of the same kind.
         image_column, label_column: of a `datasets.Dataset`; default: the task's, "image" and "label" of classifiers.
         processor: the model's image processor; default: that of the checkpoint the model was loaded from.
+        search_space, hardware, activation: see `cost.choices`; by default formats that this machine runs.
         output_dir: run folder to write, with report and card; default: "search_output" in the working directory, as
             `Trainer` has its "trainer_output". It holds what `resume=True` goes on with.
         training: settings of the recipe by name, such as `max_steps`, `learning_rate`, `finetune_steps`, `resume`.
     Returns: the packed model, as it is loaded from its files; its allocation, costs and accuracies.
     Raises: ConfigError, TargetError, FormatError, DataError: what cannot work, before anything is trained.
     """
+    chosen = choices(search_space, hardware, activation)
     parts = (
         ModelArguments(model_name_or_path=getattr(model, "name_or_path", None) or None, task=task),
         DataArguments(image_column_name=image_column, label_column_name=label_column),
         _training_arguments(training, output_dir),
         SearchArguments(
-            search_space=[fmt.name for fmt in parse_formats(search_space)],
-            activation=activation,
+            search_space=[fmt.name for fmt in chosen.formats],
+            hardware=chosen.hardware,
+            activation=chosen.activation,
             activation_granularity=activation_granularity,
             modules_to_not_convert=list(modules_to_not_convert) if modules_to_not_convert else None,
             tie=list(tie) or None,

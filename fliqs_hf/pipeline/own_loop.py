@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.checks import is_whole
 from fliqs_hf.cost import LayerInfo, Target, trace_layers
+from fliqs_hf.cost.choices import choices
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.formats import Format
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.hf.quantizer import refuse_packed, require_transformers
 from fliqs_hf.nn import QuantizerSettings, make_searchable, quantizable_layers
@@ -89,8 +91,9 @@ class Search:
         steps: int,
         images: Iterable[Any] | None = None,
         config: SearchConfig | None = None,
-        search_space: str | Sequence[str] = "mixed",
-        activation: ActivationMode = "same",
+        search_space: str | Sequence[str | Format] | None = None,
+        hardware: str | None = None,
+        activation: ActivationMode | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
         tie: Sequence[str] = (),
         activation_granularity: str = "per_token",
@@ -106,7 +109,8 @@ class Search:
             images: batches as for `step`, which can be gone through more than once, such as a DataLoader; only the
                 first `config.prior_images` images of it are used, to measure sensitivities. Not needed with
                 `SearchConfig(prior="none")`.
-            search_space, activation, tie: see `SearchSpace`.
+            search_space, hardware, activation: see `cost.choices`; by default formats that this machine runs.
+            tie: see `SearchSpace`.
             task: what the output and the labels mean: an object, or the name of a registered one.
         Raises: ConfigError: settings or a model that cannot work. TargetError: out of reach. DataError: no images, or
             labels without a meaning. The model is as it was then.
@@ -121,9 +125,11 @@ class Search:
             raise ConfigError(f"steps={steps!r} must be a whole number of at least 1")
         self.settings = QuantizerSettings(activation_granularity=activation_granularity)  # type: ignore[arg-type]
         self.settings.require_dynamic(learned=True)
+        chosen = choices(search_space, hardware, activation)
         names = quantizable_layers(model, list(modules_to_not_convert) if modules_to_not_convert else None)
         self.model, self.layers, self.steps_done = model, trace_layers(model), 0
-        space = SearchSpace([layer for layer in self.layers if layer.name in names], search_space, activation, tie)
+        searched = [layer for layer in self.layers if layer.name in names]
+        space = SearchSpace(searched, chosen.formats, chosen.activation, tie)
         problem = search_problem(model, self.layers, space, target, self.settings)
         self._search = OneShotSearch(problem, self.config, steps, seed=seed, device=model.device)
         if self.config.prior != "none":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, Target, trace_layers
+from fliqs_hf.cost.choices import choices
 from fliqs_hf.formats import Format
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.nn.finite import check_finite
@@ -58,8 +59,9 @@ def allocate(
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     target: Target | Sequence[Target] | str,
     *,
-    search_space: str | Sequence[str | Format] = "mixed",
-    activation: ActivationMode = "same",
+    search_space: str | Sequence[str | Format] | None = None,
+    hardware: str | None = None,
+    activation: ActivationMode | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     tie: Sequence[str] = (),
     require: Mapping[str, Sequence[str | Format]] | None = None,
@@ -75,7 +77,8 @@ def allocate(
             (docs/search.md).
         target: several are to be met together, each as a limit that is never exceeded; the name of a cost instead asks
             for the cheapest allocation by it.
-        search_space, activation, tie, require, min_bits: see `SearchSpace`.
+        search_space, hardware, activation: see `cost.choices`; by default formats that this machine runs.
+        tie, require, min_bits: see `SearchSpace`.
     Returns: the allocation, which costs between 97 % and 100 % of a single target where the space has such a one.
     Raises: TargetError: out of reach, alone or together. DataError: no images, or labels or scores without a meaning.
         ConfigError, FormatError: a bad space, a model that is not for the task, or one with NaN or
@@ -86,7 +89,8 @@ def allocate(
     names = quantizable_layers(model, list(modules_to_not_convert) if modules_to_not_convert else None)
     layers = trace_layers(model)
     searched = [layer for layer in layers if layer.name in names]
-    space = SearchSpace(searched, search_space, activation, tie, require=require, min_bits=min_bits)
+    chosen = choices(search_space, hardware, activation)
+    space = SearchSpace(searched, chosen.formats, chosen.activation, tie, require=require, min_bits=min_bits)
     problem = search_problem(model, layers, space, target)
     wanted = problem.reachable[0] if problem.target is None else problem.target_cost  # before the images are run
     sensitivity = fisher_scores(model, batches(), lambda images: task.prediction(model(images)), space, task=task)

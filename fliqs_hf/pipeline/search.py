@@ -14,7 +14,7 @@ from accelerate.utils import get_int_from_env
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, Target, trace_layers, unlisted_bytes
-from fliqs_hf.cost.hardware import HardwareShare, profile_here
+from fliqs_hf.cost.hardware import HardwareShare, load_profile, profile_here
 from fliqs_hf.cost.latency import LatencyTable
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.failures import status_of
@@ -24,7 +24,7 @@ from fliqs_hf.lock import locked
 from fliqs_hf.nn import format_switch, make_searchable, quantizable_layers
 from fliqs_hf.oneshot import OneShotSearch
 from fliqs_hf.oneshot.hook import FixedFormats, SearchHook
-from fliqs_hf.pipeline.checks import check_arguments, limits_of, search_space, targets_of, uniform_formats
+from fliqs_hf.pipeline.checks import check_arguments, limits_of, settled, targets_of, uniform_formats
 from fliqs_hf.pipeline.completion import complete
 from fliqs_hf.pipeline.costs import search_problem
 from fliqs_hf.pipeline.finetuning import finetune
@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None, description: str | None = None) -> list[
     with ExitStack() as stack:
         stack.enter_context(hub_token(parts[0].token))
         check_arguments(*parts)
+        parts = (*parts[:3], settled(parts[3]))
         targets, uniform = targets_of(parts[3]), uniform_formats(parts[3])
         folder = RunFolder(parts[2].output_dir)
         several = len(targets) > 1
@@ -170,9 +171,11 @@ def searched(
     layers = trace_layers(job.model, job.eval_data[0][0][None].to(job.accelerator.device))
     if search_args.latency_table is not None:
         LatencyTable.load(search_args.latency_table).check(layers)
+    assert search_args.search_space and search_args.activation, "`settled` sets them"
+    named = search_args.search_space
     space = SearchSpace(
         [layer for layer in layers if layer.name in wanted],
-        search_space(search_args),
+        named[0] if len(named) == 1 else named,
         search_args.activation,
         search_args.tie or (),
     )
@@ -267,7 +270,8 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
         "repaired": final.repaired,
         "argmax_cost_ratio": final.argmax_cost_ratio,
     }  # fmt: skip
-    if (profile := profile_here()) is not None:
+    named = job.settings["hardware"]
+    if (profile := profile_here() if named is None else load_profile(named)) is not None:
         result["hardware"] = asdict(HardwareShare.of(profile, start.layers, final.allocation))
     if accelerator.is_main_process:
         run.write_record(RunResults(**result), sealed=True)

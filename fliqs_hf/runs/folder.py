@@ -231,8 +231,9 @@ def cost_summary(layers: Sequence[LayerInfo], allocation: Allocation, other_byte
     }
     for cost in registered():
         if cost not in (BOPS, WEIGHT_BYTES):
+            beside = other_bytes if cost.of_file else 0
             own = {cost.name: cost.known(layers, allocation), f"fp32_{cost.name}": cost.known(layers, {})}
-            summary |= {name: value for name, value in own.items() if value is not None}
+            summary |= {name: value + beside for name, value in own.items() if value is not None}
     return summary
 
 

@@ -104,16 +104,24 @@ class SearchProblem:
     def expected_cost(self, probabilities: Tensor) -> Tensor:
         """Expected cost when decisions are drawn independently from `probabilities` [D, K]: float64 scalar.
 
-        Exact and differentiable. Layers whose two decisions are one cost Σ_k p_k T[k, k], others Σ_wa p_w p_a T[w, a].
+        Exact and differentiable, but for a cost that counts the largest peak of a layer: of that it takes the largest
+        expected one, which is at most the expected largest. Layers whose two decisions are one cost Σ_k p_k T[k, k],
+        others Σ_wa p_w p_a T[w, a].
         """
         costs, _ = self.costs.on(probabilities.device)
         p = probabilities.double()
         weight_decision, activation_decision = self.space.decisions_on(p.device)
         weight, activation = p[weight_decision], p[activation_decision]
         tied = weight_decision == activation_decision
-        diagonal = (weight * costs.diagonal(dim1=1, dim2=2)).sum(1)
-        pairs = torch.einsum("lw,la,lwa->l", weight, activation, costs)
-        return torch.where(tied, diagonal, pairs).sum() + self.costs.fixed_cost
+
+        def expected(table: Tensor) -> Tensor:
+            diagonal = (weight * table.diagonal(dim1=1, dim2=2)).sum(1)
+            return torch.where(tied, diagonal, torch.einsum("lw,la,lwa->l", weight, activation, table))
+
+        cost = expected(costs).sum() + self.costs.fixed_cost
+        if self.costs.peaks is None:
+            return cost
+        return cost + expected(self.costs.peaks.to(p.device)).amax().clamp(min=self.costs.fixed_peak)
 
     def best_choice(self, scores: Tensor, *, low: float, high: float) -> Tensor:
         """The choice of highest total score whose cost is within [low, high], whatever the target, and that keeps

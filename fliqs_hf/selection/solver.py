@@ -38,7 +38,8 @@ _SCORE_RANGE = 1e4
 class IntegerProgram:
     """Variables: x[d, k] ∈ {0, 1}, one per decision and format; and where a layer's weight and input are decided
     apart, z[p, w, a] ≥ 0 per pair p of decisions with Σ_a z[p, w, a] = x[weight, w] and Σ_w z[p, w, a] = x[input, a],
-    which makes z the product of the two exactly: the bilinear cost becomes linear."""
+    which makes z the product of the two exactly: the bilinear cost becomes linear. For each table with peaks one more,
+    m ≥ the peak of every layer, in units of the largest: where less cost is better it is the largest of them."""
 
     def __init__(self, space: SearchSpace, *tables: CostTable) -> None:
         """
@@ -50,32 +51,60 @@ class IntegerProgram:
         parts = [self._parts(table) for table in tables]
         self.pairs = list(dict.fromkeys(pair for _, pairs in parts for pair in pairs))
         nothing = np.zeros((self.formats, self.formats))
-        self.costs: list[Array] = [
-            np.concatenate([own.ravel(), *(pairs.get(pair, nothing).ravel() for pair in self.pairs)])
-            for own, pairs in parts
-        ]
+        peaks = [self._layer_parts(table.peaks.numpy()) if table.peaks is not None else [] for table in tables]
+        self.pairs = list(dict.fromkeys([*self.pairs, *(pair for rows in peaks for _, more in rows for pair in more)]))
+        self.units = [max(1.0, table.fixed_peak, *table.peaks.flatten().tolist()) if table.peaks is not None else 0.0
+                      for table in tables]  # fmt: skip
+
+        def row(own: Array, pairs: dict[tuple[int, int], Array]) -> Array:
+            parts = [own.ravel(), *(pairs.get(pair, nothing).ravel() for pair in self.pairs)]
+            return np.concatenate([*parts, np.zeros(len(tables))])
+
+        self.costs: list[Array] = [row(own, pairs) for own, pairs in parts]
+        self.peaks = [np.stack([row(*one) for one in rows]) if rows else None for rows in peaks]
+        for number, unit in enumerate(self.units):
+            self.costs[number][number - len(tables)] = unit
         self.structure, self.right = self._structure()
         self.allowed: npt.NDArray[np.bool_] = space.allowed.numpy()
-        self.alike = self._alike(parts)
+        self.alike = self._alike([*parts, *(one for rows in peaks for one in rows)])
 
     def _parts(self, table: CostTable) -> tuple[Array, dict[tuple[int, int], Array]]:
         """Costs of single decisions [D, K], and of pairs of them [K, K] where a cost depends on both."""
-        costs = table.table.numpy()
         pairs: dict[tuple[int, int], Array] = {}
         own = np.zeros((self.decisions, self.formats))
-        decisions = zip(self.space.weight_decision.tolist(), self.space.activation_decision.tolist(), strict=True)
-        for layer, (w, a) in enumerate(decisions):
-            if w == a:
-                own[w] += costs[layer].diagonal()
-            elif (costs[layer] == costs[layer][:, :1]).all():  # as bytes, which do not depend on the input's format
-                own[w] += costs[layer][:, 0]
-            else:
-                pairs[w, a] = pairs.get((w, a), 0.0) + costs[layer]
+        for single, both in self._layer_parts(table.table.numpy()):
+            own += single
+            for pair, costs in both.items():
+                pairs[pair] = pairs.get(pair, 0.0) + costs
         return own, pairs
+
+    def _layer_parts(self, table: Array) -> list[tuple[Array, dict[tuple[int, int], Array]]]:
+        """As `_parts`, of each layer: [L, K, K]."""
+        found: list[tuple[Array, dict[tuple[int, int], Array]]] = []
+        decisions = zip(self.space.weight_decision.tolist(), self.space.activation_decision.tolist(), strict=True)
+        for costs, (w, a) in zip(table, decisions, strict=True):
+            own = np.zeros((self.decisions, self.formats))
+            found.append((own, {}))
+            if w == a:
+                own[w] += costs.diagonal()
+            elif (costs == costs[:, :1]).all():  # as bytes, which do not depend on the input's format
+                own[w] += costs[:, 0]
+            elif (costs == costs[:1]).all():  # as inputs and outputs, which do not depend on the weight's
+                own[a] += costs[0]
+            else:
+                found[-1][1][w, a] = costs
+        return found
 
     def extreme(self, sign: float, table: int = 0) -> Tensor:
         """The choice that costs most for sign +1, least for −1, by one of the tables."""
-        choice = self._milp(sign * self._normal(table), [], self.allowed)
+        peaks = self.peaks[table]
+        if sign < 0 or peaks is None:
+            return self._found(sign * self._normal(table))
+        most = [self._found((self.costs[table] + peak) / self.units[table]) for peak in peaks]  # with each in turn
+        return max(most, key=lambda choice: float(self.tables[table].cost(*self.space.indices(choice))))
+
+    def _found(self, gain: Array) -> Tensor:
+        choice = self._milp(gain, [], self.allowed)
         assert choice is not None, "every decision has a format"
         return choice
 
@@ -121,15 +150,23 @@ class IntegerProgram:
     def _milp(self, gain: Array, constraints: list[LinearConstraint], allowed: npt.NDArray[np.bool_]) -> Tensor | None:
         """The choice of highest Σ gain·(x, z) among the `allowed`; None where the constraints leave none."""
         binary = self.decisions * self.formats
-        upper = np.ones(len(gain))
+        upper, lower = np.ones(len(gain)), np.zeros(len(gain))
         upper[:binary] = allowed.ravel()
+        for number, (peaks, unit) in enumerate(zip(self.peaks, self.units, strict=True)):
+            if peaks is None:
+                continue
+            largest = number - len(self.tables)
+            lower[largest] = self.tables[number].fixed_peak / unit
+            rows = peaks / unit
+            rows[:, largest] = -1
+            constraints = [*constraints, LinearConstraint(rows, -np.inf, 0)]
         integrality = np.zeros(len(gain))
         integrality[:binary] = 1
         with _printing_to_stderr():
             result = milp(
                 -gain,
                 constraints=[LinearConstraint(self.structure, self.right, self.right), *constraints],
-                bounds=Bounds(0, upper),
+                bounds=Bounds(lower, upper),
                 integrality=integrality,
                 options={"mip_rel_gap": 0.0, "node_limit": NODE_LIMIT},
             )

@@ -119,12 +119,26 @@ class TrainingArguments:
 class SearchArguments:
     """What is searched, and for what target."""
 
-    search_space: list[str] = field(
-        default_factory=lambda: ["mixed"],
-        metadata={"help": "formats, or one of fliqs-s-int fliqs-s-fp fliqs-l-int fliqs-l-fp mixed"},
+    hardware: str | None = field(
+        default=None,
+        metadata={
+            "help": "choose among formats that this runs: a profile, auto (this machine; default where no formats are "
+            "named), or a .yaml file"
+        },
     )
-    activation: Literal["same", "separate"] = field(
-        default="same", metadata={"help": "formats of weights and activations: the same, or decided apart"}
+    search_space: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "formats, or one of fliqs-s-int fliqs-s-fp fliqs-l-int fliqs-l-fp mixed; default: what some "
+            "hardware multiplies as it is and `hardware` runs"
+        },
+    )
+    activation: Literal["same", "separate"] | None = field(
+        default=None,
+        metadata={
+            "help": "formats of weights and activations: the same (default with formats that are named), or decided "
+            "apart (default where the hardware runs every pair)"
+        },
     )
     activation_granularity: Literal["per_token", "per_token_clipped"] = field(
         default="per_token",
@@ -140,6 +154,12 @@ class SearchArguments:
     target_bops: list[float] | None = None
     target_size_mb: list[float] | None = field(
         default=None, metadata={"help": "most that the checkpoint's file may have, 10^6 bytes"}
+    )
+    target_memory_mb: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "most for weights with the largest input and output of a layer, 10^6 bytes; see docs/cost.md"
+        },
     )
     target_ratio: list[float] | None = field(default=None, metadata={"help": "BOPs over those of fp32"})
     target_energy_uj: list[float] | None = field(

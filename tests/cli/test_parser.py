@@ -30,7 +30,7 @@ COMMANDS = (
 #: What people's scripts may have: it stays when the parser changes, and more may come. Beside --help and --json.
 OPTIONS = {
     "formats": "",
-    "estimate": "allocation formats image_size layers modules_to_not_convert revision",
+    "estimate": "allocation formats hardware image_size layers modules_to_not_convert revision",
     "hardware": "hardware revision",
     "front": "activation calibration costs hardware latency_table points revision search_space",
     "recommend": "calibration confidence hardware held_out held_out_images max_drop min_accuracy overwrite revision",
@@ -41,7 +41,7 @@ OPTIONS = {
         "max_drop min_accuracy fold_batchnorm hardware image_column label_column "
         "latency_table match_labels min_bits modules_to_not_convert overwrite require revision rounding "
         "search_space target "
-        "target_bits target_bops target_energy_uj target_latency_ms target_ratio target_size_mb "
+        "target_bits target_bops target_energy_uj target_latency_ms target_memory_mb target_ratio target_size_mb "
         "weight_format weight_scale"
     ),
     "search": "",

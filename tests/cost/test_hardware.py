@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,11 @@ def test_every_profile_that_is_promised_is_there() -> None:
 
 
 @pytest.mark.skipif(not largest_exact_weight(), reason="no int8 kernel on this CPU")
-def test_the_profile_of_this_cpu_agrees_with_the_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_profile_of_this_cpu_agrees_with_the_choice_of_kernels(
+    monkeypatch: pytest.MonkeyPatch, detected: Callable[[], str]
+) -> None:
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
-    profile = load_profile("auto")
+    profile = load_profile(detected())
     assert profile.largest_weight_code == largest_exact_weight()
     # Without what has no kernel here: BF16 by AMX, which is what the instructions can do.
     profile = dataclasses.replace(profile, pairs=())

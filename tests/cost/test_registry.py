@@ -109,7 +109,7 @@ def test_targets_by_name_and_value(energy: Cost) -> None:
     found = given_targets({"target_bits": 4, "target": ["energy_pj=3", "bits=5"], "target_bops": None})
     assert found == {"bits": [4, 5.0], "energy_pj": [3.0]}
     for text, message in {
-        "watts=3": "NAME of bits, bops, size_mb, ratio, energy_uj, energy_pj",
+        "watts=3": "NAME of bits, bops, size_mb, memory_mb, ratio, energy_uj, energy_pj",
         "bits": "'' is no number",
     }.items():
         with pytest.raises(TargetError, match=message):
@@ -118,7 +118,7 @@ def test_targets_by_name_and_value(energy: Cost) -> None:
 
 def test_commands_have_an_argument_for_every_kind_of_target() -> None:
     """They are parsed before the package is imported, or typed: so they are written out there."""
-    assert [cost.name for cost in registered()] == ["bops", "weight_bytes", "energy_uj"]
+    assert [cost.name for cost in registered()] == ["bops", "weight_bytes", "memory_bytes", "energy_uj"]
     names = {f"target_{kind}" for kind in target_kinds()}
     assert {f.name for f in dataclasses.fields(SearchArguments) if f.name.startswith("target_")} == names | {
         "target_latency_ms"

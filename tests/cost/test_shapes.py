@@ -35,7 +35,7 @@ def test_macs_of_a_vit_by_hand() -> None:
     patch, classifier = 16 * 32 * (3 * 8 * 8), 32 * 5
     assert [layer.macs for layer in layers] == [patch, *block, *block, classifier]
     assert layers[0].kind == "conv2d" and (layers[0].weight_numel, layers[0].out_channels) == (32 * 3 * 64, 32)
-    assert found["classifier"] == LayerInfo("classifier", "linear", 160, 160, 5, layers[-1].input_group)
+    assert found["classifier"] == LayerInfo("classifier", "linear", 160, 160, 5, layers[-1].input_group, 32, 5)
 
 
 CONVOLUTIONS: tuple[tuple[dict[str, Any], tuple[int, int], int], ...] = (
@@ -61,7 +61,9 @@ def test_macs_of_convolutions_by_hand(
     model = nn.Sequential(nn.Conv2d(**arguments))
     (layer,) = trace_layers(model, torch.zeros(batch, 6, 12, 10))
     out = arguments["out_channels"]
-    assert layer == LayerInfo("0", "conv2d", out * out_size[0] * out_size[1] * per_channel, out * per_channel, out, 0)
+    outputs = out * out_size[0] * out_size[1]
+    elements = (6 * 12 * 10, outputs)
+    assert layer == LayerInfo("0", "conv2d", outputs * per_channel, out * per_channel, out, 0, *elements)
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))

@@ -149,7 +149,7 @@ _RECORDS: dict[str, tuple[Any, tuple[str, ...]]] = {
         ),
         ("Top-5", "top-5", "98.50 %", "93.00 %"),
     ),
-    "layers": (lambda run: (run / "fliqs/layers.json").unlink(), ("BOPs", "| weights | µJ", "MACs")),
+    "layers": (lambda run: (run / "fliqs/layers.json").unlink(), ("BOPs", "| weights and activations | µJ", "MACs")),
     "figures": (lambda run: (run / "fliqs/figures" / "allocation.png").unlink(), ("![allocation]",)),
     "base model": (
         lambda run: change(run / "fliqs/settings.json", model_name_or_path=None, command=None),

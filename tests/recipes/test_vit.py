@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForImageClassification, ViTForImageClassification
 
 import fliqs_hf
-from fliqs_hf.cost import LayerInfo, bops
+from fliqs_hf.cost import LayerInfo, bops, hardware
 from fliqs_hf.errors import CheckpointError, ConfigError, FliqsError, HubError, TargetError, TrainingError
 from fliqs_hf.nn import packed_layers
 from fliqs_hf.pipeline import finetuning
@@ -53,6 +53,7 @@ SETTINGS: dict[str, Any] = {
     "save_steps": 5,
     "logging_steps": 5,
     "search_overrides": {"prior_images": 64, "explore_fraction": 0.3},
+    "search_space": ["mixed"],
     "target_bits": [4.0],
 }
 
@@ -367,3 +368,28 @@ def test_uniform_models_for_comparison(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_unknown_uniform_format_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="compare_uniform: unknown format 'int4x'"):
         main([str(write(tmp_path, compare_uniform=["int4x"]))])
+
+
+def test_the_default_space_is_that_of_this_machine_and_stays_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(write(tmp_path, search_space=None, target_bits=[5.0], finetune_steps=0, max_steps=2))
+    (result,) = main([file])
+    settings = json.loads((tmp_path / "run/fliqs/settings.json").read_text())
+    formats = ["int4", "e2m1", "e2m3", "int8"]
+    assert (settings["hardware"], settings["search_space"], settings["activation"]) == (
+        "x86-vnni",
+        formats,
+        "separate",
+    )
+    assert result["hardware"]["profile"] == "x86-vnni" and result["hardware"]["share"]["simulated"] == 0
+    allocation = fliqs_hf.Allocation.load(tmp_path / "run/fliqs/allocation.json")
+    assert {fmt.name for pair in allocation.values() for fmt in (pair.weight, pair.activation) if fmt} <= set(formats)
+    monkeypatch.setattr(hardware, "detected", lambda: "x86-avx2")
+    with pytest.raises(CheckpointError, match="was started with hardware='x86-vnni', not 'x86-avx2'"):
+        main([file, "--resume"])
+    assert main([file, "--resume", "--hardware", "x86-vnni"])[0]["hardware"] == result["hardware"]
+    with pytest.raises(
+        TargetError, match=r"target_bits=3 is below the cheapest .* such as those of search_space mixed"
+    ):
+        main([file, "--target_bits", "3", "--overwrite_output_dir"])
