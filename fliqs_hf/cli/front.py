@@ -56,7 +56,12 @@ def front(args: argparse.Namespace) -> int:
         table_of_times.check(traced(model)[0])
     images = CalibrationImages(args, model, processor)
     found = allocate(
-        model, images.labelled, costs[0].name, search_space=args.search_space, activation=args.activation, task=images.task
+        model,
+        images.labelled,
+        costs[0].name,
+        search_space=args.search_space,
+        activation=args.activation,
+        task=images.task,
     )
     points = {
         cost: sensitivity_front(

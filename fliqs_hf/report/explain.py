@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fliqs_hf.allocation import Allocation, LayerFormats
+from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.cost import LayerInfo
-from fliqs_hf.cost.models import known_costs
+from fliqs_hf.cost.models import registered
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.formats import Format, parse
 from fliqs_hf.json_file import read_objects
@@ -77,7 +77,13 @@ def explain(
                 raise CheckpointError(f"{entry['name']} is one decision, but its layers have different formats")
             found.append(
                 _explanation(
-                    entry, own, allocation, parts.pop(), scores.get(entry["name"]), probabilities.get(entry["name"])
+                    entry,
+                    layers,
+                    own,
+                    allocation,
+                    parts.pop(),
+                    scores.get(entry["name"]),
+                    probabilities.get(entry["name"]),
                 )
             )
     except (KeyError, TypeError, IndexError, ValueError) as error:
@@ -94,6 +100,7 @@ def _part(formats: LayerFormats, kind: str) -> Format:
 
 def _explanation(
     entry: Mapping[str, Any],
+    every: Sequence[LayerInfo],
     layers: list[LayerInfo],
     allocation: Mapping[str, LayerFormats],
     chosen: Format,
@@ -116,15 +123,10 @@ def _explanation(
         if not rows:
             return None
         best = min(rows, key=lambda k: signals[k]) if signals else rows[0]
-        costs = [_costs(layers, allocation, entry["kind"], fmt) for fmt in (chosen, choices[best])]
         return Alternative(
             choices[best],
             signals[best] - signals[now] if signals else None,
-            {
-                name: new - old
-                for name, old in costs[0].items()
-                if old is not None and (new := costs[1][name]) is not None
-            },
+            changed_costs(every, layers, allocation, entry["kind"], chosen, choices[best]),
         )
 
     widths = {fmt.bits for fmt in choices if fmt not in excluded}
@@ -141,17 +143,40 @@ def _explanation(
     )
 
 
-def _costs(
+def changed_costs(
+    every: Sequence[LayerInfo],
+    layers: Sequence[LayerInfo],
+    allocation: Mapping[str, LayerFormats],
+    kind: str,
+    old: Format,
+    new: Format,
+) -> dict[str, float]:
+    """What each registered cost that is known changes by when a decision of that kind on `layers` of the model's
+    `every` layer takes another format."""
+    pair = [{**allocation, **_with(layers, allocation, kind, fmt)} for fmt in (old, new)]
+    names = {layer.name for layer in layers}
+    found = {}
+    for cost in registered():
+        # What only sums over layers changes by them alone; the largest of all may be another one's.
+        own = every if cost.peak is not None else layers
+        shown = [{name: one[name] for name in one if cost.peak is not None or name in names} for one in pair]
+        before, after = (cost.known(own, one) for one in shown)
+        if before is not None and after is not None:
+            found[cost.name] = after - before
+    return found
+
+
+def _with(
     layers: Sequence[LayerInfo], allocation: Mapping[str, LayerFormats], kind: str, fmt: Format
-) -> dict[str, float | None]:
-    """Costs of these layers with `fmt` in the decision's place."""
+) -> dict[str, LayerFormats]:
+    """These layers with `fmt` in the decision's place."""
     changed = {}
     for layer in layers:
         weight, activation = allocation[layer.name].weight, allocation[layer.name].activation
         changed[layer.name] = LayerFormats(
             fmt if kind in ("both", "weight") else weight, fmt if kind in ("both", "activation") else activation
         )
-    return known_costs(layers, Allocation(changed))
+    return changed
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from fliqs_hf.records import PolicyStep, SensitivityScores
 from fliqs_hf.report import run_figures as figures
 from fliqs_hf.report import run_summary as summary
 from fliqs_hf.report.explain import Explanation, explain, read_lines
+from fliqs_hf.report.reasons import bounds_of, reasons, rules_of
 from fliqs_hf.runs.files import CARD, RUN, RunFiles
 from fliqs_hf.runs.finished import FinishedRun
 
@@ -53,6 +55,7 @@ class RunReport:
     Attributes:
         results: the models that were measured, original first.
         formats: those that occur in the allocation, by bits.
+        why: decision -> the constraint or trade-off that decided its format, in a sentence.
         signal: what the sensitivity of a layer is measured in; "" where nothing was recorded.
     """
 
@@ -68,6 +71,7 @@ class RunReport:
     policy: list[PolicyStep]
     choices: list[str]
     sensitivity: SensitivityScores | None
+    why: dict[str, str]
 
     @property
     def signal(self) -> str:
@@ -86,11 +90,16 @@ class RunReport:
             )
         metrics, policy = read_lines(run.records / "metrics.jsonl"), PolicyStep.history(run.records)
         space, sensitivity = _read(run.records / "search_space.json"), SensitivityScores.read(run.records)
-        decisions = []
+        decisions, why = [], {}
         if space:
             last = policy[-1].probabilities if policy else {}
             scores = {} if sensitivity is None else sensitivity.scores
             decisions = explain(space, run.layers, run.allocation, scores, last)
+            signals = scores or {
+                name: [-math.log(max(p, 1e-5)) for p in row] for name, row in last.items()
+            }  # as `explain` takes them
+            said = "predicted loss" if scores else "policy's −log-probability"
+            why = reasons(space, run.layers, run.allocation, signals, bounds_of(run, space), rules_of(run), said)
         validation = validation_of(run)
         found = {fmt for pair in run.allocation.values() for fmt in (pair.weight, pair.activation) if fmt}
         return cls(
@@ -106,6 +115,7 @@ class RunReport:
             policy=policy,
             choices=space.get("formats", []),
             sensitivity=sensitivity,
+            why=why,
         )
 
 
