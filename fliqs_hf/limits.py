@@ -86,6 +86,7 @@ LIMITS: Mapping[str, Limit] = {
     "target_latency_ms": POSITIVE,
     "target_ratio": Limit(0, 1, above=True),
     "points": Limit(2),
+    "measure": Limit(0),
     # timing
     "rounds": Limit(3),
     "threads": COUNT,

@@ -8,6 +8,7 @@ from fliqs_hf_cli.parser import Parser, columns, match_labels, take_defaults
 HELP = "what every budget buys: the best allocations by cost, from one pass over images"
 EXAMPLES = """  fliqs-hf front MODEL fronts/deit --calibration photos/
   fliqs-hf front MODEL fronts/deit --calibration photos/ --costs weight_bytes energy_uj --search_space int4 int8
+  fliqs-hf front MODEL fronts/deit --calibration photos/ --measure 5
   fliqs-hf front MODEL fronts/deit --calibration photos/ --costs latency_ms --latency_table table.json
 OUTPUT is a folder: front.csv, front.png, front.html, and an allocation.json for each point."""
 
@@ -18,6 +19,14 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--calibration", metavar="DATASET", required=True, help="images: Hub id, folder, digits")
     parser.add_argument("--costs", nargs="+", metavar="COST", default=["bops", "weight_bytes"],
                         help="a front by each of these (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--measure", type=int, default=0, metavar="POINTS",
+                        help="of each front: pack so many of them, as quantize does, and count right answers on "
+                        "held-out images (default: none)")  # fmt: skip
+    parser.add_argument(
+        "--held_out", metavar="DATASET", help="labelled images for that; default: that of --calibration"
+    )
+    parser.add_argument("--held_out_split", help="default: validation or test where there is one, else the only one")
+    parser.add_argument("--held_out_images", type=int, default=1000, help="how many (default: %(default)s)")
     parser.add_argument("--points", type=int, default=20, help="of each front (default: %(default)s)")
     parser.add_argument("--latency_table", metavar="FILE", help="times of layers, for the cost latency_ms")
     parser.add_argument("--search_space", nargs="+", metavar="FORMAT",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fliqs_hf.baselines.front import FrontPoint, sensitivity_front
-from fliqs_hf.cli.calibration import CalibrationImages
+from fliqs_hf.cli.calibration import CalibrationImages, pack, turn
+from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer, table
 from fliqs_hf.cli.targets import settle
 from fliqs_hf.cost import LayerInfo, unlisted_bytes
@@ -22,9 +24,13 @@ from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor,
 from fliqs_hf.pipeline.costs import search_problem
 from fliqs_hf.pipeline.outputs import check_apart, check_writable, data_source
 from fliqs_hf.pipeline.post_training import allocate
-from fliqs_hf.report.front_page import front_figure, page
+from fliqs_hf.report.front_page import Point, front_figure, page
 from fliqs_hf.report.run_figures import write_png
-from fliqs_hf.wording import engineering
+from fliqs_hf.validation.statistics import proportion
+from fliqs_hf.wording import engineering, percent
+
+#: Of the intervals of what is measured.
+CONFIDENCE = 0.95
 
 
 class FrontRow(NamedTuple):
@@ -35,6 +41,7 @@ class FrontRow(NamedTuple):
     costs: dict[str, float | None]
     increase: float
     summary: str
+    measured: dict[str, float] | None = None
 
 
 def front(args: argparse.Namespace) -> int:
@@ -55,6 +62,8 @@ def front(args: argparse.Namespace) -> int:
     if args.latency_table is not None:
         table_of_times.check(traced(model)[0])
     images = CalibrationImages(args, model, processor)
+    held_out = HeldOutImages(args, model, processor, images) if args.measure else None
+    turn(args, model, images, chosen=True)
     found = allocate(
         model,
         images.labelled,
@@ -69,12 +78,15 @@ def front(args: argparse.Namespace) -> int:
         )
         for cost in costs
     }
-    rows = _write(folder, points, found.layers, unlisted_bytes(model, found.layers))
+    measured = {} if held_out is None else _measured(args, model, images, held_out, list(points.values()))
+    rows = _write(folder, points, found.layers, unlisted_bytes(model, found.layers), measured)
     lines = [(row.by, row.name, *(find(name).shown(row.costs[name]) for name in (c.name for c in costs)),
-              engineering(row.increase), row.summary[:60]) for row in rows]  # fmt: skip
-    text = table(("front by", "point", *(cost.unit for cost in costs), "loss", "formats"), lines)
+              engineering(row.increase), "–" if row.measured is None else percent(row.measured["accuracy"]),
+              row.summary[:60]) for row in rows]  # fmt: skip
+    text = table(("front by", "point", *(cost.unit for cost in costs), "loss", "top-1", "formats"), lines)
     text += (
-        f"\n\nloss: expected increase by the sensitivities, before rounding is calibrated; no accuracy was measured\n"
+        f"\n\nloss: expected increase by the sensitivities, before rounding is calibrated; top-1: "
+        f"{'not measured (--measure 5)' if held_out is None else f'of packed models on {len(held_out)} images'}\n"
         f"saved in {folder}: front.csv, front.png, front.html, allocations\n"
         f"next     fliqs-hf quantize {args.model} OUTPUT --allocation {folder}/POINT.json --calibration …"
     )
@@ -82,10 +94,40 @@ def front(args: argparse.Namespace) -> int:
     return 0
 
 
+def _measured(
+    args: argparse.Namespace,
+    model: Any,
+    images: CalibrationImages,
+    held_out: HeldOutImages,
+    fronts: Sequence[Sequence[FrontPoint]],
+) -> dict[tuple[Any, ...], dict[str, float]]:
+    """Right answers of packed models with their 95 % interval: of `--measure` points of each front, ends included,
+    evenly spaced along it; by what an allocation says, as several fronts share some."""
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    for points in fronts:
+        count = min(args.measure, len(points))
+        chosen = [round(i * (len(points) - 1) / max(count - 1, 1)) for i in range(count)]
+        for allocation in (points[index].allocation for index in chosen):
+            key = tuple(allocation.items())
+            if key in found:
+                continue
+            right = held_out.right(pack(args, copy.deepcopy(model), allocation, images), "held-out images")
+            share = proportion(int(right.sum()), len(right), CONFIDENCE)
+            found[key] = {
+                "accuracy": share.value, "low": share.low, "high": share.high, "images": float(len(right))
+            }  # fmt: skip
+    return found
+
+
 def _write(
-    folder: Path, points: dict[Cost, list[FrontPoint]], layers: Sequence[LayerInfo], other_bytes: int
+    folder: Path,
+    points: dict[Cost, list[FrontPoint]],
+    layers: Sequence[LayerInfo],
+    other_bytes: int,
+    measured: Mapping[tuple[Any, ...], dict[str, float]],
 ) -> list[FrontRow]:
     """front.csv, front.png and front.html, and an allocation for each point that `quantize --allocation` takes."""
+    shown: dict[Cost, list[Point]] = {cost: [] for cost in points}
     rows = []
     folder.mkdir(parents=True, exist_ok=True)
     for cost, found in points.items():
@@ -97,18 +139,21 @@ def _write(
                 name: value + other_bytes if value is not None and find(name).of_file else value
                 for name, value in known.items()
             }
-            rows.append(FrontRow(cost.name, name, known, point.increase, point.allocation.summary()))
+            own = measured.get(tuple(point.allocation.items()))
+            rows.append(FrontRow(cost.name, name, known, point.increase, point.allocation.summary(), own))
+            shown[cost].append(
+                Point(known[cost.name] or 0.0, point.increase, name, point.allocation, None if own is None else
+                      (own["accuracy"], own["low"], own["high"]))
+            )  # fmt: skip
     text = io.StringIO()
     writer: Any = csv.writer(text, lineterminator="\n")
     names = list(rows[0].costs)
-    writer.writerow(["by", "point", *names, "expected_loss_increase", "formats"])
+    more = ("accuracy", "low", "high", "images") if measured else ()
+    writer.writerow(["by", "point", *names, "expected_loss_increase", *more, "formats"])
     for row in rows:
-        writer.writerow([row.by, row.name, *(row.costs[name] for name in names), row.increase, row.summary])
+        values = [(row.measured or {}).get(name) for name in more]
+        writer.writerow([row.by, row.name, *(row.costs[name] for name in names), row.increase, *values, row.summary])
     write_text(folder / "front.csv", text.getvalue())
-    curves = {
-        cost: [(row.costs[cost.name] or 0.0, row.increase, row.name, row.summary) for row in rows if row.by == name]
-        for name, cost in ((cost.name, cost) for cost in points)
-    }
-    write_png(front_figure(curves), folder / "front.png")
-    write_text(folder / "front.html", page(curves))
+    write_png(front_figure(shown), folder / "front.png")
+    write_text(folder / "front.html", page(shown))
     return rows
