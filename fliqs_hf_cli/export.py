@@ -20,10 +20,11 @@ def arguments(parser: Parser) -> None:
         "output",
         help="folder to write: model.onnx or the like, its config and image processor, a record",
     )
-    parser.add_argument("--to", choices=("onnx", "openvino", "torch", "torchao", "modelopt"), default="onnx",
-                        help="a file of ONNX or OpenVINO, or a program of torch.export (.pt2); or the formats "
-                        "alone, as a config with which torchao or ModelOpt quantizes the original; default: "
-                        "%(default)s")  # fmt: skip
+    parser.add_argument("--to", choices=("onnx", "openvino", "torch", "aotinductor", "torchao", "modelopt"),
+                        default="onnx",
+                        help="a file of ONNX or OpenVINO, a program of torch.export (.pt2), or that compiled, for "
+                        "which there must be a C++ compiler; or the formats alone, as a config with which torchao or "
+                        "ModelOpt quantizes the original; default: %(default)s")  # fmt: skip
     parser.add_argument("--form", choices=("auto", "integer", "qdq"),
                         help="products of 8-bit integers, in the fastest operators of ONNX Runtime (auto, the "
                         "default) or in those of the standard (integer), or between QuantizeLinear and "

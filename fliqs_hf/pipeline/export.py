@@ -26,7 +26,7 @@ from fliqs_hf.pipeline.outputs import check_apart, check_writable
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task, find_task
 from fliqs_hf.version import __version__
 
-To = Literal["onnx", "openvino", "torch"]
+To = Literal["onnx", "openvino", "torch", "aotinductor"]
 #: What an export consists of; lists the files of its folder, so that another export may replace them.
 RECORD = "export.json"
 #: Of images with a meaning; on noise every class is nearly as likely as the next. Another order of sums rounds some
@@ -80,7 +80,7 @@ def export(
 
     Args:
         run: run folder, checkpoint folder or Hub id of a packed model.
-        to: "onnx", "openvino", or "torch" for a program of `torch.export`.
+        to: "onnx", "openvino", "torch" for a program of `torch.export`, or "aotinductor" for that, compiled.
         output: folder to write: the model, its config and image processor, and a record.
         images: batches of pixel values [images, channels, height, width] as the image processor makes them, to compare
             on; default: noise.

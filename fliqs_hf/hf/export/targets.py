@@ -13,7 +13,14 @@ from fliqs_hf.hf.export import onnx_file, openvino_file
 from fliqs_hf.hf.export.forms import LayerForm, OnnxSettings
 from fliqs_hf.hf.export.openvino_file import OpenVinoSettings
 from fliqs_hf.hf.export.runtime import ONNX_FILE, OPENVINO_FILE, OnnxClassifier, OpenVinoClassifier
-from fliqs_hf.hf.export.torch_file import TORCH_FILE, TorchProgram, write_torch
+from fliqs_hf.hf.export.torch_file import (
+    TORCH_FILE,
+    CompiledProgram,
+    TorchProgram,
+    check_compiler,
+    write_aotinductor,
+    write_torch,
+)
 from fliqs_hf.nn.kernels import set_kernels
 
 Settings = OnnxSettings | OpenVinoSettings
@@ -34,7 +41,7 @@ class ExportTarget:
     normalizes: bool = False
 
     def check(self) -> None:
-        """Raises: DependencyError: an extra is missing."""
+        """Raises: DependencyError, ConfigError: an extra, or another program, is missing."""
 
     def check_layers(self, model: Any, settings: Any) -> None:
         """Raises: ConfigError: a layer cannot be expressed."""
@@ -85,10 +92,23 @@ class _Torch(ExportTarget):
         return TorchProgram(file)
 
 
+class _AotInductor(ExportTarget):
+    def check(self) -> None:
+        check_compiler()
+
+    def write(self, model: Any, image: Tensor, file: Path, settings: Any, normalization: Any) -> tuple[LayerForm, ...]:
+        set_kernels(model, "reference")
+        return write_aotinductor(model, image, file)
+
+    def load(self, file: Path, config: Any) -> CompiledProgram:
+        return CompiledProgram(file)
+
+
 TARGETS: dict[str, ExportTarget] = {
     "onnx": _Onnx(ONNX_FILE, OnnxSettings, normalizes=True),
     "openvino": _OpenVino(OPENVINO_FILE, OpenVinoSettings, normalizes=True),
     "torch": _Torch(TORCH_FILE),
+    "aotinductor": _AotInductor(TORCH_FILE),
 }
 
 
