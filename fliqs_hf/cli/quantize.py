@@ -149,7 +149,9 @@ def _cost(
     return cost
 
 
-def _allocated(args: argparse.Namespace, model: Any, images: CalibrationImages, aim: list[Target] | str) -> AllocationResult:
+def _allocated(
+    args: argparse.Namespace, model: Any, images: CalibrationImages, aim: list[Target] | str
+) -> AllocationResult:
     require, min_bits = rules(args)
     return allocate(
         model,
