@@ -93,6 +93,7 @@ def convolutions_before(model: nn.Module, inputs: Mapping[str, Any]) -> Pairs:
     Raises: ConfigError: the forward pass fails on them.
     """
     norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    # Those of no kind too, so that what follows them can be told why it stays.
     convolutions = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d) or _convolves(module)
     }

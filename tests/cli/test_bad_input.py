@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from fliqs_hf_cli import main
-from tests.helpers.bad_input import SOURCES, filled, refuse_to_load, refused, write_models
+from tests.helpers.bad_input import SOURCES, filled, refused
+
+pytestmark = pytest.mark.usefixtures("_nothing_is_loaded")
 
 # Arguments of commands, and what the message names. {} is the folder `there`.
 MODEL = "{}/vit"
@@ -92,18 +94,6 @@ COMMANDS: list[tuple[list[str], str]] = [
     (["inspect", ""], "checkpoint='' is empty"),
     (["push", "{}/vit", ""], "repo_id='' is empty"),
 ]
-
-
-@pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("there")
-    write_models(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_to_load(monkeypatch)
 
 
 @pytest.mark.parametrize(("arguments", "named"), COMMANDS, ids=str)

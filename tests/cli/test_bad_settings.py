@@ -11,8 +11,10 @@ import yaml
 
 from fliqs_hf.pipeline import search as recipe
 from fliqs_hf_cli import main
-from tests.helpers.bad_input import SOURCES, filled, refuse_to_load, refused, write_models
+from tests.helpers.bad_input import SOURCES, filled, refused
 from tests.recipes.test_vit import SETTINGS
+
+pytestmark = pytest.mark.usefixtures("_nothing_is_loaded")
 
 DEEP = "[" * 3000
 
@@ -183,18 +185,6 @@ LINES = [
     (["{}/vit"], "is neither a file of settings"),
     (["--config_overrides", "{a: 1, a: 2}"], "is there twice"),
 ]
-
-
-@pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("there")
-    write_models(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_to_load(monkeypatch)
 
 
 def recipe_refuses(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import fliqs_hf
 from fliqs_hf.allocation import Allocation, LayerFormats
@@ -30,15 +30,6 @@ from tests.helpers.runs import write_run
 from tests.recipes.test_vit import write as write_settings
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fp32")
-    model = tiny("vit", 0)
-    model.save_pretrained(folder)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from fliqs_hf.pipeline import search as searching
 from fliqs_hf_cli import main
-from tests.helpers.outputs import contents, fill, refused, write_model, write_photos
+from tests.helpers.outputs import contents, fill, refused
 from tests.helpers.runs import write_run
 from tests.recipes.test_vit import write as write_settings
 
@@ -30,30 +29,6 @@ FILES = [
     ".tmp.written.json", ".tmp.model/config.json", ".old.fp32/model.safetensors",
     )),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("fp32"))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory, fp32: Path) -> Path:
-    folder = tmp_path_factory.mktemp("packed") / "run"
-    assert main(["quantize", str(fp32), str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def new_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def every_command(fp32: Path, photos: Path, folder: Path, settings: Path) -> list[list[str]]:

@@ -4,42 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from fliqs_hf.cli import validate as validating
 from fliqs_hf.pipeline import compare as comparing
 from fliqs_hf_cli import main
-from tests.helpers.outputs import contents, fill, refused, write_model, write_photos
+from tests.helpers.outputs import contents, fill, refused
 from tests.helpers.runs import write_run
-
-
-@pytest.fixture(scope="module")
-def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("fp32"))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory, fp32: Path) -> Path:
-    folder = tmp_path_factory.mktemp("packed") / "run"
-    assert main(["quantize", str(fp32), str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def new_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("name", [

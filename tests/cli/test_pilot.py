@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from fliqs_hf_cli import main
-from tests.cli.test_commands import answer, failure, fp32, photos  # noqa: F401 - fixtures
+from tests.cli.test_commands import answer, failure, photos  # noqa: F401 - a fixture
 from tests.helpers.hub_server import HubServer
-from tests.hf.test_hub import hub  # noqa: F401 - a fixture
 
 
 def test_every_step_of_the_pilot_shows_its_progress_and_refreshes_the_report(
-    fp32: Path,  # noqa: F811
+    fp32: Path,
     photos: Path,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -47,7 +46,7 @@ def test_every_step_of_the_pilot_shows_its_progress_and_refreshes_the_report(
 
 
 def test_validate_makes_no_report_where_there_was_none(
-    fp32: Path,  # noqa: F811
+    fp32: Path,
     photos: Path,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -58,8 +57,8 @@ def test_validate_makes_no_report_where_there_was_none(
 
 
 def test_a_local_original_is_published_under_its_name_and_licence(
-    hub: HubServer,  # noqa: F811
-    fp32: Path,  # noqa: F811
+    hub: HubServer,
+    fp32: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -29,7 +29,6 @@ from fliqs_hf.wording import milliseconds
 from tests.helpers.hub_server import HubServer
 from tests.helpers.models import tiny
 from tests.helpers.runs import change, write, write_run
-from tests.hf.test_hub import hub  # noqa: F401 - a fixture
 from tests.hf.test_templating import Text, render
 from tests.hf.test_validation_record import record
 
@@ -244,7 +243,7 @@ def snippet(card: ModelCard) -> str:
     return str(code)
 
 
-def test_the_snippet_runs_as_it_stands(hub: HubServer, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_snippet_runs_as_it_stands(hub: HubServer, run: Path, tmp_path: Path) -> None:
     """From the Hub, and from the folder that the card lies in."""
     push(run, "user/small")
     published = ModelCard(hub.repos["user/small"].files()["README.md"].decode())

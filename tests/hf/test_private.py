@@ -17,7 +17,6 @@ from fliqs_hf.hf.private import command_line, last_part, published_json, publish
 from fliqs_hf.report.run_report import write_report
 from tests.helpers.hub_server import HubServer
 from tests.helpers.runs import change, write, write_run
-from tests.hf.test_hub import hub  # noqa: F401 - a fixture
 
 
 @pytest.mark.parametrize(("text", "shown"), [
@@ -120,7 +119,7 @@ def private_run(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["report of today", "older report"])
 def test_nothing_that_is_published_names_a_place_of_this_machine(
-    hub: HubServer,  # noqa: F811
+    hub: HubServer,
     private_run: Path,
     fresh: bool,
 ) -> None:
@@ -144,7 +143,7 @@ def test_nothing_that_is_published_names_a_place_of_this_machine(
     assert json.loads(files["fliqs/settings.json"])["seed"] == 0
 
 
-def test_a_setting_of_the_model_that_is_a_path_is_refused(hub: HubServer, tmp_path: Path) -> None:  # noqa: F811
+def test_a_setting_of_the_model_that_is_a_path_is_refused(hub: HubServer, tmp_path: Path) -> None:
     """It is bound to the weights, so it cannot be changed on the way."""
     write_run(tmp_path)
     change(tmp_path / "config.json", train_dir="/srv/bob/photos")
