@@ -34,7 +34,7 @@ def arguments(parser: Parser) -> None:
                         "another quantization")  # fmt: skip
     parser.add_argument("--inputs", choices=("auto", "as_packed"),
                         help="of OpenVINO: as_packed rounds all inputs in the graph, instead of leaving those of 8 "
-                        "bits and more to its own quantization: slower")  # fmt: skip
+                        "bits and more to its own quantization")  # fmt: skip
     parser.add_argument("--dataset_name", help="images to compare on: Hub id, folder of images, or 'digits'; default: "
                         "generated noise")  # fmt: skip
     parser.add_argument("--split", help="or a part, such as 'test[:500]'; default: validation or test if there is one")

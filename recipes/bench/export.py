@@ -2,9 +2,10 @@
 
     python recipes/bench/export.py MODEL IMAGES --output results.json
 
-Others are `quantize_dynamic` of ONNX Runtime and, where it is installed (`pip install nncf`, best in an environment of
-its own), `quantize` of NNCF in OpenVINO, calibrated on the images that follow those compared. Files of OpenVINO run in
-the precision that it takes by itself, and in fp32.
+Others are `quantize_dynamic` and `quantize_static` of ONNX Runtime and, where they are installed, best in an
+environment of its own, `quantize` of NNCF in OpenVINO (`pip install nncf`) and of ModelOpt in ONNX (`pip install
+"nvidia-modelopt[onnx]"`). Static scales are of the images that follow those compared. Files of OpenVINO run in the
+precision that it takes by itself, and in fp32.
 
 Speeds are ratios: those of one round's times, torch fp32 over the case, so more is faster; rows give the median over
 rounds. Agreement is with the model that was exported: with fp32 for fp32 and `quantize_dynamic`, with the packed model
@@ -27,7 +28,8 @@ import onnx
 import openvino
 import torch
 from onnxruntime import __version__ as onnxruntime_version
-from onnxruntime.quantization import quantize_dynamic
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.exporters import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
@@ -60,7 +62,20 @@ OURS_IN_OPENVINO = {
 }
 
 
-def cases(plain: Any, image: torch.Tensor, folder: Path) -> dict[str, tuple[Any, Any, float | None]]:
+class _Calibration(CalibrationDataReader):
+    """Image by image."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = iter(images)
+
+    def get_next(self) -> dict[str, Any] | None:
+        image = next(self.images, None)
+        return None if image is None else {"pixel_values": image[None].numpy()}
+
+
+def cases(
+    plain: Any, image: torch.Tensor, calibration: torch.Tensor, folder: Path
+) -> dict[str, tuple[Any, Any, float | None]]:
     """Case -> what runs, the model that it should agree with, and its size in MB."""
     threads = torch.get_num_threads()
     made: dict[str, tuple[Any, Any, float | None]] = {"torch fp32": (plain, plain, None)}
@@ -83,6 +98,8 @@ def cases(plain: Any, image: torch.Tensor, folder: Path) -> dict[str, tuple[Any,
         name = "quantize_dynamic" + (" per channel" if per_channel else "")
         quantize_dynamic(folder / "clean.onnx", folder / f"{name}.onnx", per_channel=per_channel)
         add(name, folder / f"{name}.onnx", plain)
+    for name in static_files(folder, calibration):
+        add(name, folder / f"{name}.onnx", plain)
     for name, (weight, activation, settings) in OURS.items():
         packed = fliqs_hf.quantize(
             copy.deepcopy(plain), FLIQSConfig(weight_format=weight, activation_format=activation)
@@ -90,6 +107,25 @@ def cases(plain: Any, image: torch.Tensor, folder: Path) -> dict[str, tuple[Any,
         write_onnx(packed, image, folder / f"{name}.onnx", OnnxSettings(**settings))
         add(name, folder / f"{name}.onnx", packed)
     return made
+
+
+def static_files(folder: Path, calibration: torch.Tensor) -> list[str]:
+    """The names of files with static scales, made of clean.onnx in `folder`."""
+    quant_pre_process(folder / "clean.onnx", folder / "prepared.onnx", skip_symbolic_shape=True)
+    quantize_static(
+        folder / "prepared.onnx", folder / "quantize_static.onnx", _Calibration(calibration),
+        quant_format=QuantFormat.QDQ, per_channel=True,
+    )  # fmt: skip
+    if importlib.util.find_spec("modelopt") is None:
+        print("ModelOpt is not installed: left out")
+        return ["quantize_static"]
+    modelopt = importlib.import_module("modelopt.onnx.quantization")
+    modelopt.quantize(
+        str(folder / "prepared.onnx"), quantize_mode="int8", calibration_data=calibration.numpy(),
+        calibration_method="max", calibration_eps=["cpu"], high_precision_dtype="fp32",
+        output_path=str(folder / "modelopt.onnx"),
+    )  # fmt: skip
+    return ["quantize_static", "modelopt"]
 
 
 def openvino_cases(
@@ -146,7 +182,7 @@ def main() -> None:
     parser.add_argument("dataset_name")
     parser.add_argument("--split")
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--calibration", type=int, default=100, help="images that NNCF is calibrated on")
+    parser.add_argument("--calibration", type=int, default=100, help="images that static scales are of")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
@@ -161,7 +197,7 @@ def main() -> None:
     stacked, calibration = everything[: args.images], everything[args.images :]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        made = cases(plain, stacked[:1], Path(folder))
+        made = cases(plain, stacked[:1], calibration, Path(folder))
         made |= openvino_cases(plain, stacked[:1], calibration, Path(folder))
         ratios = {batch: speeds(made, stacked[:batch], args.rounds) for batch in args.batch_sizes}
         for name, (model, reference, size) in made.items():

@@ -36,7 +36,7 @@ class OpenVinoSettings:
         inputs: "auto" leaves those of at least 8 bits whose scales are dynamic to OpenVINO, which quantizes them to 8
             bits in groups of 32 where it computes in fp32, and not at all where it computes in bf16, as it does by
             itself on CPUs with units for it. "as_packed" rounds all of them in the graph as the packed layers do, but
-            those of 16-bit floats: slower.
+            those of 16-bit floats.
     Raises: ConfigError: a value that does not exist.
     """
 
