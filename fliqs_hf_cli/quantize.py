@@ -83,6 +83,9 @@ def _targets(parser: Parser) -> None:
                         help="of layers that match: one of these formats, such as 'classifier=int8'")  # fmt: skip
     parser.add_argument("--min_bits", action="append", metavar="PATTERN=BITS",
                         help="of layers that match: at least so many, such as '*patch_embeddings*=6'")  # fmt: skip
+    parser.add_argument("--score", metavar="NAME",
+                        help="how sensitive the loss is to a format is found out: fisher (default), two-pass, "
+                        "elementwise, loss-delta, hessian, or one that is registered")  # fmt: skip
     parser.add_argument("--latency_table", metavar="FILE", help="times of layers, as fliqs-hf profile writes them")
 
 

@@ -13,10 +13,6 @@ import torch
 from fliqs_hf import make_searchable
 from fliqs_hf.baselines import (
     DifferentiableConfig,
-    elementwise_scores,
-    hessian_trace_scores,
-    hessian_traces,
-    loss_delta_scores,
     manual,
     multi_trial,
     random_allocation,
@@ -32,7 +28,8 @@ from fliqs_hf.oneshot import OneShotSearch, SearchConfig
 from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.pipeline.compare_methods import check_methods
 from fliqs_hf.ptq import static_scale
-from fliqs_hf.selection import SearchProblem, SearchSpace, fisher_scores
+from fliqs_hf.selection import SearchProblem, SearchSpace
+from fliqs_hf.selection.scores import HessianTrace, scores
 from tests.helpers.models import images, tiny
 from tests.helpers.networks import BLOCKS, LONE
 
@@ -76,7 +73,7 @@ SETTINGS: dict[Callable[[Any], Any], tuple[Any, ...]] = {
     lambda v: SearchProblem(SPACE, TABLE, TARGET).choice_at_target(ZEROS, v): ("x", None, math.nan, HUGE, [1], 1j),
     lambda v: sensitivity_front(SearchProblem(SPACE, TABLE), ZEROS, v): (*NUMBERS, 1, 2.5),
     lambda v: multi_trial(SearchProblem(SPACE, TABLE, TARGET), lambda *_: 0.0, v): (*NUMBERS, 0, 1.5),
-    lambda v: hessian_traces(tiny("vit"), [], lambda x: x, SPACE, probes=v): (*NUMBERS, 0),
+    lambda v: HessianTrace(probes=v): (*NUMBERS, 0),
     lambda v: static_scale(torch.ones(3), parse("int4"), v): ([1], None, 5),
     lambda v: static_scale(torch.ones(3), parse("int4"), "percentile", v): (*NUMBERS, 0, 101),
     lambda v: check_methods([f"search-{v}"]): ("xinf", "xnan", "x1.5", "p9", "kx", "1e999"),
@@ -139,9 +136,9 @@ def test_a_cost_table_of_another_space_is_named(table: CostTable) -> None:
 
 def test_a_model_of_another_space_is_named() -> None:
     batches = [(images(2), torch.zeros(2, dtype=torch.long))]
-    for score in (fisher_scores, elementwise_scores, hessian_trace_scores, loss_delta_scores):
+    for score in scores().values():
         with pytest.raises(AllocationError, match="'layer0'"):
-            score(tiny("vit"), batches, lambda x: x, SPACE)  # type: ignore[arg-type]
+            score(tiny("vit"), batches, lambda x: x, SearchProblem(SPACE, TABLE, TARGET))
 
 
 def test_a_hook_over_other_layers_or_formats_is_refused() -> None:

@@ -5,7 +5,6 @@ from fliqs_hf.baselines.differentiable import DifferentiableConfig, differentiab
 from fliqs_hf.baselines.front import FrontPoint, sensitivity_front
 from fliqs_hf.baselines.multi_trial import MultiTrialResult, Trial, multi_trial
 from fliqs_hf.baselines.registry import Baseline, baselines, register_baseline, unregister_baseline
-from fliqs_hf.baselines.sensitivity import elementwise_scores, hessian_trace_scores, hessian_traces, loss_delta_scores
 from fliqs_hf.baselines.short_training import ShortTraining
 
 __all__ = [
@@ -17,10 +16,6 @@ __all__ = [
     "Trial",
     "baselines",
     "differentiable_search",
-    "elementwise_scores",
-    "hessian_trace_scores",
-    "hessian_traces",
-    "loss_delta_scores",
     "manual",
     "multi_trial",
     "random_allocation",

@@ -44,6 +44,7 @@ class CalibrationImages:
         self._rows = sample(split, args.calibration_images)
         self._images = Images(self._rows, args.image_column)
         self._device = next(model.parameters()).device
+        self._own_answers: list[Tensor] = []
         self._pixels(0)
 
     @property
@@ -64,10 +65,11 @@ class CalibrationImages:
         column, config = self._args.label_column, self._model.config
         self.task.check(config)
         if column not in self._rows.column_names:
-            for images in self._batches("sensitivity (without labels)", len(self._images)):
-                with torch.no_grad():
-                    labels = self.task.answers(self.task.prediction(self._model(images)))
-                yield images, labels
+            for number, images in enumerate(self._batches("sensitivity (without labels)", len(self._images))):
+                if number == len(self._own_answers):  # of the fp32 model, which a second pass finds quantized
+                    with torch.no_grad():
+                        self._own_answers.append(self.task.answers(self.task.prediction(self._model(images))))
+                yield images, self._own_answers[number]
             return
         columns = self._args.image_column, column
         answers = targets(self.task, self._rows, columns, config, self._processor, self._args.match_labels)

@@ -31,6 +31,7 @@ from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_sour
 from fliqs_hf.pipeline.post_training import AllocationResult, allocate
 from fliqs_hf.records import RunResults
 from fliqs_hf.runs.folder import RunFolder, cost_lines, cost_summary, layer_table
+from fliqs_hf.selection import find_score
 
 
 def quantize(args: argparse.Namespace) -> int:
@@ -162,6 +163,7 @@ def _allocated(
         modules_to_not_convert=args.modules_to_not_convert,
         require=require,
         min_bits=min_bits,
+        score=args.score or "fisher",
         task=images.task,
     )
 
@@ -216,10 +218,12 @@ def _targets(args: argparse.Namespace) -> list[Target]:
         raise ConfigError(
             f"--{given[0]} chooses formats by their effect on images: give some with --calibration DATASET"
         )
-    for name in ("require", "min_bits"):
+    for name in ("require", "min_bits", "score"):
         if getattr(args, name) and not given:
             raise ConfigError(f"--{name} is about formats that are chosen: give a target, such as --target_bits 4")
     rules(args)
+    if args.score is not None:
+        find_score(args.score)
     check(args)
     return found
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from fliqs_hf.checks import is_number, is_whole
 from fliqs_hf.errors import ConfigError, did_you_mean
+from fliqs_hf.selection import Sensitivity, TwoPass, find_score, scores
 
-Prior = Literal["fisher", "none"]
 Quality = Literal["loss", "accuracy"]
 Reward = Literal["quality", "absolute", "capped"]
 Baseline = Literal["leave_one_out", "moving"]
@@ -26,9 +26,9 @@ class SearchConfig:
     Raises: ConfigError: a value out of range, which it names.
     """
 
-    #: Where the policy starts. `fisher`: logits = −κ·score, the score of each format from one backward pass over
-    #: `prior_images` (see `sensitivity`). From scratch (`none`) a policy hardly commits within 10³ steps.
-    prior: Prior = "fisher"
+    #: Where the policy starts: logits = −κ·score, the score of each format by a registered score (`fisher`: from one
+    #: backward pass) of `prior_images`. From scratch (`none`) a policy hardly commits within 10³ steps.
+    prior: str = "fisher"
     #: Mean entropy per decision, in nats, that the policy starts with: κ is chosen for it. A fixed κ does not carry
     #: over between models and scores: 50, found for loss deltas, leaves Fisher scores nearly uniform, and samples that
     #: bad teach the weights the wrong thing.
@@ -38,7 +38,7 @@ class SearchConfig:
     #: 512 images lost 1.7 points at 2.5 bits against 1500.
     prior_images: int = 1536
     #: 2: the scores are measured once more in the model as quantized by the allocation that the first ones give, and
-    #: the geometric mean of both counts (see `two_pass_scores`). 1: those of the fp32 model alone, in half the time.
+    #: the geometric mean of both counts (see `TwoPass`). 1: those of the fp32 model alone, in half the time.
     prior_passes: int = 2
     #: Steps that sample formats uniformly and train weights only, as a fraction. The prior makes it unnecessary.
     warmup_fraction: float = 0.0
@@ -77,12 +77,14 @@ class SearchConfig:
     band: float = 0.03
 
     def __post_init__(self) -> None:
-        choices = {"prior": Prior, "quality": Quality, "reward": Reward, "baseline": Baseline, "derive": Derivation}
+        choices = {"quality": Quality, "reward": Reward, "baseline": Baseline, "derive": Derivation}
         for name, literal in choices.items():
             if getattr(self, name) not in get_args(literal):
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} does not exist; choose from {', '.join(get_args(literal))}"
                 )
+        if self.prior != "none":
+            _check_prior(self.prior, self.prior_passes)
         for name, low, high in _LIMITS:
             value = getattr(self, name)
             if value is None and name == "prior_strength":
@@ -96,6 +98,10 @@ class SearchConfig:
                 f"warmup_fraction={self.warmup_fraction} must not exceed explore_fraction={self.explore_fraction}"
             )
 
+    def second_look(self, first: Sensitivity) -> TwoPass:
+        """The score of the second pass, where there is one. Args: first: of the first pass."""
+        return TwoPass(first, self.band, find_score(self.prior))
+
     @classmethod
     def preset(cls, name: str, /, **changes: Any) -> SearchConfig:
         """The `default` or the `paper` preset, with changes. Raises: ConfigError: unknown preset or key."""
@@ -107,6 +113,16 @@ class SearchConfig:
                 hint = did_you_mean(key, known, f"known are {', '.join(known)}")
                 raise ConfigError(f"unknown search setting {key!r}{hint}")
         return replace(cls(**PRESETS[name]), **changes)
+
+
+def _check_prior(name: Any, passes: Any) -> None:
+    """Raises: ConfigError: no score of that name, or one that a search cannot start from."""
+    if not isinstance(name, str) or name not in scores():
+        raise ConfigError(f"prior={name!r} does not exist; choose from {', '.join(scores())}, none")
+    if find_score(name).at_target:
+        raise ConfigError(f"prior={name!r} is what prior_passes=2 makes of another: use prior='fisher'")
+    if passes == 2 and not find_score(name).again:
+        raise ConfigError(f"prior={name!r} is not defined in a quantized model: set prior_passes=1")
 
 
 _LIMITS: tuple[tuple[str, float, float], ...] = (

@@ -24,7 +24,7 @@ from fliqs_hf.oneshot.objective import (
     policy_loss,
 )
 from fliqs_hf.oneshot.policy import Policy, step_generator
-from fliqs_hf.selection.problem import SearchProblem
+from fliqs_hf.selection import SearchProblem, find_score
 
 Gather = Callable[[Tensor], Tensor]
 
@@ -85,8 +85,11 @@ class OneShotSearch:
             total_steps: optimizer steps of the whole run, both phases.
             gather: [n] of every rank -> [world_size · n] on every rank, in the order of ranks.
         Raises: TargetError: the target is outside the range of the space, or in a gap of it. This is found out here
-            and not when the allocation is derived, hours later. ConfigError: a problem without a target.
+            and not when the allocation is derived, hours later. ConfigError: a problem without a target, or a prior
+            that does not score the space.
         """
+        if config.prior != "none":
+            find_score(config.prior).check(problem.space)
         self.problem, self.config = problem, config
         self.seed, self.rank, self.world_size, self.device = seed, rank, world_size, torch.device(device)
         self.gather: Gather = gather or (lambda values: values)

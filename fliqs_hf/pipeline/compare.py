@@ -15,7 +15,8 @@ Methods (those with ptq- in front do the same without training):
     fisher                         sensitivity by the per-sample Fisher score, one backward pass for all
     elementwise                    sensitivity by element-wise squared gradients, as in ModelOpt
     hessian                        sensitivity by Hessian traces, as in HAWQ-V2
-                                   (each with the integer program, then training)
+    two-pass                       the Fisher score, measured again in the model as its allocation quantizes it
+                                   (each with the integer program, then training; so is every registered score)
     differentiable, gumbel         mixtures over format branches, EdMIPS and DNAS
     multi-trial-random, -optuna    short trainings of proposals, the best trained to the end
     search                         the one-shot search, default preset
@@ -65,7 +66,6 @@ from fliqs_hf.pipeline.compare_methods import (
     FLOATS,
     METHODS,
     RANDOM,
-    SCORES,
     UNIFORM,
     check_methods,
     runs,
@@ -76,7 +76,7 @@ from fliqs_hf.pipeline.compare_scores import Scores
 from fliqs_hf.pipeline.compare_summary import is_summary, summarise, write_summary
 from fliqs_hf.pipeline.compare_table import COLUMNS, Table, is_table, provenance
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, data_source
-from fliqs_hf.selection import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace, scores
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, find_task
 from fliqs_hf.training import StepHook, TrainConfig, evaluate, load_splits, train
 from fliqs_hf.training.labels import match_given, names_of
@@ -112,9 +112,8 @@ class Comparison:
         self.table = CostTable(self.layers, self.space.formats)
         self.quantizers = QuantizerSettings(activation_granularity=arguments.activation_granularity)
         self.scores = Scores(
-            self.model, self.train, self.space, self.accelerator, arguments.batch_size, arguments.prior_images,
-            self.task,
-        )  # fmt: skip
+            self.model, self.train, self.accelerator, arguments.batch_size, arguments.prior_images, self.task
+        )
 
     def _data(self, processor: Any) -> tuple[Any, Any]:
         """Both splits, with targets as the model has them."""
@@ -140,10 +139,11 @@ class Comparison:
         spent = 0.0
         choose: Callable[[], Allocation]
         name = method.removeprefix("ptq-")
-        if name in SCORES:
-            scores, spent = self.scores.of(name, seed)
-        elif name.startswith("search"):
-            spent = self.scores.prior(search_config(name), problem, seed)[1]  # kept for `one_shot`, outside its time
+        if name in scores():
+            found = self.scores.of(name, problem, seed)
+            spent = found.seconds
+        elif name.startswith("search"):  # kept for `one_shot`, outside its time
+            spent = self.scores.prior(search_config(name), problem, seed).seconds
         with peak_memory(self.accelerator.device) as peak:
             start = time.perf_counter()
             if name == "differentiable" or name == "gumbel":
@@ -151,8 +151,8 @@ class Comparison:
             elif name.startswith(("search", "paper")):
                 choose = lambda: self.one_shot(name, problem, seed)  # noqa: E731
             else:
-                if name in SCORES:
-                    allocation = self.space.allocation(problem.choice_at_target(-scores))
+                if name in scores():
+                    allocation = self.space.allocation(problem.choice_at_target(-found.decision_scores))
                 else:
                     allocation = self.fixed(name, bits, problem, seed)
                 choose = lambda: self.fixed_training(allocation, steps, method, seed)  # noqa: E731
@@ -241,8 +241,8 @@ class Comparison:
         config = search_config(name)
         steps, device = self.arguments.max_steps, self.accelerator.device
         search = OneShotSearch(problem, config, steps, seed=seed, device=device)
-        if config.prior == "fisher":
-            search.start_from(self.scores.prior(config, problem, seed)[0])
+        if config.prior != "none":
+            search.start_from(self.scores.prior(config, problem, seed).decision_scores)
             self.model.load_state_dict(self.original)
         switch = self.searchable(self.space.formats)
         self.trained(self.settings(seed, steps, config.quality), SearchHook(search, switch), name)

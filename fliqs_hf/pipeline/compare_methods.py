@@ -9,16 +9,15 @@ from fliqs_hf.baselines.registry import baselines
 from fliqs_hf.errors import ConfigError, FormatError, did_you_mean
 from fliqs_hf.formats import COMMON, Format, parse
 from fliqs_hf.oneshot import SearchConfig
+from fliqs_hf.selection import scores
 
 METHODS = ("uniform-int", "uniform-fp", "random-no-int2", "loss-delta", "fisher", "search", "paper")
 UNIFORM = ("uniform-int", "uniform-fp", "manual")
-SCORES = ("loss-delta", "fisher", "elementwise", "hessian")
 RANDOM = ("random", "random-no-int2")
 #: Methods that give weights and inputs one format only -> why.
 ONE_FORMAT = {
     "differentiable": "branches would be squared in number",
     "gumbel": "branches would be squared in number",
-    "hessian": "it scores weights, and nothing would choose the formats of inputs",
 }
 TRAINED = ("differentiable", "gumbel", "multi-trial-random", "multi-trial-optuna")
 FLOATS = {3: "e2m0", 4: "e2m1", 5: "e2m2", 6: "e2m3", 7: "e3m3", 8: "e4m3"}
@@ -77,11 +76,11 @@ def search_config(method: str) -> SearchConfig:
 def check_methods(methods: Iterable[str], activation: str = "same", granularity: str = "per_token") -> None:
     """Raises: ConfigError: a method that does not exist, or not for such a space, before anything has run."""
     for method in methods:
-        if activation == "separate" and (reason := ONE_FORMAT.get(method.removeprefix("ptq-"))):
+        if activation == "separate" and (reason := _one_format(method.removeprefix("ptq-"))):
             raise ConfigError(f"{method} takes --activation same only: {reason}")
         if granularity != "per_token" and (method in ("differentiable", "gumbel") or method.startswith("ptq-")):
             raise ConfigError(f"{method} takes --activation_granularity per_token only: it learns no factors")
-        chosen_untrained = method.removeprefix("ptq-") in (*UNIFORM, *SCORES, *RANDOM, *baselines())
+        chosen_untrained = method.removeprefix("ptq-") in (*UNIFORM, *scores(), *RANDOM, *baselines())
         if chosen_untrained or method in TRAINED or uniform_format(method) is not None:
             continue
         if method.partition("-")[0] not in ("search", "paper"):
@@ -89,7 +88,14 @@ def check_methods(methods: Iterable[str], activation: str = "same", granularity:
         search_config(method)
 
 
+def _one_format(name: str) -> str | None:
+    score = scores().get(name)
+    if score is not None and score.weights_only:
+        return "it scores weights, and nothing would choose the formats of inputs"
+    return ONE_FORMAT.get(name)
+
+
 def _unknown(method: str) -> str:
-    untrained = (*UNIFORM, *SCORES, *RANDOM, *baselines(), *(f"uniform-{fmt.name}" for fmt in COMMON))
+    untrained = (*UNIFORM, *scores(), *RANDOM, *baselines(), *(f"uniform-{fmt.name}" for fmt in COMMON))
     known = (*untrained, *(f"ptq-{name}" for name in untrained), *TRAINED, "search", "paper")
     return f"unknown method {method!r}{did_you_mean(method, known, '--help lists them')}"

@@ -24,7 +24,7 @@ from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.oneshot import OneShotSearch, SearchConfig
 from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.pipeline.costs import search_problem
-from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores, two_pass_scores
+from fliqs_hf.selection import FormatScore, SearchProblem, SearchSpace, Sensitivity, find_score
 from fliqs_hf.selection.space import ActivationMode
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task, find_task
 
@@ -199,22 +199,12 @@ class Search:
         if iter(images) is images:
             raise ConfigError("images= can be gone through once only: give what it is made from, such as a DataLoader")
 
-        def forward(batch: Tensor) -> Tensor:
-            return self.task.prediction(self.model(batch))
+        def measured(score: FormatScore) -> Sensitivity:
+            forward = lambda batch: self.task.prediction(self.model(batch))  # noqa: E731
+            return score(self.model, self._prior(images), forward, problem, self.settings, task=self.task)
 
-        first = fisher_scores(self.model, self._prior(images), forward, problem.space, self.settings, task=self.task)
-        if self.config.prior_passes == 1:
-            return first
-        return two_pass_scores(
-            self.model,
-            self._prior(images),
-            forward,
-            problem,
-            first,
-            self.config.band,
-            settings=self.settings,
-            task=self.task,
-        )
+        first = measured(find_score(self.config.prior))
+        return first if self.config.prior_passes == 1 else measured(self.config.second_look(first))
 
     def _prior(self, images: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """The first `prior_images` of them, or all if there are fewer."""

@@ -15,7 +15,7 @@ from fliqs_hf.formats import Format
 from fliqs_hf.nn import quantizable_layers
 from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.pipeline.costs import search_problem
-from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores
+from fliqs_hf.selection import Repeatable, SearchProblem, SearchSpace, Sensitivity, find_score
 from fliqs_hf.selection.space import ActivationMode
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
 
@@ -66,6 +66,7 @@ def allocate(
     tie: Sequence[str] = (),
     require: Mapping[str, Sequence[str | Format]] | None = None,
     min_bits: Mapping[str, float] | None = None,
+    score: str = "fisher",
     task: Task = IMAGE_CLASSIFICATION,
 ) -> AllocationResult:
     """The allocation of least expected loss that meets `target`, for an fp32 model that is not trained further.
@@ -73,17 +74,19 @@ def allocate(
     Args:
         model: of Transformers, on its device.
         batches: gives (pixel values [batch, 3, height, width], targets of the task, such as labels int64 [batch]) on
-            that device; called once, after the target has been checked. 1500 images or more make the scores reliable
-            (docs/search.md).
+            that device; called for each pass of the score, after the target has been checked. 1500 images or more make
+            the scores reliable (docs/search.md).
         target: several are to be met together, each as a limit that is never exceeded; the name of a cost instead asks
             for the cheapest allocation by it.
         search_space, hardware, activation: see `cost.choices`; by default formats that this machine runs.
         tie, require, min_bits: see `SearchSpace`.
+        score: the name of a registered one, see `selection.scores`.
     Returns: the allocation, which costs between 97 % and 100 % of a single target where the space has such a one.
     Raises: TargetError: out of reach, alone or together. DataError: no images, or labels or scores without a meaning.
         ConfigError, FormatError: a bad space, a model that is not for the task, or one with NaN or
         infinity in it.
     """
+    measure = find_score(score)
     check_finite(model)
     task.check(model.config)
     names = quantizable_layers(model, list(modules_to_not_convert) if modules_to_not_convert else None)
@@ -93,7 +96,7 @@ def allocate(
     space = SearchSpace(searched, chosen.formats, chosen.activation, tie, require=require, min_bits=min_bits)
     problem = search_problem(model, layers, space, target)
     wanted = problem.reachable[0] if problem.target is None else problem.target_cost  # before the images are run
-    sensitivity = fisher_scores(model, batches(), lambda images: task.prediction(model(images)), space, task=task)
+    sensitivity = measure(model, Repeatable(batches), lambda x: task.prediction(model(x)), problem, task=task)
     scores = sensitivity.decision_scores
     if problem.target is None:
         choice = problem.best_choice(-scores, low=0.0, high=wanted)

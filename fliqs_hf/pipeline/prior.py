@@ -13,7 +13,7 @@ from fliqs_hf.errors import TrainingError
 from fliqs_hf.oneshot import OneShotSearch
 from fliqs_hf.pipeline.job import Job
 from fliqs_hf.runs.folder import RunFolder
-from fliqs_hf.selection import SearchProblem, Sensitivity, fisher_scores, two_pass_scores
+from fliqs_hf.selection import FormatScore, SearchProblem, Sensitivity, find_score
 from fliqs_hf.training.data import train_loader
 
 #: Images at a time, at most: the pass is not checkpointed and in float32, unlike the training.
@@ -42,18 +42,16 @@ class Prior:
         if job.args.resume and (recorded := run.sensitivity(problem.space)) is not None:
             return recorded
         if self.first is None:
-            batches = self._batches("sensitivity")
-            self.first = fisher_scores(
-                self.model, batches, self._logits, problem.space, combine=self._sum, task=job.task
-            )
+            self.first = self._measured(find_score(config.prior), "sensitivity", problem)
         if config.prior_passes == 1:
             return self.first
-        return two_pass_scores(
-            self.model, self._batches("sensitivity again"), self._logits, problem, self.first, config.band, self._sum,
-            task=job.task,
-        )  # fmt: skip
+        return self._measured(config.second_look(self.first), "sensitivity again", problem)
 
-    def _logits(self, images: Tensor) -> Tensor:
+    def _measured(self, score: FormatScore, shown: str, problem: SearchProblem) -> Sensitivity:
+        batches, task = self._batches(shown), self.job.task
+        return score(self.model, batches, self._prediction, problem, combine=self._sum, task=task)
+
+    def _prediction(self, images: Tensor) -> Tensor:
         return self.job.task.prediction(self.model(images))
 
     def _sum(self, values: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fliqs_hf.json_file import parse_object, read_bytes, read_json, read_text
 from fliqs_hf.oneshot.config import SearchConfig
 from fliqs_hf.records import PolicyStep, Record, RunSettings, SensitivityScores
 from fliqs_hf.runs.files import RUN, RunFiles
-from fliqs_hf.selection.scores.fisher import Sensitivity
+from fliqs_hf.selection.scores.score import Sensitivity
 from fliqs_hf.selection.space import SearchSpace
 from fliqs_hf.tasks import recorded
 
@@ -169,8 +169,8 @@ class RunFolder:
             rows = zip(space.decisions, sensitivity.decision_scores.tolist(), strict=True)
             scores = {decision.name: [float(f"{value:.9g}") for value in row] for decision, row in rows}  # exact
             record = SensitivityScores(
-                method="fisher", images=sensitivity.images, passes=sensitivity.passes, seconds=sensitivity.seconds,
-                scores=scores,
+                method=sensitivity.method, images=sensitivity.images, passes=sensitivity.passes,
+                seconds=sensitivity.seconds, scores=scores,
             )  # fmt: skip
             self.write_record(record, sealed=True)
 
@@ -183,7 +183,7 @@ class RunFolder:
             file = self.records / SensitivityScores.name
             stored = SensitivityScores.of(checksums.read_sealed(file), file)
             scores = torch.tensor([stored.scores[decision.name] for decision in space.decisions])
-            found = Sensitivity(scores, stored.images, stored.seconds, stored.passes)
+            found = Sensitivity(scores, stored.images, stored.seconds, stored.passes, stored.method)
         except (CheckpointError, ValueError, KeyError):
             return None
         return found if scores.shape == (len(space.decisions), len(space.formats)) else None

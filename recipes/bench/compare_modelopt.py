@@ -16,7 +16,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -186,19 +185,13 @@ class Table:
 
     def _scores(self, data: list[tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, float]]:
         """Ours of every choice of every decision, and the seconds that they took."""
-        from fliqs_hf.baselines import elementwise_scores
-        from fliqs_hf.selection import fisher_scores
+        from fliqs_hf.selection import find_score
 
-        methods: dict[str, Callable[..., Tensor]] = {
-            "fisher": lambda *a: fisher_scores(*a).decision_scores,
-            "elementwise": elementwise_scores,
+        found = {
+            name: find_score(name)(self.model, data, lambda x: self.model(x).logits, self.space)
+            for name in ("fisher", "elementwise")
         }
-        scores = {}
-        for name, score in methods.items():
-            start = time.perf_counter()
-            values = score(self.model, data, lambda x: self.model(x).logits, self.space)
-            scores[name] = values, round(time.perf_counter() - start, 1)
-        return scores
+        return {name: (one.decision_scores, round(one.seconds, 1)) for name, one in found.items()}
 
     def _switch(self) -> Any:
         from fliqs_hf.nn import make_searchable

@@ -26,9 +26,10 @@ from fliqs_hf.nn.kinds import kinds
 from fliqs_hf.pipeline import compare
 from fliqs_hf.pipeline.export import export
 from fliqs_hf.pipeline.search import main
-from fliqs_hf.selection import SearchProblem, SearchSpace
+from fliqs_hf.selection import SearchProblem, SearchSpace, unregister_score
 from fliqs_hf.tasks import unregister_task
 from fliqs_hf.validation.validate import validate
+from fliqs_hf_cli import main as cli
 from fliqs_hf_cli import main as command
 from tests.helpers.models import images, tiny
 from tests.recipes.test_vit import write
@@ -165,18 +166,26 @@ def test_a_task(tmp_path: Path) -> None:
         main([str(write(tmp_path, **SHORT, task="image-regression"))])
 
 
-def test_a_baseline(tmp_path: Path) -> None:
+def fp32(folder: Path) -> str:
     vit = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
         num_labels=10,
     )  # fmt: skip
-    ViTForImageClassification(vit).save_pretrained(tmp_path / "fp32")
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "fp32")
-    given = [
-        str(tmp_path / "fp32"), "--dataset_name", "digits", "--use_cpu", "--seeds", "0", "--target_bits", "4",
+    ViTForImageClassification(vit).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return str(folder)
+
+
+def comparing(model: str, output: Path, *methods: str) -> list[str]:
+    return [
+        model, "--dataset_name", "digits", "--use_cpu", "--seeds", "0", "--target_bits", "4",
         "--max_steps", "2", "--batch_size", "8", "--max_train_samples", "32", "--max_eval_samples", "16",
-        "--output", str(tmp_path / "out.csv"), "--methods", "first-layers", "ptq-first-layers", "uniform-int",
+        "--output", str(output), "--methods", *methods,
     ]  # fmt: skip
+
+
+def test_a_baseline(tmp_path: Path) -> None:
+    given = comparing(fp32(tmp_path / "fp32"), tmp_path / "out.csv", "first-layers", "ptq-first-layers", "uniform-int")
     with added("baseline", lambda: unregister_baseline("first-layers")):
         compare.main(given)
         lines = [line for line in (tmp_path / "out.csv").read_text().splitlines() if not line.startswith("#")]
@@ -195,6 +204,38 @@ def test_a_baseline(tmp_path: Path) -> None:
     for name in ("ptq-mine", "two words"):
         with pytest.raises(ConfigError, match="name of a baseline is a word"):
             register_baseline(name, lambda problem, seed: allocation)
+
+
+def test_a_score(tmp_path: Path) -> None:
+    """As the prior of a search, of `quantize`, and as a method of a comparison."""
+    start = {"prior": "output-error", "prior_passes": 1, "prior_images": 32, "explore_fraction": 0.5}
+    with added("score", lambda: unregister_score("output-error")):
+        result, _, _ = searched(tmp_path, search_space=["int2", "int8"], search_overrides=start)
+        record = json.loads((Path(result["run"]) / "fliqs/sensitivity.json").read_text())
+        assert record["method"] == "output-error" and record["images"] == 32
+        assert all(two > eight > 0 for two, eight in record["scores"].values())
+        again = main(
+            [str(write(tmp_path, **SHORT, search_space=["int2", "int8"], search_overrides=start)), "--resume"]
+        )
+        assert again[0]["cost"] == result["cost"]
+
+        model = fp32(tmp_path / "fp32")
+        options = ["--calibration", "digits", "--calibration_images", "16", "--target_bits", "4"]
+        chosen = ["--score", "output-error", "--activation", "same", "--search_space", "int2", "int3", "int4", "int8"]
+        assert cli(["quantize", model, str(tmp_path / "quantized"), *options, *chosen]) == 0
+        record = json.loads((tmp_path / "quantized/fliqs/sensitivity.json").read_text())
+        assert record["method"] == "output-error" and record["images"] == 16
+        assert cli(["quantize", model, str(tmp_path / "apart"), *options, "--score", "output-error"]) == 2
+
+        compare.main(comparing(model, tmp_path / "out.csv", "output-error", "ptq-output-error", "ptq-fisher"))
+        lines = [line for line in (tmp_path / "out.csv").read_text().splitlines() if not line.startswith("#")]
+        found = {row["method"]: row for row in csv.DictReader(lines)}
+        assert 0.97 <= float(found["output-error"]["cost_ratio"]) <= 1
+        assert found["ptq-output-error"]["allocation"] == found["output-error"]["allocation"]
+    with pytest.raises(ConfigError, match="unknown method 'output-error'"):
+        compare.main(comparing(model, tmp_path / "out.csv", "output-error"))
+    with pytest.raises(ConfigError, match="prior='output-error' does not exist"):
+        main([str(write(tmp_path, **SHORT, search_overrides=start))])
 
 
 def test_names_of_formats_are_taken_once() -> None:

@@ -20,7 +20,7 @@ from fliqs_hf.nn import FormatSwitch, make_searchable, pack_model, quantizable_l
 from fliqs_hf.oneshot import OneShotSearch, SearchConfig
 from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.quant import ROW, quantize_activation, quantize_weight
-from fliqs_hf.selection import SearchProblem, SearchSpace, fisher_scores, two_pass_scores
+from fliqs_hf.selection import SearchProblem, SearchSpace, TwoPass, fisher_scores
 from fliqs_hf.training import TrainConfig, train
 from tests.helpers.models import images, tiny
 from tests.training.test_loop import Blobs
@@ -63,7 +63,7 @@ def test_sensitivities_are_those_of_the_cpu(architecture: str) -> None:
         batches = [(images(16).to(device), labels.to(device))]
         first = fisher_scores(model, batches, lambda x, model=model: model(x).logits, space)
         once = found[0][0] if found else first  # the second look depends on an allocation: let it be the same
-        again = two_pass_scores(model, batches, lambda x, model=model: model(x).logits, problem, once)
+        again = TwoPass(once)(model, batches, lambda x, model=model: model(x).logits, problem)
         found.append((first, again))
     for cpu, cuda in zip(*found, strict=True):
         largest = cpu.decision_scores.amax(1, keepdim=True)

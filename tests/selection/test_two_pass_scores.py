@@ -13,8 +13,8 @@ from torch.nn import functional
 from fliqs_hf.cost import CostTable, Target, trace_layers
 from fliqs_hf.errors import DataError
 from fliqs_hf.nn import make_searchable
-from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, fisher_scores, two_pass_scores
-from fliqs_hf.selection.scores import fisher
+from fliqs_hf.selection import SearchProblem, SearchSpace, Sensitivity, TwoPass, fisher_scores
+from fliqs_hf.selection.scores.fisher import Fisher
 from tests.helpers.models import images, tiny
 from tests.selection.test_sensitivity import FORMATS, JOINT_BITS, LABELS, apply, logits_of, rounded
 
@@ -38,7 +38,7 @@ def test_processes_share_the_images() -> None:
     whole = first(parts[0] + parts[1])
 
     def second(batches: Any, combine: Any = None) -> Sensitivity:
-        return two_pass_scores(model, batches, lambda x: model(x).logits, problem, whole, combine=combine)
+        return TwoPass(whole)(model, batches, lambda x: model(x).logits, problem, combine=combine)
 
     for measure in (first, second):
         everything = measure(parts[0] + parts[1])
@@ -57,7 +57,7 @@ def test_a_second_look_is_the_mean_of_scores_before_and_after_quantization() -> 
     batches = list(zip(pixels.split(2), LABELS.split(2), strict=True))
     first = fisher_scores(model, batches, lambda x: model(x).logits, space)
     before = copy.deepcopy(model.state_dict())
-    found = two_pass_scores(model, iter(batches), lambda x: model(x).logits, problem, first)
+    found = TwoPass(first)(model, iter(batches), lambda x: model(x).logits, problem)
     assert (found.images, found.seconds > first.seconds) == (len(LABELS), True)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert not any(hasattr(module, "switch") or module._forward_hooks for module in model.modules())
@@ -109,9 +109,8 @@ def test_a_layer_that_dies_when_quantized_is_not_free(monkeypatch: pytest.Monkey
     first[1] = 1e-30
     second = first.clone()
     second[0] = 0
-    found = Sensitivity(second, 5, 1.0)
-    monkeypatch.setattr(fisher, "_measured", lambda *_, **__: found)
-    twice = two_pass_scores(model, [], logits_of, problem, Sensitivity(first, 5, 1.0)).decision_scores
+    monkeypatch.setattr(Fisher, "measure", lambda *_: (second, 5))
+    twice = TwoPass(Sensitivity(first, 5, 1.0))(model, [], logits_of, problem).decision_scores
     torch.testing.assert_close(twice[0], first[0] * 1e-3**0.5)
     torch.testing.assert_close(twice[1:], first[1:])
 
@@ -122,7 +121,5 @@ def test_a_second_look_that_fails_leaves_the_model_plain() -> None:
     table = CostTable(space.layers, space.formats)
     first = Sensitivity(torch.rand(len(space.decisions), len(space.formats)), 5, 0.0)
     with pytest.raises(DataError, match="no images"):
-        two_pass_scores(
-            model, [], lambda x: model(x).logits, SearchProblem(space, table, Target.of(target_bits=4)), first
-        )
+        TwoPass(first)(model, [], lambda x: model(x).logits, SearchProblem(space, table, Target.of(target_bits=4)))
     assert not any(hasattr(module, "switch") for module in model.modules())

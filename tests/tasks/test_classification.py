@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from fliqs_hf.baselines import elementwise_scores, hessian_trace_scores, loss_delta_scores
 from fliqs_hf.cost import Target, trace_layers
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.pipeline.post_training import allocate
 from fliqs_hf.selection import SearchSpace, fisher_scores
+from fliqs_hf.selection.scores import elementwise_scores, hessian_trace_scores, loss_delta_scores
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION
 from fliqs_hf.training import TrainConfig, evaluate, train
 
@@ -72,7 +72,7 @@ def test_scores_that_are_all_zero_are_refused(measure: Callable[..., Any]) -> No
 
 
 def test_scores_that_are_all_equal_are_refused() -> None:
-    from fliqs_hf.selection.scores.fisher import meaningful
+    from fliqs_hf.selection.scores.score import meaningful
 
     with pytest.raises(DataError, match="equal in every layer"):
         meaningful(torch.tensor([[1.0, 1.0], [2.0, 2.0]]))

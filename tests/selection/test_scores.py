@@ -1,7 +1,8 @@
-"""Element-wise and Hessian-trace scores against naive loops, finite problems and the exact Hessian."""
+"""What all scores have in common; those beside Fisher's against naive loops, finite problems and exact Hessians."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,11 +10,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fliqs_hf.baselines import elementwise_scores, hessian_trace_scores, hessian_traces
-from fliqs_hf.cost import LayerInfo, trace_layers
+from fliqs_hf.allocation import Allocation, LayerFormats
+from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers
 from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.nn import make_searchable
 from fliqs_hf.quant import IMAGE, ROW, quantize_activation, quantize_weight
-from fliqs_hf.selection import SearchSpace
+from fliqs_hf.selection import (
+    FormatScore,
+    Repeatable,
+    ScorePass,
+    SearchProblem,
+    SearchSpace,
+    Sensitivity,
+    TwoPass,
+    find_score,
+    register_score,
+    scores,
+    unregister_score,
+)
+from fliqs_hf.selection.scores import (
+    HessianTrace,
+    elementwise_scores,
+    hessian_trace_scores,
+    hessian_traces,
+    loss_delta_scores,
+)
 from tests.helpers.models import images, tiny
 
 FORMATS = ("int2", "e2m1", "int8", "bf16")
@@ -69,7 +90,7 @@ def test_elementwise_scores(architecture: str, activation: Any) -> None:
     model, pixels = tiny(architecture), images(len(LABELS))
     space = SearchSpace(trace_layers(model), FORMATS, activation)
     batches = [(pixels[:2], LABELS[:2]), (pixels[2:], LABELS[2:])]
-    found = elementwise_scores(model, batches, lambda x: logits_of(model, x), space)
+    found = elementwise_scores(model, batches, lambda x: logits_of(model, x), space).decision_scores
     expected = naive_elementwise(model, space, pixels, LABELS)
     assert found.dtype == torch.float32
     # float32 in batches of another size; squares do not cancel, but rounding may fall on the other side
@@ -113,7 +134,7 @@ def test_hessian_traces_converge_to_the_exact_ones() -> None:
     model, space, batches = mlp()
     x, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     hessian, probes = exact_hessian(model, x, labels, ("0.weight", "2.weight")), 4000
-    found = hessian_traces(model, [(x, labels)], model, space, probes=probes)
+    found = hessian_traces(ScorePass(model, [(x, labels)], model, space), probes=probes)[0]
     for layer, rows in enumerate((slice(0, 12), slice(12, 27))):
         own, every = hessian[rows, rows], hessian[rows]
         variance = every.square().sum() + own.square().sum() - 2 * own.diagonal().square().sum()
@@ -123,7 +144,7 @@ def test_hessian_traces_converge_to_the_exact_ones() -> None:
 
 def test_the_seed_chooses_the_probes() -> None:
     model, space, batches = mlp()
-    first, same, other = (hessian_traces(model, batches, model, space, seed=seed) for seed in (1, 1, 2))
+    first, same, other = (hessian_traces(ScorePass(model, batches, model, space), seed=seed)[0] for seed in (1, 1, 2))
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
@@ -135,14 +156,14 @@ def test_hessian_traces_of_one_linear_layer_have_a_closed_form() -> None:
     x = torch.randn(5, 4)
     p = model(x).softmax(-1).detach()
     expected = (x.square().sum(-1) * (1 - p.square().sum(-1))).mean()
-    found = hessian_traces(model, [(x[:2], LABELS[:2]), (x[2:], LABELS[2:])], model, space, probes=4000)
+    found = hessian_traces(ScorePass(model, [(x[:2], LABELS[:2]), (x[2:], LABELS[2:])], model, space), probes=4000)[0]
     assert abs(found.item() / expected.item() - 1) < 0.03
 
 
 def test_hessian_trace_scores_are_mean_traces_times_squared_errors() -> None:
     model, space, batches = mlp()
-    traces = hessian_traces(model, batches, model, space, probes=8)
-    scores = hessian_trace_scores(model, batches, model, space, probes=8)
+    traces = hessian_traces(ScorePass(model, batches, model, space), probes=8)[0]
+    scores = HessianTrace(probes=8)(model, batches, model, space).decision_scores
     for row, name in enumerate(("0", "2")):
         weight = model.get_parameter(f"{name}.weight").detach()
         for k, fmt in enumerate(space.formats):
@@ -158,7 +179,7 @@ def test_hessian_trace_scores_of_real_architectures(architecture: str) -> None:
     model = tiny(architecture).train()
     frozen = next(model.parameters()).requires_grad_(False)
     space = SearchSpace(trace_layers(model), FORMATS)
-    scores = hessian_trace_scores(model, [(images(5), LABELS)], lambda x: logits_of(model, x), space)
+    scores = hessian_trace_scores(model, [(images(5), LABELS)], lambda x: logits_of(model, x), space).decision_scores
     assert scores.shape == (len(space.decisions), 4) and scores.dtype == torch.float32
     assert bool(scores.isfinite().all()) and bool((scores >= 0).all()) and bool((scores[:, 0] >= scores[:, 2]).all())
     assert model.training and not frozen.requires_grad
@@ -170,7 +191,7 @@ def test_a_layer_that_is_not_reached_scores_0() -> None:
     model.add_module("unused", nn.Linear(2, 2))
     space = SearchSpace([*space.layers, LayerInfo("unused", "linear", 4, 4, 2, 2)], FORMATS)
     forward = lambda x: model[2](model[1](model[0](x)))  # type: ignore[index] # noqa: E731
-    assert hessian_traces(model, batches, forward, space)[2].item() == 0
+    assert hessian_traces(ScorePass(model, batches, forward, space))[0][2].item() == 0
 
 
 def test_errors() -> None:
@@ -178,10 +199,93 @@ def test_errors() -> None:
     with pytest.raises(ConfigError, match="weights only"):
         hessian_trace_scores(model, batches, model, SearchSpace(space.layers, FORMATS, "separate"))
     with pytest.raises(ConfigError, match="probes=0"):
-        hessian_trace_scores(model, batches, model, space, probes=0)
+        HessianTrace(probes=0)
     with pytest.raises(DataError, match="no images"):
         hessian_trace_scores(model, [], model, space)
     with torch.no_grad():
         model[2].bias[0] = torch.nan  # type: ignore[index]
     with pytest.raises(DataError, match="not finite"):
         hessian_trace_scores(model, batches, model, space)
+
+
+def test_loss_deltas_are_differences_of_losses() -> None:
+    plain = tiny("vit")
+    space = SearchSpace(trace_layers(plain), ["int2", "int4", "e2m1", "int8"])
+    model, labels = copy.deepcopy(plain), torch.arange(6) % 5
+    batches = [(images(4, seed=1), labels[:4]), (images(2, seed=2), labels[4:])]
+    found = loss_delta_scores(model, iter(batches), lambda x: model(x).logits, space)
+    scores = found.decision_scores
+    assert scores.shape == (len(space.decisions), 4) and (found.images, found.method) == (6, "loss-delta")
+    x = torch.cat([images for images, _ in batches])
+    with torch.no_grad():
+        clean = functional.cross_entropy(plain(x).logits, labels)
+        for row, column in ((0, 0), (1, 2), (len(space.decisions) - 1, 1)):
+            other = copy.deepcopy(plain)
+            layers = space.decisions[row].layers
+            switch = make_searchable(other, space.formats, names=layers)
+            formats = LayerFormats(space.formats[column], space.formats[column])
+            switch.set_allocation(Allocation(dict.fromkeys(layers, formats)))
+            expected = functional.cross_entropy(other(x).logits, labels) - clean
+            assert torch.isclose(scores[row, column], expected, atol=1e-6)  # sums of losses in another order
+    assert all(
+        type(module).__module__.startswith("torch") for module in model.modules() if hasattr(module, "in_features")
+    )
+
+
+@pytest.mark.parametrize("name", scores())
+def test_all_scores_have_one_call_and_one_record(name: str) -> None:
+    """The same arguments, images counted, the model left as it was; two processes that share the images get what one
+    gets."""
+    model = tiny("vit").train()
+    before = copy.deepcopy(model.state_dict())
+    space = SearchSpace(trace_layers(model), FORMATS[:3])
+    problem = SearchProblem(space, CostTable(space.layers, space.formats), Target.of(target_bits=4))
+    pixels = images(4)
+    parts = [[(pixels[part], LABELS[:4][part])] for part in (slice(0, 2), slice(2, 4))]
+    sums: list[Tensor] = []
+
+    def measure(batches: Any, combine: Any = None) -> Sensitivity:
+        again = Repeatable(lambda: iter(batches))
+        return find_score(name)(model, again, lambda x: logits_of(model, x), problem, combine=combine)
+
+    whole = measure(parts[0] + parts[1])
+    assert (whole.images, whole.decision_scores.dtype) == (4, torch.float32)
+    assert (whole.method, whole.passes) == (("fisher", 2) if name == "two-pass" else (name, 1))
+    assert whole.decision_scores.shape == (len(space.decisions), 3) and whole.seconds > 0
+    assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    if name in ("hessian", "two-pass"):  # probes are drawn per batch; both passes of two: test_two_pass_scores
+        return
+    measure(parts[1], lambda values: sums.append(values) or values)  # type: ignore[func-returns-value]
+    others = iter(sums)
+    shared = measure(parts[0], lambda values: values + next(others))
+    assert shared.images == 4
+    torch.testing.assert_close(shared.decision_scores, whole.decision_scores, rtol=1e-5, atol=1e-7)  # order of sums
+
+
+def test_two_passes_need_a_target_and_a_score_of_quantized_models() -> None:
+    model, space, batches = mlp()
+    for choices in (space, SearchProblem(space, CostTable(space.layers, space.formats))):
+        with pytest.raises(ConfigError, match="measured at a target"):
+            TwoPass()(model, batches, model, choices)
+    with pytest.raises(ConfigError, match="'hessian' is measured once"):
+        TwoPass(of=hessian_trace_scores)
+
+
+def test_names_of_scores_are_taken_once() -> None:
+    class Other(FormatScore):
+        name = "fisher"
+
+        def measure(self, on: ScorePass) -> tuple[Tensor, int]:
+            raise NotImplementedError
+
+    with pytest.raises(ConfigError, match="a score 'fisher' already"):
+        register_score(Other())
+    for name in ("ptq-mine", "two words"):
+        Other.name = name
+        with pytest.raises(ConfigError, match="name of a score is a word"):
+            register_score(Other())
+    for name in ("fisher", "mine"):
+        with pytest.raises(ConfigError, match="no score that was registered from outside"):
+            unregister_score(name)
+    with pytest.raises(ConfigError, match="no score 'fisha'; did you mean 'fisher'"):
+        find_score("fisha")
