@@ -23,9 +23,9 @@ from fliqs_hf.errors import CheckpointError, ConfigError, FliqsError, HubError, 
 from fliqs_hf.nn import packed_layers
 from fliqs_hf.pipeline import finetuning
 from fliqs_hf.pipeline import job as recipe_job
-from fliqs_hf.pipeline import prior as recipe_prior
 from fliqs_hf.pipeline import search as recipe
 from fliqs_hf.pipeline.search import main
+from fliqs_hf.selection import FormatScore
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION
 from fliqs_hf.training.arguments import DataArguments, TrainingArguments
 from tests.helpers.models import images
@@ -223,8 +223,7 @@ def test_an_interrupted_front_keeps_the_targets_that_are_done(tmp_path: Path, mo
     monkeypatch.undo()
     AcceleratorState._reset_state(reset_partial_state=True)
     with monkeypatch.context() as patch:  # the second target has recorded its scores: they are not measured again
-        patch.setattr(recipe_prior, "fisher_scores", None)
-        patch.setattr(recipe_prior, "two_pass_scores", None)
+        patch.setattr(FormatScore, "__call__", None)
         main([*arguments, "--resume"])
     assert (first / "model.safetensors").stat().st_mtime_ns == done
     AcceleratorState._reset_state(reset_partial_state=True)
