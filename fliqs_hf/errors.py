@@ -44,6 +44,10 @@ class BusyError(FliqsError, RuntimeError):
     """A folder that another process is writing to."""
 
 
+class FloorError(FliqsError, RuntimeError):
+    """A floor of accuracy that no allocation met."""
+
+
 class ExportError(FliqsError, RuntimeError):
     """An exported model that does not answer as the model that it was made from."""
 

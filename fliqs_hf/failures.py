@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from fliqs_hf.errors import CheckpointError, DependencyError, ExportError, FliqsError
+from fliqs_hf.errors import CheckpointError, DependencyError, ExportError, FliqsError, FloorError
 from fliqs_hf.interrupt import stopping
 from fliqs_hf.optional import install_hint
 
@@ -18,8 +18,8 @@ _PACKAGE = Path(__file__).parent
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """One line, and the exit status: that of the signal that interrupted, 1 a checkpoint that is not whole or
-    an export that answers otherwise, else 2.
+    """One line, and the exit status: that of the signal that interrupted, 1 a checkpoint that is not whole, an
+    export that answers otherwise or a floor that is not met, else 2.
 
     Typed errors speak for themselves. Of any other the line says where it came from: one that a library raised may be
     due to its input, one that this package raised is a mistake of ours.
@@ -31,7 +31,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, ImportError) and not isinstance(error, DependencyError):
         return f"DependencyError: this needs {install_hint(error)}", 2
     if isinstance(error, (FliqsError, OSError)):
-        return f"{kind}: {text}", 1 if isinstance(error, (CheckpointError, ExportError)) else 2
+        return f"{kind}: {text}", 1 if isinstance(error, (CheckpointError, ExportError, FloorError)) else 2
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "not enough memory" in text.lower():
         return f"{kind}: {text}; use smaller batches or images", 2
     return f"{kind}: {text or 'no message'} ({_origin(error)})", 2

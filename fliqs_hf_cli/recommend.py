@@ -28,7 +28,9 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--search_space", nargs="+", metavar="FORMAT",
                         help="formats, or a space such as mixed; default: what --hardware runs")  # fmt: skip
     parser.add_argument("--calibration_split", help="default: train where there is one")
-    parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
+    parser.add_argument("--calibration_images", type=int, default=256,
+                        help="how many (default: %(default)s); the others decide, and the more they are, the smaller "
+                        "the drop that they can rule out")  # fmt: skip
     parser.add_argument("--held_out", metavar="DATASET", help="default: that of --calibration")
     parser.add_argument("--held_out_split", help="default: validation or test where there is one, else the only one")
     parser.add_argument("--held_out_images", type=int, default=10_000, help="at most (default: %(default)s)")

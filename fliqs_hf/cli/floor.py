@@ -76,10 +76,3 @@ def summary(trials: Sequence[FloorTest], floor: Floor) -> str:
     taken = [trial for trial in trials if trial.met][-1]
     more = "" if trials[-1].met else f"; the next less precise one has {trials[-1]}"
     return f"held out        {taken}; asked for: {floor}{more}\n"
-
-
-def record(trials: Sequence[FloorTest], floor: Floor) -> dict[str, Any]:
-    return {
-        "max_drop": floor.max_drop, "min_accuracy": floor.min_accuracy, "confidence": floor.confidence,
-        "trials": [trial.to_dict() for trial in trials],
-    }  # fmt: skip

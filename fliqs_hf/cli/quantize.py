@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.calibration import CalibrationImages, check, input_format, pack, turn
 from fliqs_hf.cli.data import task_of
-from fliqs_hf.cli.floor import floor_of, meeting, missed, record, summary
+from fliqs_hf.cli.floor import floor_of, meeting, missed, summary
 from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer
 from fliqs_hf.cli.targets import rules, settle, targets
@@ -26,7 +26,7 @@ from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.hf.card import write_card
 from fliqs_hf.lock import locked
 from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config, traced
-from fliqs_hf.pipeline.floor import FloorTest, candidates
+from fliqs_hf.pipeline.floor import FloorTest, candidates, record
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.post_training import AllocationResult, allocate
 from fliqs_hf.records import RunResults

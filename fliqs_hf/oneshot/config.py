@@ -49,12 +49,12 @@ class SearchConfig:
     #: What a sample is rewarded for: −loss on the training batch is far less noisy than accuracy on it.
     quality: Quality = "loss"
     #: `quality` rewards Q alone and leaves cost to `cost_weight` and the derivation; `absolute` is the paper's
-    #: Q + β·|C/C_target − 1|; `capped` penalises only excess.
+    #: Q + β·|C/C_target − 1|; `capped` penalises only excess. Both penalise the excess over every further limit.
     reward: Reward = "quality"
     #: β of the paper's reward, negative.
     beta: float = -0.3
     #: Weight of (E[C]/C_target − 1)², whose gradient is exact: the paper's cost term on samples is 6 to 12 times as
-    #: noisy as the quality signal.
+    #: noisy as the quality signal. Every further limit adds the square of what the expected cost exceeds it by.
     cost_weight: float = 1.0
     #: Allocations per step and rank on the same batch: the first trains the weights, each further one adds a forward
     #: pass that is only compared with it.

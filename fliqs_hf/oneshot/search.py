@@ -173,6 +173,8 @@ class OneShotSearch:
         quality = self.gather(quality.detach().float())
         ratio = (self.problem.cost(self._choices) / self.problem.target_cost).float()
         reward = self._reward(quality, ratio)
+        if self.problem.limits and self.config.reward != "quality":
+            reward = reward + self.config.beta * self.problem.excess(self._choices).float()
         advantage = self._advantage(reward)
         self.baseline = moving_baseline(self.baseline, reward, self.config.baseline_momentum, self.started)
         self.started = torch.ones_like(self.started)
@@ -182,7 +184,12 @@ class OneShotSearch:
             loss = policy_loss(self.policy.log_prob(self._choices), advantage, entropy, weight)
             if self.config.cost_weight:
                 excess = self.policy.expected_cost() / self.problem.target_cost - 1
-                loss = loss + self.config.cost_weight * excess.square().float()
+                if self.problem.limits and self.problem.aim.cap:  # which of the costs is used up is not known
+                    excess = excess.clamp(min=0)
+                miss = excess.square()
+                if self.problem.limits:
+                    miss = miss + self.problem.expected_excess(self.policy.log_probabilities.exp())
+                loss = loss + self.config.cost_weight * miss.float()
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

@@ -144,3 +144,11 @@ def descend(
         if not trials[-1].met:
             break
     return trials
+
+
+def record(trials: Sequence[FloorTest], floor: Floor) -> dict[str, Any]:
+    """For `results.json`."""
+    return {
+        "max_drop": floor.max_drop, "min_accuracy": floor.min_accuracy, "confidence": floor.confidence,
+        "trials": [trial.to_dict() for trial in trials],
+    }  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader
 
 from fliqs_hf.cost import Target
-from fliqs_hf.cost.choices import choices
+from fliqs_hf.cost.choices import Choices, choices
 from fliqs_hf.errors import ConfigError, DataError, did_you_mean
 from fliqs_hf.formats import Format
 from fliqs_hf.hf.quantizer import refuse_packed, require_transformers
@@ -24,6 +24,7 @@ from fliqs_hf.pipeline.job import Job, accelerator_of, job_of, task_data, with_c
 from fliqs_hf.pipeline.outputs import check_run_folders
 from fliqs_hf.pipeline.own_loop import SearchResult
 from fliqs_hf.pipeline.search import carry_out, searched
+from fliqs_hf.pipeline.search_floor import floor_of
 from fliqs_hf.runs.finished import FinishedRun
 from fliqs_hf.runs.folder import RunFolder
 from fliqs_hf.selection.space import ActivationMode
@@ -48,6 +49,9 @@ def search(
     search_space: str | Sequence[str | Format] | None = None,
     hardware: str | None = None,
     activation: ActivationMode | None = None,
+    max_drop: float | None = None,
+    min_accuracy: float | None = None,
+    confidence: float = 0.95,
     modules_to_not_convert: Sequence[str] | None = None,
     tie: Sequence[str] = (),
     activation_granularity: Literal["per_token", "per_token_clipped"] = "per_token",
@@ -66,24 +70,24 @@ def search(
         eval_data: images that accuracies are measured on, of the same kind.
         image_column, label_column: of a `datasets.Dataset`; default: the task's, "image" and "label" of classifiers.
         processor: the model's image processor; default: that of the checkpoint the model was loaded from.
+        max_drop, min_accuracy, confidence: a floor of accuracy on `eval_data`, see docs/search.md.
         search_space, hardware, activation: see `cost.choices`; by default formats that this machine runs.
         output_dir: run folder to write, with report and card; default: "search_output" in the working directory, as
             `Trainer` has its "trainer_output". It holds what `resume=True` goes on with.
         training: settings of the recipe by name, such as `max_steps`, `learning_rate`, `finetune_steps`, `resume`.
     Returns: the packed model, as it is loaded from its files; its allocation, costs and accuracies.
-    Raises: ConfigError, TargetError, FormatError, DataError: what cannot work, before anything is trained.
+    Raises: ConfigError, TargetError, FormatError, DataError: what cannot work, before any training. FloorError: no
+        allocation met the floor.
     """
-    chosen = choices(search_space, hardware, activation)
     parts = (
         ModelArguments(model_name_or_path=getattr(model, "name_or_path", None) or None, task=task),
         DataArguments(image_column_name=image_column, label_column_name=label_column),
         _training_arguments(training, output_dir),
         SearchArguments(
-            search_space=[fmt.name for fmt in chosen.formats],
-            hardware=chosen.hardware,
-            activation=chosen.activation,
+            **_chosen(choices(search_space, hardware, activation)),
+            **_floor(max_drop, min_accuracy, confidence),
             activation_granularity=activation_granularity,
-            modules_to_not_convert=list(modules_to_not_convert) if modules_to_not_convert else None,
+            modules_to_not_convert=list(modules_to_not_convert or ()) or None,
             tie=list(tie) or None,
             search_overrides=_changes(config or SearchConfig()),
         ),
@@ -91,8 +95,7 @@ def search(
     require_transformers(model)
     refuse_packed(model)
     check_finite(model)
-    splits = _splits(data, eval_data)
-    return _run(model, splits, target, parts, processor or _processor_of(model))
+    return _run(model, _splits(data, eval_data), target, parts, processor or _processor_of(model))
 
 
 def _run(
@@ -125,7 +128,8 @@ def _run(
 
 def _result(job: Job, folder: RunFolder, target: Target, search_args: SearchArguments) -> SearchResult:
     layers, problems = searched(job, search_args, [target])
-    (found,) = carry_out(job, folder, {target: folder}, layers, problems, [])
+    floor = floor_of(search_args, job.args, 1)
+    (found,) = carry_out(job, folder, {target: folder}, layers, problems, [], floor)
     allocation = FinishedRun.read(folder.path).allocation
     packed = job.task.auto_class().from_pretrained(folder.path).to(job.accelerator.device)
     return SearchResult(
@@ -138,6 +142,16 @@ def _result(job: Job, folder: RunFolder, target: Target, search_args: SearchArgu
         activation_granularity=job.quantizers.activation_granularity,
         metrics={"accuracy": found["accuracy"], "cost": found["cost"]},
     )
+
+
+def _chosen(found: Choices) -> dict[str, Any]:
+    """As the recipe's arguments have it."""
+    formats = [fmt.name for fmt in found.formats]
+    return {"search_space": formats, "hardware": found.hardware, "activation": found.activation}
+
+
+def _floor(max_drop: float | None, min_accuracy: float | None, confidence: float) -> dict[str, Any]:
+    return {"max_drop": max_drop, "min_accuracy": min_accuracy, "confidence": confidence}
 
 
 def _changes(config: SearchConfig) -> dict[str, Any]:

@@ -24,14 +24,17 @@ from fliqs_hf.lock import locked
 from fliqs_hf.nn import format_switch, make_searchable, quantizable_layers
 from fliqs_hf.oneshot import OneShotSearch
 from fliqs_hf.oneshot.hook import FixedFormats, SearchHook
+from fliqs_hf.oneshot.search import FinalChoice
 from fliqs_hf.pipeline.checks import check_arguments, limits_of, settled, targets_of, uniform_formats
 from fliqs_hf.pipeline.completion import complete
 from fliqs_hf.pipeline.costs import search_problem
 from fliqs_hf.pipeline.finetuning import finetune
+from fliqs_hf.pipeline.floor import Floor, FloorTest, record
 from fliqs_hf.pipeline.job import Job, load
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
+from fliqs_hf.pipeline.search_floor import floor_of, meet
 from fliqs_hf.pipeline.statistics import settle_batchnorm
 from fliqs_hf.records import RunResults
 from fliqs_hf.runs.folder import RunFolder, cost_summary, write_front
@@ -55,6 +58,7 @@ class Start:
         other_bytes, fp32_bytes: of the checkpoint, beside the layers' weights, and of the whole in fp32.
         prior: sensitivity scores.
         uniform: formats of the uniform models to train for comparison, in `folder`.
+        floor: of accuracy that the delivered model must meet.
     """
 
     folder: RunFolder
@@ -67,6 +71,7 @@ class Start:
     other_bytes: int
     fp32_bytes: int
     uniform: list[str]
+    floor: Floor | None = None
 
     @property
     def space(self) -> SearchSpace:
@@ -85,6 +90,7 @@ def main(argv: list[str] | None = None, description: str | None = None) -> list[
         check_arguments(*parts)
         parts = (*parts[:3], settled(parts[3]))
         targets, uniform = targets_of(parts[3]), uniform_formats(parts[3])
+        floor_of(parts[3], parts[2], len(targets))
         folder = RunFolder(parts[2].output_dir)
         several = len(targets) > 1
         runs = {target: RunFolder(folder.path / target.label) if several else folder for target in targets}
@@ -104,7 +110,8 @@ def _run(
     """`main` with folders that no other process writes to."""
     check_output((folder, *runs.values()), parts[2])
     job = load(*parts)
-    return carry_out(job, folder, runs, *searched(job, parts[3], list(runs)), uniform)
+    floor = floor_of(parts[3], parts[2], len(runs))
+    return carry_out(job, folder, runs, *searched(job, parts[3], list(runs)), uniform, floor)
 
 
 def carry_out(
@@ -114,6 +121,7 @@ def carry_out(
     layers: tuple[LayerInfo, ...],
     problems: dict[Target, SearchProblem],
     uniform: list[str],
+    floor: Floor | None = None,
 ) -> list[dict[str, Any]]:
     """The run of a job: fp32, then a search for each target. Returns: as `main`."""
     if job.args.resume:
@@ -140,6 +148,7 @@ def carry_out(
         other_bytes=unlisted_bytes(model, layers),
         fp32_bytes=sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
         uniform=uniform,
+        floor=floor,
     )  # fmt: skip
     several = len(runs) > 1
     results = []
@@ -251,6 +260,10 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
         f"search for {target.kind} {figure(target.value)}", on_log,
     )  # fmt: skip
     final = search.finalize()
+    trials: list[FloorTest] = []
+    if start.floor is not None:
+        trained, trials = _meet_floor(job, run, start, start.floor, search, trained)
+        final = FinalChoice.of(search.problem, start.space.choice(trials[-1].allocation), search.policy.argmax().cpu())
     accuracy = deliver(job, run, trained, final.allocation, None, "searched evaluation")
     accelerator.wait_for_everyone()
     track.log({"step": job.steps, f"eval/{accuracy.key}": accuracy.value, "eval/loss": accuracy.loss})
@@ -270,6 +283,8 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
         "repaired": final.repaired,
         "argmax_cost_ratio": final.argmax_cost_ratio,
     }  # fmt: skip
+    if start.floor is not None:
+        result["floor"] = record(trials, start.floor)
     named = job.settings["hardware"]
     if (profile := profile_here() if named is None else load_profile(named)) is not None:
         result["hardware"] = asdict(HardwareShare.of(profile, start.layers, final.allocation))
@@ -277,6 +292,22 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
         run.write_record(RunResults(**result), sealed=True)
     accelerator.wait_for_everyone()
     return result
+
+
+def _meet_floor(
+    job: Job, run: RunFolder, start: Start, floor: Floor, search: OneShotSearch, trained: Any
+) -> tuple[Any, list[FloorTest]]:
+    """As `meet`, with this job's way to train and to pack."""
+
+    def pack(model: Any, allocation: Allocation, folder: str) -> Any:
+        return packed_in(job, run, model, allocation, folder, "evaluation for the floor")
+
+    def train_on(model: Any, allocation: Allocation, state: Path, name: str) -> Any:
+        return train_formats(
+            job, start, lambda switch: FixedFormats(switch, allocation), start.space.formats, state, name, source=model
+        )
+
+    return meet(job, run, search, floor, (start.model, trained), pack, train_on)
 
 
 def train_formats(
@@ -287,14 +318,16 @@ def train_formats(
     state: Path,
     name: str,
     on_log: Callable[[dict[str, Any]], None] | None = None,
+    source: Any = None,
 ) -> Any:
     """Train a copy of the fp32 model, quantized as the hook says.
 
     Args:
+        source: plain, of other weights to start from.
         hook: `FormatSwitch` -> `StepHook`.
     Returns: the copy, searchable, for `deliver`.
     """
-    model = copy.deepcopy(start.model)
+    model = copy.deepcopy(start.model if source is None else source)
     teacher = copy.deepcopy(start.model) if job.args.distill else None
     groups = {layer.name: layer.input_group for layer in start.space.layers}
     switch = make_searchable(model, formats, names=list(groups), input_groups=groups, settings=job.quantizers)
@@ -306,7 +339,12 @@ def train_formats(
 
 
 def deliver(job: Job, run: RunFolder, trained: Any, allocation: Allocation, folder: str | None, name: str) -> Any:
-    """Pack a trained model, load it as a user would, and evaluate what was loaded.
+    """Evaluate a trained model as `packed_in` gives it. Args: as there."""
+    return job.evaluate(packed_in(job, run, trained, allocation, folder, name), name)
+
+
+def packed_in(job: Job, run: RunFolder, trained: Any, allocation: Allocation, folder: str | None, name: str) -> Any:
+    """Pack a trained model, and load it as a user would.
 
     Args:
         trained: searchable, and not needed any more: on the main process it is what becomes the packed one.
@@ -326,8 +364,7 @@ def deliver(job: Job, run: RunFolder, trained: Any, allocation: Allocation, fold
             run.write("allocation.json", allocation.to_dict())
     job.accelerator.wait_for_everyone()
     place = run.path if folder is None else run.records / folder
-    loaded = job.task.auto_class().from_pretrained(place).to(job.accelerator.device)
-    return job.evaluate(loaded, name)
+    return job.task.auto_class().from_pretrained(place).to(job.accelerator.device)
 
 
 def train_uniform(job: Job, start: Start, fmt: str) -> dict[str, Any]:

@@ -28,12 +28,15 @@ MODEL_CONFIG = "config.json"
 FILES = (
     "settings.json", "results.json", "allocation.json", "metrics.jsonl", "policy.jsonl", "sensitivity.json",
     "search_space.json", "layers.json", "validation.json", "validation.html", "report.html", "front.csv", "front.png",
+    "floor.json", "recommendation.json",
 )  # fmt: skip
 RESULTS = ("results.json", "front.csv")
 #: Written as a whole, each file in them listed.
-FOLDERS = ("fp32", "figures")
+FOLDERS = ("fp32", "figures", "floor")
 #: Training states: listed as a whole ("fliqs/state/"), and what is in them known by its name.
 STATES = ("state", "fp32-state")
+#: Of trainings that go on in a more precise allocation, see `--max_drop`.
+_FLOOR_STATE = re.compile(r"floor-\d+-state")
 _STATE = re.compile(r"\.?(tmp\.|old\.)?step-\d{8}(\.tmp)?|best")
 #: At the top: what `save_pretrained` of a model and of its image processor write, and the card.
 _MODEL_FILE = re.compile(
@@ -62,7 +65,7 @@ def kind_of(root: str) -> Kind | None:
         return "file"
     if name in FOLDERS:
         return "folder"
-    if name in STATES:
+    if name in STATES or _FLOOR_STATE.fullmatch(name):
         return "states"
     if name.startswith("uniform_"):  # of --compare_uniform
         endings: tuple[tuple[str, Kind], ...] = ((".json", "file"), ("-state", "states"), ("", "folder"))

@@ -97,6 +97,21 @@ class SearchProblem:
         costs = (self._cost_by(limit.costs, choice) for limit in self.limits)
         return all(cost <= high for cost, high in zip(costs, self.highest, strict=True))
 
+    def excess(self, choice: Tensor) -> Tensor:
+        """Σ over the limits of how far choices [..., D] exceed them, as a share of each: float64 [...]."""
+        index = self.space.indices(choice)
+        found = torch.zeros(choice.shape[:-1], dtype=torch.float64, device=choice.device)
+        for limit, high in zip(self.limits, self.highest, strict=True):
+            found = found + (limit.costs.cost(*index) / high - 1).clamp(min=0)
+        return found
+
+    def expected_excess(self, probabilities: Tensor) -> Tensor:
+        """Σ over the limits of the square of how far the expected costs exceed them: float64 [], differentiable."""
+        found = torch.zeros((), dtype=torch.float64, device=probabilities.device)
+        for limit, high in zip(self.limits, self.highest, strict=True):
+            found = found + (self._expected(limit.costs, probabilities) / high - 1).clamp(min=0).square()
+        return found
+
     def cost(self, choice: Tensor) -> Tensor:
         """Cost of choices [..., D]: float64 [...], on their device."""
         return self.costs.cost(*self.space.indices(choice))
@@ -108,20 +123,7 @@ class SearchProblem:
         expected one, which is at most the expected largest. Layers whose two decisions are one cost Σ_k p_k T[k, k],
         others Σ_wa p_w p_a T[w, a].
         """
-        costs, _ = self.costs.on(probabilities.device)
-        p = probabilities.double()
-        weight_decision, activation_decision = self.space.decisions_on(p.device)
-        weight, activation = p[weight_decision], p[activation_decision]
-        tied = weight_decision == activation_decision
-
-        def expected(table: Tensor) -> Tensor:
-            diagonal = (weight * table.diagonal(dim1=1, dim2=2)).sum(1)
-            return torch.where(tied, diagonal, torch.einsum("lw,la,lwa->l", weight, activation, table))
-
-        cost = expected(costs).sum() + self.costs.fixed_cost
-        if self.costs.peaks is None:
-            return cost
-        return cost + expected(self.costs.peaks.to(p.device)).amax().clamp(min=self.costs.fixed_peak)
+        return self._expected(self.costs, probabilities)
 
     def best_choice(self, scores: Tensor, *, low: float, high: float) -> Tensor:
         """The choice of highest total score whose cost is within [low, high], whatever the target, and that keeps
@@ -175,6 +177,22 @@ class SearchProblem:
         except TargetError:
             low, high = (0.0, 1.0) if target.cap else (1 - tolerance, 1 + tolerance)
             return self.best_choice(scores, low=low * cost, high=high * cost)
+
+    def _expected(self, table: CostTable, probabilities: Tensor) -> Tensor:
+        costs, _ = table.on(probabilities.device)
+        p = probabilities.double()
+        weight_decision, activation_decision = self.space.decisions_on(p.device)
+        weight, activation = p[weight_decision], p[activation_decision]
+        tied = weight_decision == activation_decision
+
+        def expected(values: Tensor) -> Tensor:
+            diagonal = (weight * values.diagonal(dim1=1, dim2=2)).sum(1)
+            return torch.where(tied, diagonal, torch.einsum("lw,la,lwa->l", weight, activation, values))
+
+        cost = expected(costs).sum() + table.fixed_cost
+        if table.peaks is None:
+            return cost
+        return cost + expected(table.peaks.to(p.device)).amax().clamp(min=table.fixed_peak)
 
     def _bounds(self, low: float, high: float) -> list[tuple[float, float]]:
         return [(low, high), *((-math.inf, most) for most in self.highest)]

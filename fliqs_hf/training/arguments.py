@@ -178,6 +178,15 @@ class SearchArguments:
         default=None, metadata={"help": "NAME=VALUE: other costs, named as targets, that are never exceeded either"}
     )
     cap: bool = field(default=False, metadata={"help": "the target is a limit, never exceeded"})
+    max_drop: float | None = field(
+        default=None,
+        metadata={
+            "help": "floor: points of top-1 against fp32 that may be lost on the evaluation images, at `confidence`; "
+            "precision is raised above a two-sided target, and trained on, until it holds, else exit status 1"
+        },
+    )
+    min_accuracy: float | None = field(default=None, metadata={"help": "floor: least top-1, such as 0.78"})
+    confidence: float = field(default=0.95, metadata={"help": "of the floor"})
     preset: str = field(default="default", metadata={"help": "default, or paper for FLIQS as published"})
     search_overrides: dict | str | None = field(
         default=None, metadata={"help": "settings of SearchConfig that differ"}

@@ -133,6 +133,11 @@ def test_recommend(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert set(found) == {"fp32", "safer", "recommended"}
     assert found["fp32"]["bytes"] > found["safer"]["bytes"] > found["recommended"]["bytes"]
     assert all(entry["ms"] > 0 for entry in found.values())
+    assert (
+        fliqs_hf_cli.main(["report", str(run)]) == 0
+        and "recommendation.json" in (run / "fliqs/written.json").read_text()
+    )
+    capsys.readouterr()
     assert found["recommended"]["allocation"] == json.loads((run / "fliqs/allocation.json").read_text())
     assert fliqs_hf_cli.main([*command, "--overwrite", "--min_accuracy", "1", "--json"]) == 1
     assert "no model is written" in json.loads(capsys.readouterr().out)["error"]
