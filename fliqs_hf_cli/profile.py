@@ -16,10 +16,12 @@ in rounds; nothing else should run meanwhile. --estimate measures nothing: it is
 def arguments(parser: Parser) -> None:
     parser.add_argument("model", help="fp32 checkpoint: Hub id or folder")
     parser.add_argument("output", help="table to write: a .json or .csv file")
-    parser.add_argument("--search_space", nargs="+", metavar="FORMAT", default=["int4", "int8", "e2m1", "e4m3"],
-                        help="formats, or the name of a space (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--activation", choices=("same", "separate"), default="same",
-                        help="each format for weights and inputs, or every pair of two")  # fmt: skip
+    parser.add_argument("--search_space", nargs="+", metavar="FORMAT",
+                        help="formats, or the name of a space; default: what this machine, or that of --estimate, "
+                        "runs")  # fmt: skip
+    parser.add_argument("--activation", choices=("same", "separate"),
+                        help="each format for weights and inputs (default with formats that are named), or every pair "
+                        "of two (default where the hardware runs them all)")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=1, help="images in a pass (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="at least 3 (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")

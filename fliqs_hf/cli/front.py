@@ -27,7 +27,7 @@ from fliqs_hf.pipeline.post_training import allocate
 from fliqs_hf.report.front_page import Point, front_figure, page
 from fliqs_hf.report.run_figures import write_png
 from fliqs_hf.validation.statistics import proportion
-from fliqs_hf.wording import engineering, percent
+from fliqs_hf.wording import percent
 
 #: Of the intervals of what is measured.
 CONFIDENCE = 0.95
@@ -81,7 +81,7 @@ def front(args: argparse.Namespace) -> int:
     measured = {} if held_out is None else _measured(args, model, images, held_out, list(points.values()))
     rows = _write(folder, points, found.layers, unlisted_bytes(model, found.layers), measured)
     lines = [(row.by, row.name, *(find(name).shown(row.costs[name]) for name in (c.name for c in costs)),
-              engineering(row.increase), "–" if row.measured is None else percent(row.measured["accuracy"]),
+              f"{row.increase:.3g}", "–" if row.measured is None else percent(row.measured["accuracy"]),
               row.summary[:60]) for row in rows]  # fmt: skip
     text = table(("front by", "point", *(cost.unit for cost in costs), "loss", "top-1", "formats"), lines)
     text += (

@@ -9,12 +9,12 @@ import torch
 
 from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.cli.output import answer, table
+from fliqs_hf.cost.choices import choices
 from fliqs_hf.cost.hardware import load_profile
 from fliqs_hf.cost.latency import BETWEEN, LatencyTable
 from fliqs_hf.cost.roofline import roofline
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
-from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.pipeline.checkpoints import device_of, empty_model, load_model, read_config, traced
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file
 from fliqs_hf.pipeline.profiling import profile as measure
@@ -34,8 +34,9 @@ def profile(args: argparse.Namespace) -> int:
     check_result_file(output, lambda text: text.startswith(_OURS), "OUTPUT")
     if output.exists() and not args.overwrite:
         raise ConfigError(f"{output} exists: pass --overwrite to replace it")
-    space = args.search_space[0] if len(args.search_space) == 1 else args.search_space
-    pairs = _pairs(parse_formats(space), args.activation)
+    space = args.search_space and (args.search_space[0] if len(args.search_space) == 1 else args.search_space)
+    found_formats = choices(space, args.estimate if space is None else None, args.activation)
+    pairs = _pairs(found_formats.formats, found_formats.activation)
     config, quantization = read_config(args.model, args.revision)
     if quantization is not None:
         raise ConfigError(f"{args.model} is quantized already; measure the fp32 checkpoint, which is packed for it")

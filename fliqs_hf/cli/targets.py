@@ -9,8 +9,10 @@ from typing import Literal
 from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.cost import Target, target_kinds
 from fliqs_hf.cost.choices import choices
+from fliqs_hf.cost.latency import LatencyTable
 from fliqs_hf.cost.target import given_targets
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.formats import Format
 from fliqs_hf.formats.spaces import with_zero_point
 
 
@@ -42,7 +44,25 @@ def settle(args: argparse.Namespace, named: Literal["same", "separate"]) -> None
         if profile is not None:
             more = {new: old for new, old in more.items() if profile.runs(LayerFormats(old, new)).state != "simulated"}
         kept += [fmt for fmt in more if fmt not in kept]
+    if args.latency_table and space is None:
+        kept = _timed(args, kept)
     args.search_space = [fmt.name for fmt in kept]
+
+
+def _timed(args: argparse.Namespace, formats: Sequence[Format]) -> list[Format]:
+    """Those of the default whose times the table has, in every pair where weights and inputs are chosen apart.
+
+    Raises: ConfigError: none."""
+    known = LatencyTable.load(args.latency_table).pairs
+    kept = [fmt for fmt in formats if (fmt.name, fmt.name) in known]
+    if args.activation == "separate" and not {(w.name, a.name) for w in kept for a in kept} <= known:
+        args.activation = "same"
+    if not kept:
+        raise ConfigError(
+            f"{args.latency_table} has no times of {', '.join(fmt.name for fmt in formats)}, which are chosen from by "
+            "default: name formats with --search_space, or measure these with fliqs-hf profile"
+        )
+    return kept
 
 
 def zero_points(args: argparse.Namespace) -> bool:

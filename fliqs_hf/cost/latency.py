@@ -86,6 +86,14 @@ class LatencyTable:
         return next(row.ms for row in self.rows if row.layer == BETWEEN)
 
     @property
+    def pairs(self) -> set[tuple[str, str]]:
+        """Formats of weights and inputs that all layers have times of, by name."""
+        found = {(row.weight, row.activation) for row in self.rows if row.layer != BETWEEN}
+        layers = {row.layer for row in self.rows}
+        keys = {(row.layer, row.weight, row.activation) for row in self.rows}
+        return {pair for pair in found if all((layer, *pair) in keys for layer in layers - {BETWEEN})}
+
+    @property
     def label(self) -> str:
         """Of its times: what they are of, and whether they were measured."""
         batch = self.conditions.get("batch_size", 1)

@@ -13,7 +13,7 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost.models import Cost
 from fliqs_hf.optional import needed_for
 from fliqs_hf.report.run_figures import ACCENT, BASELINE, GRID, INK, MUTED
-from fliqs_hf.wording import engineering, percent
+from fliqs_hf.wording import percent
 
 with needed_for("the figure of a front"):
     import matplotlib as mpl
@@ -31,11 +31,12 @@ class Point(NamedTuple):
     accuracy: tuple[float, float, float] | None = None
 
 
-_WIDTH, _HEIGHT, _MARGIN = 640, 320, 56
+_WIDTH, _HEIGHT, _MARGIN, _TOP = 640, 320, 56, 40
 _STYLE = (
     f"body{{font:16px/1.5 system-ui;color:{INK};margin:1.2rem auto;padding:0 1rem;max-width:46rem}}"
     f"svg{{width:100%;height:auto}}text{{font-size:13px;fill:{MUTED}}}circle{{fill:{ACCENT}}}"
-    f"circle.accuracy{{fill:{BASELINE}}}a:hover circle,a:focus circle{{r:9}}"
+    f"circle.accuracy{{fill:{BASELINE}}}a:hover circle,a:focus circle{{r:10}}"
+    "@media (max-width:30rem){h1{font-size:1.5rem}text{font-size:22px}circle{r:9}}"
 )
 
 
@@ -86,9 +87,9 @@ def page(curves: Mapping[Cost, Sequence[Point]]) -> str:
 def _drawings(cost: Cost, points: Sequence[Point]) -> str:
     """Of the expected loss, and of the accuracies that were measured."""
     x = _scaled([_log(point.cost) for point in points], _MARGIN, _WIDTH - 16)
-    y = _scaled([_log(point.increase) for point in points], _HEIGHT - _MARGIN, 24)
+    y = _scaled([_log(point.increase) for point in points], _HEIGHT - _MARGIN, _TOP)
     dots = [(a, b, point, None) for a, b, point in zip(x, y, points, strict=True)]
-    ends = [f"+{engineering(function(point.increase for point in points))}" for function in (max, min)]
+    ends = [f"+{function(point.increase for point in points):.3g}" for function in (max, min)]
     text = _drawing(cost, points, dots, "expected increase of the loss", ends, "")
     own = [(a, point, point.accuracy) for a, point in zip(x, points, strict=True) if point.accuracy]
     if not own:
@@ -97,7 +98,7 @@ def _drawings(cost: Cost, points: Sequence[Point]) -> str:
     span = (high - low) or 1.0
 
     def height(value: float) -> float:
-        return _HEIGHT - _MARGIN + (value - low) / span * (24 + _MARGIN - _HEIGHT)
+        return _HEIGHT - _MARGIN + (value - low) / span * (_TOP + _MARGIN - _HEIGHT)
 
     marks = [(a, height(found[0]), point, (height(found[1]), height(found[2]))) for a, point, found in own]
     return text + _drawing(cost, points, marks, "top-1, measured", [percent(high), percent(low)], "accuracy")
@@ -127,7 +128,7 @@ def _drawing(
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)} by {escape(cost.unit)}">'
         f'<polyline points="{line}" fill="none" stroke="{MUTED}"/>{bars}{marks}'
-        f'<text x="4" y="14">{escape(ends[0])} {escape(title)}</text>'
+        f'<text x="4" y="18">{escape(ends[0])} {escape(title)}</text>'
         f'<text x="4" y="{_HEIGHT - _MARGIN + 22}">{escape(ends[1])}</text>'
         f'<text x="{_MARGIN}" y="{_HEIGHT - 8}">{low} {escape(cost.unit)}</text>'
         f'<text x="{_WIDTH - 4}" y="{_HEIGHT - 8}" text-anchor="end">{high}</text></svg>'
@@ -135,7 +136,7 @@ def _drawing(
 
 
 def _said(cost: Cost, point: Point) -> str:
-    text = f"{point.name}: {cost.show(point.cost)} {cost.unit}, loss +{engineering(point.increase)}"
+    text = f"{point.name}: {cost.show(point.cost)} {cost.unit}, loss +{point.increase:.3g}"
     if point.accuracy:
         value, low, high = map(percent, point.accuracy)
         text += f", top-1 {value} ({low} to {high})"

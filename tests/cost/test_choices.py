@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 
 from fliqs_hf.allocation import LayerFormats
+from fliqs_hf.cli.targets import settle
 from fliqs_hf.cost import hardware
 from fliqs_hf.cost.choices import choices
 from fliqs_hf.cost.hardware import load_profile, profile_names
+from fliqs_hf.cost.latency import BETWEEN, LatencyRow, LatencyTable
 from fliqs_hf.errors import ConfigError, FormatError
 from fliqs_hf.formats.spaces import SPACES
 
@@ -71,3 +74,21 @@ def test_the_default_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch, tm
         choices(None, str(file))
     with pytest.raises(FormatError, match="nonsense"):
         choices("nonsense")
+
+
+def test_a_latency_table_narrows_the_default(tmp_path: Path) -> None:
+    def settled(*pairs: tuple[str, str], **given: Any) -> argparse.Namespace:
+        rows = [LatencyRow(BETWEEN, "fp32", "fp32", 0, 0, 0), *(LatencyRow("a", *pair, 1, 1, 1) for pair in pairs)]
+        LatencyTable(tuple(rows), {}).save(tmp_path / "times.json")
+        args = {"search_space": None, "hardware": None, "activation": None, "calibration": None, **given}
+        space = argparse.Namespace(**args, latency_table=str(tmp_path / "times.json"))
+        settle(space, "separate")
+        return space
+
+    some = settled(("int4", "int4"), ("int8", "int8"), ("int3", "int3"))
+    assert (some.search_space, some.activation) == (["int4", "int8"], "same")
+    every = settled(*itertools.product(("int4", "int8"), repeat=2))
+    assert (every.search_space, every.activation) == (["int4", "int8"], "separate")
+    with pytest.raises(ConfigError, match="has no times of int4, e2m1, e2m3, int8"):
+        settled(("int3", "int3"))
+    assert settled(("int3", "int3"), search_space=["int3", "int5"]).search_space == ["int3", "int5"]

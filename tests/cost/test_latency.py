@@ -205,6 +205,13 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], forgot
     assert cost["latency_ms"] == pytest.approx(
         LatencyTable.load(table).cost().of(trace_layers(tiny("vit")), {}), rel=99
     )
+    by_default = str(tmp_path / "default.json")
+    assert fliqs_hf_cli.main(["profile", model, by_default, "--estimate", "a100"]) == 0
+    codes = {"int4", "e2m1", "e2m3", "int8"}
+    pairs = {(w, a) for w in codes for a in codes}
+    assert LatencyTable.load(by_default).pairs == pairs | {("fp32", "fp32")}
+    assert LatencyTable.load(table).pairs == {("int4", "int4"), ("int8", "int8"), ("fp32", "fp32")}
+    capsys.readouterr()
     estimate = ["profile", model, str(tmp_path / "e.json"), "--estimate", "a100", "--search_space", "int8", "--json"]
     assert fliqs_hf_cli.main(estimate) == 0
     assert json.loads(capsys.readouterr().out)["estimated"] is True
