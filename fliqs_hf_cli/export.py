@@ -43,8 +43,9 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--max_samples", type=int, default=256, help="images to compare on (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--min_agreement", type=float, metavar="PERCENT",
-                        help="of the images must get the class that the packed model gives them; default: 95 with "
-                        "--dataset_name, 0 on noise")  # fmt: skip
+                        help="of the images must get the class that the packed model gives them; default with "
+                        "--dataset_name: 95, or less where the packed model changes more answers when pixels move by "
+                        "a millionth; 0 on noise")  # fmt: skip
     parser.add_argument("--opset", type=int, help="21 to 25 (default: 21); 25 has 2-bit types")
     parser.add_argument("--weight_codes", choices=("signed", "unsigned"),
                         help="unsigned: exact on x86 CPUs without VNNI too, which saturate large signed codes; slower "

@@ -99,12 +99,23 @@ def _text(result: ExportResult) -> str:
     noise = " (generated noise: give --dataset_name to know)" if result.images == "generated" else ""
     return (
         f"{text}\n\n"
-        f"same class      {agreement.percent:.2f} % of {agreement.images:,} images{noise}\n"
+        f"same class      {agreement.percent:.2f} % of {agreement.images:,} images{noise}{_asked(result)}\n"
         f"logits          differ by {agreement.rms:.3g} (RMS) of {agreement.logits_rms:.3g}\n"
         f"size            {result.file_bytes / 1e6:.3f} MB, all of it; the quantized layers took "
         f"{result.packed_bytes / 1e6:.3f} MB packed\n"
         f"written         {result.folder}: {', '.join(result.files)}"
     )
+
+
+def _asked(result: ExportResult) -> str:
+    """What the percentage was held against."""
+    if result.min_agreement is None:
+        return ""
+    agreement, floor = result.agreement, ""
+    if agreement.itself is not None:
+        share = 100 * agreement.itself / agreement.images
+        floor = f"; with pixels moved by a millionth the packed model agrees with itself in {share:.2f} %"
+    return f" (at least {result.min_agreement:.4g} asked for{floor})"
 
 
 def _changes(layers: Iterable[LayerForm | Counterpart]) -> str:

@@ -15,7 +15,7 @@ from transformers import ViTImageProcessor
 import fliqs_hf
 from fliqs_hf import FLIQSConfig
 from fliqs_hf.errors import CheckpointError, ConfigError, DependencyError, ExportError
-from fliqs_hf.hf.export.agreement import compare
+from fliqs_hf.hf.export.agreement import Agreement, compare
 from fliqs_hf.hf.export.forms import OnnxSettings
 from fliqs_hf.nn.kernels import set_kernels
 from fliqs_hf.nn.packed import PackedLayer
@@ -47,7 +47,8 @@ def test_the_folder_is_complete_and_its_record_true(checkpoint: Path, exported: 
     record = json.loads((exported / "export.json").read_text())
     assert set(record["files"]) == {path.name for path in exported.iterdir()}
     assert record["files"][0] == "model.onnx"
-    assert (record["agreement"]["images"], record["agreement"]["same"], record["min_agreement"]) == (7, 7, 95.0)
+    assert {record["agreement"][name] for name in ("images", "same", "itself")} == {7}
+    assert record["min_agreement"] == Agreement(7, 7, 0, 0, itself=7).least
     assert {(layer["form"], layer["stored"]) for layer in record["layers"]} == {("integer", "INT4")}
     assert record["file_bytes"] == (exported / "model.onnx").stat().st_size
     layers = fliqs_hf.nn.packed_layers(load_model(str(checkpoint))).values()
@@ -90,6 +91,28 @@ def test_agreement_counts_and_measures() -> None:
         compare(Fixed([[1.0, 0.0]]), Fixed([[float("nan"), 0.0]]), [torch.zeros(1)])
 
 
+def test_what_is_asked_for_follows_from_the_packed_model() -> None:
+    """Three standard errors of the difference of two shares below its agreement with itself, moved a little."""
+
+    class Fine(torch.nn.Module):
+        def forward(self, pixels: Any) -> Any:
+            return pixels.flatten(1)[:, :3]
+
+    class Chaotic(Fine):
+        def forward(self, pixels: Any) -> Any:
+            return (super().forward(pixels) * 1e8).sin()
+
+    pixels = images(200)
+    fine, chaotic = (compare(model, model, pixels.split(50), itself=True) for model in (Fine(), Chaotic()))
+    assert (fine.same, fine.itself, chaotic.same) == (200, 200, 200)
+    assert 30 < chaotic.itself < 110  # a third of the three answers
+    error = (2 * (201 / 202) * (1 / 202) / 200) ** 0.5
+    assert fine.least == pytest.approx(100 * (1 - 3 * error)) == pytest.approx(97.9, abs=0.05)
+    assert Agreement(100, 50, 0, 0, itself=50).least == pytest.approx(100 * (0.5 - 3 * 0.005**0.5))
+    assert Agreement(4, 0, 0, 0, itself=0).least == 0
+    assert compare(Fine(), Fine(), [pixels]).least is None
+
+
 def test_too_little_agreement_leaves_no_file(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +122,9 @@ def test_too_little_agreement_leaves_no_file(
     monkeypatch.setattr("fliqs_hf.hf.export.rewritten.channels", wrong)
     (tmp_path / "out").mkdir()
     assert main(["export", str(checkpoint), str(tmp_path / "out"), "--min_agreement", "100"]) == 1
+    assert not list((tmp_path / "out").iterdir())
+    with pytest.raises(ExportError, match=r"less than min_agreement=\d.* the packed model gives 100.00 % of them"):
+        fliqs_hf.export(checkpoint, tmp_path / "out", images=[images(64)])
     assert not list((tmp_path / "out").iterdir())
 
 
