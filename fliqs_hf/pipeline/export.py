@@ -102,7 +102,6 @@ def export(
     source = _PackedModel.load(str(run), kind)
     target.check_layers(source.model, settings)
     normalization = Normalization.of(source.processor, source.image.shape[1]) if include_preprocessing else None
-    itself = images is not None and min_agreement is None
     with replacing(folder) as draft:
         draft.mkdir()
         with disk_errors(folder):
@@ -110,11 +109,10 @@ def export(
             exported = target.load(draft / target.file, source.config)
         agreement = compare(
             source.model, exported, _noise(source.image) if images is None else images,
-            None if normalization is None else normalization.pixels, kind, itself,
+            None if normalization is None else normalization.pixels, kind,
+            itself=images is not None and min_agreement is None,
         )  # fmt: skip
-        if agreement.least is not None:
-            min_agreement = min(MIN_AGREEMENT, agreement.least)
-        _check_agreement(agreement, min_agreement, settings)
+        min_agreement = _check_agreement(agreement, min_agreement, settings)
         source.config.save_pretrained(draft)
         source.processor.save_pretrained(draft)
         names = sorted(path.name for path in draft.iterdir())
@@ -170,9 +168,12 @@ class _PackedModel:
         return cls(model, config, processor, torch.zeros_like(example_image(model, _side(processor, model))))
 
 
-def _check_agreement(agreement: Agreement, least: float | None, settings: Settings | None) -> None:
+def _check_agreement(agreement: Agreement, least: float | None, settings: Settings | None) -> float | None:
+    """What is asked for, in percent: `least`, or what follows from the packed model. Raises: ExportError: it is more."""
+    if agreement.least is not None:
+        least = min(MIN_AGREEMENT, agreement.least)
     if least is None or agreement.percent >= least:
-        return
+        return least
     hint = ""
     if isinstance(settings, OnnxSettings) and settings.input_scales == "per_tensor":
         hint = "; input_scales='as_packed' keeps its own input scales"
