@@ -169,7 +169,10 @@ class _PackedModel:
 
 
 def _check_agreement(agreement: Agreement, least: float | None, settings: Settings | None) -> float | None:
-    """What is asked for, in percent: `least`, or what follows from the packed model. Raises: ExportError: it is more."""
+    """What is asked for, in percent: `least`, or what follows from the packed model.
+
+    Raises: ExportError: the exported model agrees less often.
+    """
     if agreement.least is not None:
         least = min(MIN_AGREEMENT, agreement.least)
     if least is None or agreement.percent >= least:
