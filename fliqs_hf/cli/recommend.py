@@ -6,6 +6,7 @@ import argparse
 import copy
 import statistics
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from fliqs_hf.cost import example_image, trace_layers, unlisted_bytes, weight_by
 from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.hf import quantize as pack
 from fliqs_hf.pipeline.checkpoints import device_of, load_model
-from fliqs_hf.pipeline.profiling import device_clock
 from fliqs_hf.runs.folder import RunFolder
+from fliqs_hf.timing import device_clock, interleaved
 from fliqs_hf.wording import change, factor, milliseconds, percent, points, size
 
 #: Passes of each model whose median is given, after one that prepares it.
@@ -71,14 +72,8 @@ def _times(models: Mapping[str, Any]) -> dict[str, float]:
     """Median milliseconds of each, in turn."""
     first = next(iter(models.values()))
     image, clock = example_image(first), device_clock(next(first.parameters()).device)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(ROUNDS + 1):
-        for name, model in models.items():
-            start = clock()
-            model(image)
-            if number:
-                times[name].append(1e3 * (clock() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    seconds = interleaved({name: partial(model, image) for name, model in models.items()}, ROUNDS, clock=clock)
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
 def _text(args: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) -> str:

@@ -6,7 +6,6 @@ import copy
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,24 +24,12 @@ from fliqs_hf.files import remove, write_text
 from fliqs_hf.hf import quantize
 from fliqs_hf.json_file import read_object
 from fliqs_hf.nn.kernels import kernels_of
+from fliqs_hf.timing import Clock, device_clock, timed
 from fliqs_hf.validation.validate import processor_name
 from fliqs_hf.version import __version__
 
 #: Passes of each model before the first round: weights are prepared, caches and clocks settle.
 WARM_UP = 2
-Clock = Callable[[], float]
-
-
-def device_clock(device: torch.device) -> Clock:
-    """Seconds, once all work that was given to `device` is done."""
-    if device.type != "cuda":
-        return time.perf_counter
-
-    def now() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return now
 
 
 @dataclass
@@ -111,9 +98,7 @@ def profile(
 
 
 def _measure(model: nn.Module, names: Sequence[str], images: Tensor, clock: Clock, samples: Samples) -> None:
-    start = clock()
-    model(images)
-    samples.whole.append(clock() - start)
+    samples.whole.append(timed(lambda: model(images), clock))
     with _stopwatch(model, names, clock) as seconds:
         model(images)
     for name in names:

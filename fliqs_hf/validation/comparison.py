@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import io
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from fliqs_hf.errors import CheckpointError, DataError
 from fliqs_hf.nn.evaluation import evaluation
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
+from fliqs_hf.timing import device_clock
 from fliqs_hf.training.labels import checked_label
 from fliqs_hf.validation.data import Batch
 
@@ -123,6 +123,7 @@ def compare(
     seconds: list[list[float]] = []
     working: list[int | None] = [None, None]
     examples: dict[int, list[Example]] = {}
+    clock = device_clock(device)
     with evaluation(original), evaluation(quantized), torch.inference_mode():
         for number, batch in enumerate(batches):
             pixels = image_processor(batch.images, return_tensors="pt")["pixel_values"].to(device)
@@ -135,11 +136,9 @@ def compare(
                         predictions[i] = _prediction(models[i], pixels, task)
                     working[i] = peak.working_bytes
                 else:
-                    _wait(device)
-                    start = time.perf_counter()
+                    start = clock()
                     predictions[i] = _prediction(models[i], pixels, task)
-                    _wait(device)
-                    elapsed[i] = time.perf_counter() - start
+                    elapsed[i] = clock() - start
             if full and number >= WARM_UP_BATCHES:
                 seconds.append(elapsed)
             pair = _outputs(predictions, batch, task)
@@ -220,11 +219,6 @@ def _thumbnail(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
     return buffer.getvalue()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @dataclass

@@ -20,7 +20,7 @@ import importlib.util
 import json
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from fliqs_hf.hf.export.forms import OnnxSettings
 from fliqs_hf.hf.export.onnx_file import write_onnx
 from fliqs_hf.hf.export.openvino_file import OpenVinoSettings, write_openvino
 from fliqs_hf.hf.export.runtime import OnnxClassifier, OpenVinoClassifier
+from fliqs_hf.timing import interleaved, ratios
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import pixels
 from fliqs_hf.training.splits import load_split, sample
@@ -163,17 +164,8 @@ def openvino_cases(
 def speeds(
     made: dict[str, tuple[Any, Any, float | None]], images: torch.Tensor, rounds: int
 ) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in made}
-    for turn in range(rounds + 1):
-        for name, (model, _, _) in made.items():
-            start = time.perf_counter()
-            model(images)
-            if turn:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    return {
-        name: [base / own for base, own in zip(times["torch fp32"], own_times, strict=True)]
-        for name, own_times in times.items()
-    }
+    times = interleaved({name: partial(model, images) for name, (model, _, _) in made.items()}, rounds)
+    return {name: ratios(times["torch fp32"], own) for name, own in times.items()}
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +30,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import fliqs_hf
 from fliqs_hf import Allocation, FLIQSConfig, LayerFormats, kernels_of, set_kernels
 from fliqs_hf.nn import native, quantizable_layers
+from fliqs_hf.timing import Clock, interleaved, ratios
 from fliqs_hf.validation.validate import processor_name
 
 #: hidden size, heads, features of the MLP
@@ -62,31 +64,26 @@ def models(size: str) -> dict[str, Any]:
     return cases
 
 
-def seconds(name: str, model: Any, images: torch.Tensor, clock: Callable[[], float]) -> float:
+@contextlib.contextmanager
+def compiled_or_not(name: str) -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         if name == WITHOUT:
             for module in (native.codes, native.int8):
                 patches.enter_context(mock.patch.object(module, "library", return_value=None))
-        start = clock()
-        model(images)
-        return clock() - start
+        yield
 
 
 @torch.no_grad()
-def measure(size: str, batch_size: int, rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
+def measure(size: str, batch_size: int, rounds: int, clock: Clock) -> list[dict[str, Any]]:
     cases = models(size)
     images = torch.randn(batch_size, 3, 224, 224)
     inputs = {name: images.to(model.dtype if name == "bf16" else torch.float32) for name, model in cases.items()}
-    for name, model in cases.items():
-        seconds(name, model, inputs[name], clock)  # prepares weights
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(rounds):
-        for name, model in cases.items():
-            times[name].append(seconds(name, model, inputs[name], clock))
+    passes = {name: partial(model, inputs[name]) for name, model in cases.items()}
+    times = interleaved(passes, rounds, clock=clock, within=compiled_or_not)
     rows = []
     for name, model in cases.items():
-        ratios = [base / own for base, own in zip(times["fp32"], times[name], strict=True)]
-        low, median, high = (round(value, 3) for value in statistics.quantiles(ratios, n=4))
+        faster = ratios(times["fp32"], times[name])
+        low, median, high = (round(value, 3) for value in statistics.quantiles(faster, n=4))
         kernels = Counter(choice.kernel for choice in kernels_of(model).values())
         rows.append({
             "size": size, "batch_size": batch_size, "case": name, "times_fp32": median, "quartiles": [low, high],

@@ -15,7 +15,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fliqs_hf import LayerFormats, quantize
 from fliqs_hf.cost import bops, trace_layers
 from fliqs_hf.pipeline.profiling import profile
 from fliqs_hf.selection import SearchSpace
+from fliqs_hf.timing import Clock, interleaved
 from recipes.bench.inference import SIZES, conditions
 
 
@@ -41,7 +42,7 @@ def shaped(size: str) -> Any:
 
 @torch.no_grad()
 def measure(
-    size: str, batch_size: int, formats: list[str], allocations: int, rounds: int, clock: Callable[[], float]
+    size: str, batch_size: int, formats: list[str], allocations: int, rounds: int, clock: Clock
 ) -> list[dict[str, Any]]:
     model = shaped(size)
     layers = trace_layers(model)
@@ -55,16 +56,12 @@ def measure(
     drawn = [space.allocation(choice) for choice in draws]
     models = [quantize(copy.deepcopy(model), allocation) for allocation in drawn]
     images = torch.randn(batch_size, 3, 224, 224)
-    times: list[list[float]] = [[] for _ in models]
-    for number in range(rounds + 1):
-        for each, own in zip(models, times, strict=True):
-            start = clock()
-            each(images)
-            if number:  # the first pass prepares weights
-                own.append(1e3 * (clock() - start))
+    times = interleaved(
+        {str(number): partial(each, images) for number, each in enumerate(models)}, rounds, clock=clock
+    )
     rows = []
-    for allocation, own in zip(drawn, times, strict=True):
-        low, median, high = statistics.quantiles(own, n=4)
+    for allocation, own in zip(drawn, times.values(), strict=True):
+        low, median, high = statistics.quantiles((1e3 * seconds for seconds in own), n=4)
         predicted = cost.of(layers, allocation)
         rows.append({
             "size": size, "batch_size": batch_size, "measured_ms": median, "quartiles_ms": [low, high],

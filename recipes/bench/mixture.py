@@ -15,6 +15,9 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -31,6 +34,7 @@ from fliqs_hf.oneshot import OneShotSearch, SearchConfig
 from fliqs_hf.oneshot.hook import SearchHook
 from fliqs_hf.pipeline.outputs import check_result_file
 from fliqs_hf.selection import SearchProblem, SearchSpace
+from fliqs_hf.timing import interleaved, ratios
 from fliqs_hf.training import StepHook
 
 LOW_BIT = [fmt for fmt in COMMON if fmt.bits <= 8]
@@ -54,7 +58,10 @@ def build(path: str, kind: str, formats: int) -> tuple[torch.nn.Module, StepHook
     return model, DifferentiableHook(search, model, switch)
 
 
-def step(model: torch.nn.Module, hook: StepHook | None, images: torch.Tensor, labels: torch.Tensor, n: int) -> None:
+def step(
+    model: torch.nn.Module, hook: StepHook | None, images: torch.Tensor, labels: torch.Tensor, numbers: Iterator[int]
+) -> None:
+    n = next(numbers)
     if hook is not None:
         hook.begin_step(n)[0]()
     loss = model(images, labels=labels).loss
@@ -85,13 +92,8 @@ def main() -> None:
     images = torch.randn(arguments.batch_size, config.num_channels, config.image_size, config.image_size)
     labels = torch.zeros(arguments.batch_size, dtype=torch.long)
 
-    times: dict[str, list[float]] = {case: [] for case in cases}
-    for round_ in range(arguments.rounds + 1):
-        for case, (model, hook) in cases.items():
-            start = time.process_time()
-            step(model, hook, images, labels, round_)
-            if round_:  # the first round warms up
-                times[case].append(time.process_time() - start)
+    steps = {case: partial(step, *pair, images, labels, count()) for case, pair in cases.items()}
+    times = interleaved(steps, arguments.rounds, clock=time.process_time)
     saved = {}
     for case, (model, hook) in cases.items():
         if hook is not None:
@@ -102,10 +104,7 @@ def main() -> None:
         "hardware": f"{platform.processor() or platform.machine()}, 1 thread",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "fp32_step_cpu_s": statistics.median(times["fp32"]),
-        "step_over_fp32": {
-            case: statistics.median(t / base for t, base in zip(times[case], times["fp32"], strict=True))
-            for case in cases
-        },
+        "step_over_fp32": {case: statistics.median(ratios(times[case], times["fp32"])) for case in cases},
         "saved_activations_over_fp32": {case: saved[case] / saved["fp32"] for case in cases},
     }
     print(json.dumps(result, indent=2))

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from fliqs_hf.oneshot import OneShotSearch, SearchConfig
 from fliqs_hf.oneshot.hook import FixedFormats, SearchHook
 from fliqs_hf.pipeline.outputs import check_result_file
 from fliqs_hf.selection import SearchProblem, SearchSpace
+from fliqs_hf.timing import interleaved, ratios
 from fliqs_hf.training import StepHook
 
 UNIFORM = ("int4", "e2m1", "e4m3", "int8")
@@ -139,12 +140,8 @@ def files(path: str) -> dict[str, float]:
         quantize(copy.deepcopy(model), Allocation.uniform(layers, "int4", "int8")).save_pretrained(f"{folder}/int4")
         quantize(model, FLIQSConfig(weight_format="int8")).save_pretrained(f"{folder}/int8")
         size = {name: os.path.getsize(f"{folder}/{name}/model.safetensors") for name in ("fp32", "int4", "int8")}
-        seconds: dict[str, list[float]] = {"fp32": [], "int4": [], "int8": []}
-        for _ in range(7):
-            for name, times in seconds.items():
-                start = time.perf_counter()
-                AutoModelForImageClassification.from_pretrained(f"{folder}/{name}")
-                times.append(time.perf_counter() - start)
+        load_from = AutoModelForImageClassification.from_pretrained
+        seconds = interleaved({name: partial(load_from, f"{folder}/{name}") for name in size}, 7, warm_up=0)
     load = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "fp32_bytes": size["fp32"],
@@ -181,13 +178,8 @@ def main() -> None:
 
     names = ("fp32", "search", *COMPILED) if arguments.compiled else CASES
     cases = {name: Case(arguments.model, name) for name in names}
-    times: dict[str, list[float]] = {case: [] for case in names}
-    for round_ in range(arguments.rounds + 2):
-        for name, case in cases.items():
-            start = time.perf_counter()
-            case.step(images, labels)
-            if round_ > 1:  # the first rounds warm up
-                times[name].append(time.perf_counter() - start)
+    steps = {name: partial(case.step, images, labels) for name, case in cases.items()}
+    times = interleaved(steps, arguments.rounds, warm_up=2)
     if arguments.compiled:
         report(compiled_times(times), arguments.output)
         return
@@ -210,16 +202,16 @@ def main() -> None:
 
 def over(times: dict[str, list[float]], case: str, base: str) -> float:
     """Median of the ratios of the rounds."""
-    return statistics.median(own / other for own, other in zip(times[case], times[base], strict=True))
+    return statistics.median(ratios(times[case], times[base]))
 
 
 def compiled_times(times: dict[str, list[float]]) -> dict[str, Any]:
-    ratios = sorted(own / base for own, base in zip(times["compiled search"], times["compiled fp32"], strict=True))
+    compiled = ratios(times["compiled search"], times["compiled fp32"])
     return {
         "fp32_step_s": statistics.median(times["fp32"]),
         "step_over_fp32": {case: over(times, case, "fp32") for case in times},
-        "compiled_search_over_compiled_fp32": statistics.median(ratios),
-        "its_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "compiled_search_over_compiled_fp32": statistics.median(compiled),
+        "its_quartiles": statistics.quantiles(compiled, n=4)[::2],
     }
 
 
