@@ -28,6 +28,7 @@ class HeldOutImages:
 
     def __init__(self, args: argparse.Namespace, model: Any, processor: Any, calibration: CalibrationImages) -> None:
         """Raises: DataError: too few images are left, or they have no labels. ConfigError: splits that overlap."""
+        calibration.task.check_right()
         name = args.held_out or args.calibration
         split, parts = load_split(name, args.held_out_split, TO_VALIDATE)
         if name == args.calibration and calibration.overlaps(parts):

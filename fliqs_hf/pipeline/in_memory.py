@@ -30,6 +30,7 @@ from fliqs_hf.runs.folder import RunFolder
 from fliqs_hf.selection.space import ActivationMode
 from fliqs_hf.tasks import Task, find_task
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
+from fliqs_hf.training.labels import names_of
 from fliqs_hf.training.models import label_ids
 from fliqs_hf.training.pixels import PixelData
 
@@ -212,6 +213,7 @@ def _tensors(
     }
     if task.class_per_image and len(names) > model.num_labels:
         raise DataError(f"the data set has {len(names)} classes, the model {model.num_labels}")
+    names = names if task.class_per_image else names_of(model.config)
     split = [task_data(task, split, processor, names, None, args, columns) for split in (train, held_out)]
     for data in split:
         data.first()

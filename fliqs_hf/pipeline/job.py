@@ -22,6 +22,7 @@ from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArg
 from fliqs_hf.training.augment import BatchAugment
 from fliqs_hf.training.data import held_in_memory, undecoded
 from fliqs_hf.training.evaluation import load_metric
+from fliqs_hf.training.labels import names_of
 from fliqs_hf.training.models import label_ids, load_classifier
 from fliqs_hf.training.splits import sample
 from fliqs_hf.training.stream import StreamData
@@ -77,6 +78,7 @@ def load(
         train_split, eval_split, names = _splits(task, model_args, data_args, args.seed)
     model, processor = load_classifier(names, **model_settings(model_args))
     ids = label_ids(names, model) if task.class_per_image else None
+    names = names if task.class_per_image else names_of(model.config)
     train_data, eval_data = _data(task, train_split, eval_split, processor, names, ids, data_args)
     augment = None
     if data_args.augment:

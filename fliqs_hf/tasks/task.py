@@ -83,6 +83,7 @@ class Task:
         example: a line of Python for model cards, after the `output` of one image.
         class_per_image: a target is one class of its image, so that images can be streamed, mixed and augmented, and
             looked at class by class.
+        right_in_part: an image is not right or wrong as a whole, so that there is no `right`.
     """
 
     name: ClassVar[str]
@@ -92,6 +93,7 @@ class Task:
     share: ClassVar[str] = "share of right answers"
     columns: ClassVar[tuple[str, str]] = ("image", "label")
     class_per_image: ClassVar[bool] = False
+    right_in_part: ClassVar[bool] = False
     example: ClassVar[str] = "print(output)"
 
     def auto_class(self) -> Any:
@@ -136,6 +138,14 @@ class Task:
         """Share of each image's answers that are the same in both, float64 [images]."""
         return (answers == others).reshape(len(answers), -1).double().mean(1)
 
+    def check_right(self) -> None:
+        """Raises: ConfigError: images of the task are right in part."""
+        if self.right_in_part:
+            raise ConfigError(
+                f"images of the task {self.name!r} are right in part, and what compares two models image by image "
+                "counts those that are right: compare what `evaluate` says of both"
+            )
+
     def right(self, answers: Tensor, target: Tensor) -> Tensor:
         """Which images are answered right, bool [images]: what two models are compared by, image by image."""
         return self.same(answers, target) == 1
@@ -166,6 +176,10 @@ class Task:
     def score(self, counts: Sequence[float], n: int, loss: float, metrics: dict[str, Any]) -> Any:
         """A `Score`, or what has its attributes, from summed `counts`."""
         raise NotImplementedError
+
+    def fits_head(self, own: int, found: int) -> bool:
+        """Whether a head of `own` classes is kept for data that show `found`."""
+        return own == found
 
     def classes(self, train: Any, validation: Any, column: str) -> tuple[Any, Any, list[str]]:
         """Both splits, in which `column` holds whole numbers, and the names of these classes."""

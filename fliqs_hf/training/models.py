@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.tasks import IMAGE_CLASSIFICATION, find_task
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task, find_task
 from fliqs_hf.training.images import resize_to
 from fliqs_hf.training.labels import are_numbered, match_trained, names_of
 from fliqs_hf.training.loading import load
@@ -57,7 +57,7 @@ def load_classifier(
     if model_type is not None:
         config.id2label, config.label2id = labels["id2label"], labels["label2id"]
         return find_task(task).auto_class().from_config(config), processor
-    kept = _class_names(config, names, str(model_name_or_path))
+    kept = _class_names(config, names, str(model_name_or_path), find_task(task))
     if len(kept) == config.num_labels:
         find_task(task).check(config)
     else:
@@ -120,15 +120,17 @@ def label_ids(names: Sequence[str], model: Any) -> list[int] | None:
     return None if ids == list(range(len(ids))) else ids
 
 
-def _class_names(config: Any, names: Sequence[str], source: str) -> list[str]:
+def _class_names(config: Any, names: Sequence[str], source: str, task: Task) -> list[str]:
     """Names of the classes that the checkpoint `source` is trained on with, by class; logs what does not fit."""
     own = names_of(config)
-    if len(own) != len(names):
+    if not task.fits_head(len(own), len(names)):
         logger.warning(
             "the head of %s has %d classes, the data set %d: a new one is made, which needs training",
             source, len(own), len(names),
         )  # fmt: skip
         return list(names)
+    if not task.class_per_image:
+        return own
     found = match_trained(names, own)
     if found.by == "name":
         return own

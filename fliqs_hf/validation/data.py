@@ -151,6 +151,7 @@ def read(
         return Reading(read_batches(dataset, batch_size, *columns, labels, mode_of(config)), processor, names, labels)
     if match != "name":
         raise ConfigError(f"match_labels is for tasks with one class per image, not for {task.name!r}: leave it out")
+    task.check_right()
     if not hasattr(dataset, "column_names"):
         raise DataError(f"the task {task.name!r} reads a datasets.Dataset, not a {type(dataset).__name__}")
     task.check(config)

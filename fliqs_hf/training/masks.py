@@ -1,0 +1,97 @@
+"""Images with a class for each pixel, as a model takes them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.training.data import Images
+from fliqs_hf.training.images import LazyText, decoded
+from fliqs_hf.training.splits import check_column
+
+
+class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
+    """A split as pairs of pixel values [channels, height, width], float32, and classes int64 [height, width]."""
+
+    def __init__(
+        self,
+        split: Any,
+        processor: Any,
+        num_labels: int,
+        *,
+        no_class: int,
+        image_column: str = "image",
+        label_column: str = "label",
+        max_samples: int | None = None,
+        cache: bool = False,
+    ) -> None:
+        """
+        Args: as of `ImageData`; `processor` takes `segmentation_maps`; `no_class` is of pixels without one.
+        Raises: ConfigError: it does not. DataError: an empty split, or a column that does not exist.
+        """
+        if "segmentation_maps" not in inspect.signature(processor.preprocess).parameters:
+            raise ConfigError(
+                f"{type(processor).__name__} takes no segmentation_maps: use a segmenter's image processor"
+            )
+        check_column(split, label_column, "label")
+        if max_samples is not None:
+            split = split.select(range(min(max_samples, len(split))))
+        if len(split) == 0:
+            raise DataError("the split is empty: it holds no image")
+        self.images, self.masks = Images(split, image_column), Images(split, label_column)
+        self.processor, self.num_labels, self.no_class = processor, num_labels, no_class
+        self._cache: dict[int, tuple[Tensor, Tensor]] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def first(self) -> tuple[Tensor, Tensor]:
+        return self[0]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        (image, name), (mask, _) = self.images[index], self.masks[index]
+        made = self.processor(decoded(image, name), segmentation_maps=classes_of(mask, name), return_tensors="pt")
+        classes = made["labels"][0].long()
+        if ((classes != self.no_class) & ((classes < 0) | (classes >= self.num_labels))).any():
+            raise DataError(
+                f"{name} has pixels of class {int(classes.max())}, but the model has {self.num_labels} classes; "
+                f"{self.no_class} marks pixels without one"
+            )
+        found = torch.as_tensor(made["pixel_values"][0]), classes
+        if self._cache is not None:
+            self._cache[index] = found
+        return found
+
+
+def classes_of(mask: Any, name: LazyText) -> NDArray[np.uint8]:
+    """[height, width]. Raises: DataError: no image of whole numbers, one per pixel."""
+    try:
+        found = np.asarray(datasets.Image().decode_example(mask) if isinstance(mask, dict) else mask)
+    except Exception as error:  # a damaged file leads Pillow's decoders into whatever error there is
+        raise DataError(f"the classes of {name} cannot be read: {error}") from error
+    if found.ndim != 2 or found.dtype.kind not in "iu" or found.max(initial=0) > 255:
+        raise DataError(
+            f"the classes of {name} are {found.dtype} {list(found.shape)}, not numbers from 0 to 255 for each pixel"
+        )
+    return found.astype(np.uint8)
+
+
+def highest_class(split: Any, column: str, no_class: int) -> int:
+    """Of all pixels that have a class, other than `no_class`; reads every mask. Raises: DataError: there is none."""
+    check_column(split, column, "label")
+    masks = Images(split, column)
+    arrays = (classes_of(*masks[index]) for index in range(len(masks)))
+    found = max((int(values.max()) for mask in arrays if (values := mask[mask != no_class]).size), default=-1)
+    if found < 1:
+        raise DataError(f"column {column!r} has fewer than two classes")
+    return found
