@@ -87,6 +87,7 @@ LIMITS: Mapping[str, Limit] = {
     "target_ratio": Limit(0, 1, above=True),
     "points": Limit(2),
     "measure": Limit(0),
+    "floor_steps": Limit(2),
     # timing
     "rounds": Limit(3),
     "threads": COUNT,

@@ -110,6 +110,9 @@ def _floor(parser: Parser) -> None:
                         "raised above a two-sided target until it does, else exit status 1")  # fmt: skip
     parser.add_argument("--min_accuracy", type=float, metavar="FRACTION", help="floor: least top-1, such as 0.78")
     parser.add_argument("--confidence", type=float, default=0.95, help="of the floor (default: %(default)s)")
+    parser.add_argument("--floor_steps", type=int, default=6, metavar="N",
+                        help="allocations that are tested at most, from the most precise one down (default: "
+                        "%(default)s)")  # fmt: skip
     parser.add_argument("--held_out", metavar="DATASET",
                         help="labelled images that decide; default: those of --calibration without the ones that "
                         "calibrate")  # fmt: skip

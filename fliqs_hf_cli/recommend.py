@@ -24,6 +24,9 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--max_drop", type=float, metavar="POINTS", help="default: 0.5, without --min_accuracy")
     parser.add_argument("--min_accuracy", type=float, metavar="FRACTION", help="least top-1, such as 0.78")
     parser.add_argument("--confidence", type=float, default=0.95, help="of the floor (default: %(default)s)")
+    parser.add_argument("--floor_steps", type=int, default=4, metavar="N",
+                        help="allocations that are tested at most, from the most precise one down (default: "
+                        "%(default)s): each is packed and run on all held-out images")  # fmt: skip
     parser.add_argument("--latency_table", metavar="FILE", help="choose by time instead of bit operations")
     parser.add_argument("--search_space", nargs="+", metavar="FORMAT",
                         help="formats, or a space such as mixed; default: what --hardware runs")  # fmt: skip

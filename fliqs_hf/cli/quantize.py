@@ -88,7 +88,11 @@ def _quantized(args: argparse.Namespace, output: RunFolder) -> Outcome:
     other_bytes = unlisted_bytes(model, layers)
     trials: list[FloorTest] = []
     if floor is not None and held_out is not None and calibration is not None:
-        tested = [allocation] if found is None else candidates(found.problem, found.sensitivity.decision_scores)
+        tested = (
+            [allocation]
+            if found is None
+            else candidates(found.problem, found.sensitivity.decision_scores, args.floor_steps)
+        )
         model, trials = meeting(args, model, tested, floor, held_out, calibration)
         if model is None:
             message = missed(trials, floor, len(tested) == 1)

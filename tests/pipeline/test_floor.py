@@ -99,6 +99,10 @@ def test_the_command(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {entry["weight"] for entry in met["allocation"].values()} == {"int2"}
     assert all(trial["met"] and trial["images"] == 100 for trial in met["floor"]["trials"])
     assert len(met["floor"]["trials"]) > 1
+    assert fliqs_hf_cli.main([*command, "--max_drop", "99", "--overwrite", "--floor_steps", "2"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["floor"]["trials"]) == 2  # the most and the least precise
+    assert fliqs_hf_cli.main([*command, "--max_drop", "99", "--overwrite"]) == 0
+    met = json.loads(capsys.readouterr().out)
     recorded = json.loads((run / "fliqs/results.json").read_text())["floor"]
     assert recorded["trials"] == met["floor"]["trials"] and recorded["max_drop"] == 0.99
     given = ["--overwrite", "--weight_format", "int8", "--activation_format", "none", "--min_accuracy", "0.99"]
