@@ -80,7 +80,7 @@ def test_recommend_has_all_that_quantize_reads() -> None:
         vars(parser.parse_args([name, "m", "o", "--calibration", "d"])) for name in ("quantize", "recommend")
     )
     assert plain.keys() <= found.keys() and found["rounding"] is None
-    own = {"fliqs_command", "hardware", "held_out_images"}
+    own = {"fliqs_command", "hardware", "held_out_images", "calibration_images", "floor_steps"}
     assert {key: found[key] for key in plain.keys() - own} == {key: plain[key] for key in plain.keys() - own}
 
 
