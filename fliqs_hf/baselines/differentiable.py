@@ -19,8 +19,8 @@ from fliqs_hf.checks import is_number
 from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
 from fliqs_hf.nn import FormatSwitch, QuantizerSettings, make_searchable
 from fliqs_hf.oneshot import FinalChoice
-from fliqs_hf.oneshot.policy import Policy, step_generator
-from fliqs_hf.oneshot.search import Gather
+from fliqs_hf.oneshot.policy import step_generator
+from fliqs_hf.oneshot.policy_search import Gather, PolicySearch
 from fliqs_hf.selection import SearchProblem
 from fliqs_hf.training import StepHook
 
@@ -62,10 +62,10 @@ class DifferentiableConfig:
             raise ConfigError(f"{name}={value!r} must be a number {least} {low:g}{limit}")
 
 
-class DifferentiableSearch:
-    """Logits of the formats, their optimizer, and the allocation that they end in.
+class DifferentiableSearch(PolicySearch):
+    """Logits of the formats, which mix them instead of being sampled from, and the allocation that they end in.
 
-    All ranks hold the same logits: gradients are averaged over the ranks before every update.
+    Gradients are averaged over the ranks before every update.
     """
 
     def __init__(
@@ -93,13 +93,12 @@ class DifferentiableSearch:
                 f"a differentiable search needs a space with activation='same', not {space.activation!r}; "
                 "use the one-shot search for formats of weights and inputs apart"
             )
-        self.problem, self.config = problem, config
-        self.seed, self.rank, self.world_size, self.device = seed, rank, world_size, torch.device(device)
-        self.gather: Gather = gather or (lambda values: values)
+        super().__init__(
+            problem, config.architecture_learning_rate, seed=seed, rank=rank, world_size=world_size, device=device,
+            gather=gather,
+        )  # fmt: skip
+        self.config = config
         self.search_end = max(1, round(config.explore_fraction * total_steps))
-        self.policy = Policy(problem, device)
-        self.optimizer = torch.optim.Adam([self.policy.logits], lr=config.architecture_learning_rate)
-        self.final: FinalChoice | None = None
         problem.choice_at_target(self.policy.logits)  # finds a gap now and not at the end
 
     def searching(self, step: int) -> bool:
@@ -149,33 +148,21 @@ class DifferentiableSearch:
 
     def finalize(self) -> FinalChoice:
         """The most probable allocation that meets the target, by the integer program of the one-shot search."""
-        if self.final is None:
-            # The logits are the log-probabilities up to a constant per decision, and finite where not allowed.
-            self.final = self._final_choice(self.problem.choice_at_target(self.policy.logits))
-        return self.final
-
-    def _final_choice(self, choice: Tensor) -> FinalChoice:
-        return FinalChoice.of(self.problem, choice, self.policy.argmax().cpu())
+        if self.final is not None:
+            return self.final
+        # The logits are the log-probabilities up to a constant per decision, and finite where not allowed.
+        return self.end_with(self.problem.choice_at_target(self.policy.logits))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only, for safetensors. The final allocation is stored as its choice."""
-        state = {"logits": self.policy.logits}
-        for key, value in self.optimizer.state.get(self.policy.logits, {}).items():
-            state[f"adam.{key}"] = value
-        if self.final is not None:
-            state["final"] = self.problem.space.choice(self.final.allocation)
-        return {key: value.detach().clone().contiguous() for key, value in state.items()}
+        return self.stored({"logits": self.policy.logits})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken. Raises: CheckpointError: a state of another search space."""
         self.policy.load_state_dict(state | {"tilt": torch.zeros_like(self.policy.logits)})
-        adam = {key.removeprefix("adam."): value for key, value in state.items() if key.startswith("adam.")}
-        if not adam:
+        if not any(key.startswith("adam.") for key in state):
             raise CheckpointError("the saved search lacks the state of its optimizer; it is damaged or no search")
-        self.optimizer.state[self.policy.logits] = {
-            key: value.to("cpu" if key == "step" else self.device, copy=True) for key, value in adam.items()
-        }
-        self.final = self._final_choice(state["final"].cpu()) if "final" in state else None
+        self.restore(state)
 
 
 class DifferentiableHook:

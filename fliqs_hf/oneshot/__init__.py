@@ -2,6 +2,7 @@
 
 from fliqs_hf.oneshot.config import PRESETS, SearchConfig
 from fliqs_hf.oneshot.policy import Policy
-from fliqs_hf.oneshot.search import FinalChoice, OneShotSearch
+from fliqs_hf.oneshot.policy_search import FinalChoice
+from fliqs_hf.oneshot.search import OneShotSearch
 
 __all__ = ["PRESETS", "FinalChoice", "OneShotSearch", "Policy", "SearchConfig"]

@@ -6,13 +6,9 @@ between them. Nothing here waits for the device during a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import CheckpointError, ConfigError
 from fliqs_hf.oneshot.config import SearchConfig
 from fliqs_hf.oneshot.objective import (
@@ -23,42 +19,12 @@ from fliqs_hf.oneshot.objective import (
     moving_baseline,
     policy_loss,
 )
-from fliqs_hf.oneshot.policy import Policy, step_generator
+from fliqs_hf.oneshot.policy import step_generator
+from fliqs_hf.oneshot.policy_search import FinalChoice, Gather, PolicySearch
 from fliqs_hf.selection import SearchProblem, find_score
 
-Gather = Callable[[Tensor], Tensor]
 
-
-@dataclass(frozen=True)
-class FinalChoice:
-    """The allocation that a search ends with.
-
-    Attributes:
-        cost_ratio: cost / target.
-        argmax_cost_ratio: the same for the policy's arg-max, which the integer program may have replaced.
-        repaired: whether the allocation differs from the arg-max.
-    """
-
-    allocation: Allocation
-    cost: float
-    cost_ratio: float
-    argmax_cost_ratio: float
-    repaired: bool
-
-    @classmethod
-    def of(cls, problem: SearchProblem, choice: Tensor, argmax: Tensor) -> FinalChoice:
-        """From the chosen and the most probable format of every decision, int64 [D] each, on the CPU."""
-        cost, argmax_cost = (float(problem.cost(one)) for one in (choice, argmax))
-        return cls(
-            allocation=problem.space.allocation(choice),
-            cost=cost,
-            cost_ratio=cost / problem.target_cost,
-            argmax_cost_ratio=argmax_cost / problem.target_cost,
-            repaired=not torch.equal(choice, argmax),
-        )
-
-
-class OneShotSearch:
+class OneShotSearch(PolicySearch):
     """Policy, optimizer and phases of one search.
 
     All ranks hold the same policy: each samples for itself from a generator of (seed, step, rank), and every rank
@@ -90,16 +56,15 @@ class OneShotSearch:
         """
         if config.prior != "none":
             find_score(config.prior).check(problem.space)
-        self.problem, self.config = problem, config
-        self.seed, self.rank, self.world_size, self.device = seed, rank, world_size, torch.device(device)
-        self.gather: Gather = gather or (lambda values: values)
+        super().__init__(
+            problem, config.policy_learning_rate, seed=seed, rank=rank, world_size=world_size, device=device,
+            gather=gather,
+        )  # fmt: skip
+        self.config = config
         self.search_start = round(config.warmup_fraction * total_steps)
         self.search_end = round(config.explore_fraction * total_steps)
-        self.policy = Policy(problem, device)
-        self.optimizer = torch.optim.Adam([self.policy.logits], lr=config.policy_learning_rate)
         self.baseline = torch.zeros((), device=device)
         self.started = torch.zeros((), device=device)
-        self.final: FinalChoice | None = None
         self._final_formats: list[tuple[Tensor, Tensor]] = []
         self._choices = torch.empty(0, dtype=torch.long)
         self._metrics: dict[str, Tensor] = {}
@@ -215,20 +180,11 @@ class OneShotSearch:
         keep = self.config.derive == "argmax" and self.problem.aim.is_met(argmax_cost, self.problem.target_cost)
         keep = keep and self.problem.keeps_limits(argmax)
         choice = argmax if keep else self._program()
-        self.final = self._final_choice(choice)
-        return self.final
-
-    def _final_choice(self, choice: Tensor) -> FinalChoice:
-        return FinalChoice.of(self.problem, choice, self.policy.argmax().cpu())
+        return self.end_with(choice)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only, for safetensors. The final allocation is stored as its choice."""
-        state = self.policy.state_dict() | {"baseline": self.baseline, "started": self.started}
-        for key, value in self.optimizer.state.get(self.policy.logits, {}).items():
-            state[f"adam.{key}"] = value
-        if self.final is not None:
-            state["final"] = self.problem.space.choice(self.final.allocation)
-        return {key: value.detach().clone().contiguous() for key, value in state.items()}
+        return self.stored(self.policy.state_dict() | {"baseline": self.baseline, "started": self.started})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue bit for bit where `state_dict` was taken.
@@ -239,14 +195,7 @@ class OneShotSearch:
         if missing := [key for key in ("baseline", "started") if key not in state]:
             raise CheckpointError(f"the saved search lacks {missing[0]!r}; it is damaged or no search")
         self.baseline, self.started = (state[key].to(self.device) for key in ("baseline", "started"))
-        self.optimizer.state.clear()
-        adam = {key.removeprefix("adam."): value for key, value in state.items() if key.startswith("adam.")}
-        if adam:
-            on_host = ("step",)  # as Adam keeps it
-            self.optimizer.state[self.policy.logits] = {
-                key: value.to("cpu" if key in on_host else self.device, copy=True) for key, value in adam.items()
-            }
-        self.final = self._final_choice(state["final"].cpu()) if "final" in state else None
+        self.restore(state)
         self._final_formats = []
 
     def _sample(self, step: int, rank: int, phase: str) -> Tensor:

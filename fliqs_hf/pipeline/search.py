@@ -22,9 +22,8 @@ from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.hf import FLIQSConfig, fold_batchnorm, quantize
 from fliqs_hf.lock import locked
 from fliqs_hf.nn import format_switch, make_searchable, quantizable_layers
-from fliqs_hf.oneshot import OneShotSearch
+from fliqs_hf.oneshot import FinalChoice, OneShotSearch
 from fliqs_hf.oneshot.hook import FixedFormats, SearchHook
-from fliqs_hf.oneshot.search import FinalChoice
 from fliqs_hf.pipeline.checks import check_arguments, limits_of, settled, targets_of, uniform_formats
 from fliqs_hf.pipeline.completion import complete
 from fliqs_hf.pipeline.costs import search_problem
