@@ -89,6 +89,20 @@ def test_classes_by_number_in_every_command(
     assert job.train_data.labels.count(2) + job.eval_data.labels.count(2) == 9  # type: ignore[union-attr]
 
 
+def test_without_labels_the_answers_are_those_of_the_fp32_model_at_every_pass(fp32: str, tmp_path: Path) -> None:
+    """The second pass of `--score two-pass` is in a quantized model, whose own answers may be others."""
+    data = photos(tmp_path / "photos", dict.fromkeys(NUMBERS, 2))
+    found = calibration(fp32, data, "--label_column", "none", "--batch_size", "5")
+    first = [labels for _, labels in found.labelled()]
+    with torch.no_grad():
+        for parameter in found._model.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    fresh = torch.cat([found.task.answers(found._model(images).logits) for images, _ in found.labelled()])
+    again = [labels for _, labels in found.labelled()]
+    assert [len(labels) for labels in first] == [5, 5, 5, 5, 4]
+    assert torch.equal(torch.cat(again), torch.cat(first)) and not torch.equal(fresh, torch.cat(first))
+
+
 @pytest.mark.parametrize("command", ["validate", "quantize"])
 def test_other_numbers_are_refused_or_taken_as_they_are(
     fp32: str, packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
