@@ -1,0 +1,80 @@
+"""What GPTQ leaves of the error of rounding to nearest, against outputs that are computed here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fliqs_hf.formats import parse
+from fliqs_hf.nn import quantizable_layers
+from fliqs_hf.ptq import gptq_round, input_hessian, rounding_gain
+from fliqs_hf.quant import WeightQuantizer
+from tests.helpers.models import tiny
+
+
+class Two(nn.Module):
+    """Two layers, of which images reach one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.read = nn.Linear(64, 24)
+        self.unread = nn.Linear(64, 24)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.read(images.flatten(1))
+        return out
+
+
+def images_of(rows: Tensor) -> Tensor:
+    return rows.view(len(rows), 1, 8, 8)
+
+
+def gain(model: nn.Module, rows: Tensor, **options: Any) -> dict[str, float]:
+    return rounding_gain(model, {"read": model.read, "unread": model.unread}, images_of(rows), **options)
+
+
+@pytest.mark.parametrize("scored", ["absmax", "mse"])
+def test_it_is_the_ratio_of_the_errors_of_outputs(scored: Any) -> None:
+    model, mixing = Two().eval(), torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    rows = torch.randn(500, 64, generator=torch.Generator().manual_seed(2)) @ mixing
+    found = gain(model, rows, scored=WeightQuantizer(method=scored))
+    weight, fmt = model.read.weight.detach(), parse("int4")
+    scale, _ = WeightQuantizer(method="mse").scale(weight, fmt)
+    best = gptq_round(weight, scale, fmt, input_hessian(model.read, rows))
+    nearest = WeightQuantizer(method=scored)(weight, fmt)
+    outputs = [(rows.double() @ (one - weight).double().T).square().sum() for one in (best, nearest)]
+    # Hessians are summed in float32: 1e-5 of their values.
+    assert found["read"] == pytest.approx(float(outputs[0] / outputs[1]), rel=1e-3)
+    assert found["read"] < 0.6  # correlated inputs are what GPTQ lives on
+    assert found["unread"] == 1.0
+
+
+def test_nothing_is_gained_on_inputs_without_correlation() -> None:
+    same = WeightQuantizer(method="mse")
+    found = gain(Two().eval(), torch.eye(64), scored=same, packed=same)
+    assert found["read"] == 1.0  # GPTQ rounds to nearest then, bit for bit
+
+
+def test_a_layer_without_an_error_or_an_inverse_stays_as_scored() -> None:
+    model = Two().eval()
+    with torch.no_grad():
+        model.read.weight.zero_()
+    assert gain(model, torch.eye(64))["read"] == 1.0
+    row = torch.full((9, 64), 1e-3)
+    assert gain(Two().eval(), row, damping=1e-30)["read"] == 1.0  # of rank one
+
+
+@pytest.mark.parametrize("name", ["vit", "mobilenet_v2", "swin"])
+def test_every_layer_of_a_model_has_one_and_the_model_stays(name: str) -> None:
+    model = tiny(name).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    layers = quantizable_layers(model)
+    found = rounding_gain(model, layers, torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert list(found) == list(layers) and all(0 < ratio <= 1.5 for ratio in found.values())
+    assert sum(found.values()) < 0.9 * len(found)
+    assert model.training and not any(layer._forward_hooks for layer in layers.values())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
