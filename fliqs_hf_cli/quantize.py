@@ -52,8 +52,7 @@ def arguments(parser: Parser) -> None:
                         "gptq); default: mse with --calibration, else absmax")  # fmt: skip
     parser.add_argument("--rotation", choices=("true", "false"),
                         help="turn what transformer blocks hand on into a basis without outliers, which changes no "
-                        "answer of the fp32 model; default: true with --calibration and inputs below 8 "
-                        "bits")  # fmt: skip
+                        "answer of the fp32 model; default: true with --calibration")  # fmt: skip
     parser.add_argument("--zero_points", choices=("true", "false"),
                         help="integer inputs of less than 8 bits may be one-sided; default: true with --calibration "
                         "and dynamic input scales")  # fmt: skip
@@ -84,8 +83,8 @@ def _targets(parser: Parser) -> None:
     parser.add_argument("--min_bits", action="append", metavar="PATTERN=BITS",
                         help="of layers that match: at least so many, such as '*patch_embeddings*=6'")  # fmt: skip
     parser.add_argument("--score", metavar="NAME",
-                        help="how sensitive the loss is to a format is found out: fisher (default), two-pass, "
-                        "elementwise, loss-delta, hessian, or one that is registered")  # fmt: skip
+                        help="how sensitive the loss is to a format is found out: two-pass (default), fisher (half the "
+                        "time), elementwise, loss-delta, hessian, or one that is registered")  # fmt: skip
     parser.add_argument("--latency_table", metavar="FILE", help="times of layers, as fliqs-hf profile writes them")
 
 

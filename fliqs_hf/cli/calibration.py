@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -14,19 +15,22 @@ from tqdm.auto import tqdm
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.data import TO_CALIBRATE, task_of
 from fliqs_hf.cli.targets import zero_points
+from fliqs_hf.cost import trace_layers
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format, parse
 from fliqs_hf.formats.spaces import with_zero_point
 from fliqs_hf.hf import FLIQSConfig, fold_batchnorm
 from fliqs_hf.hf import quantize as round_to_nearest
+from fliqs_hf.nn import QuantizerSettings
 from fliqs_hf.ptq import calibrate, rotate
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import mode_of, pixels
 from fliqs_hf.training.splits import ROW, Part, common, load_split, sample
 from fliqs_hf.validation.data import targets
 
-#: Images that GPTQ and bias correction see at most: they hold all of them in memory, and more did not help.
-ROUNDING_IMAGES = 128
+#: Images that GPTQ and bias correction see at most. They go through the model at once, which takes WORKING times the
+#: largest input and output of a layer (measured on ViTs: DeiT-Tiny), and at most so much of the memory that is free.
+ROUNDING_IMAGES, WORKING, SHARE_OF_MEMORY = 512, 6, 0.5
 FEW = 4
 
 
@@ -83,8 +87,12 @@ class CalibrationImages:
         return torch.stack([self._pixels(index) for index in range(min(FEW, len(self._images)))]).to(self._device)
 
     def images(self) -> Iterator[Tensor]:
-        """Batches of pixel values of at most `ROUNDING_IMAGES`."""
-        return self._batches("calibration", min(ROUNDING_IMAGES, len(self._images)))
+        """Batches of pixel values, of at most `ROUNDING_IMAGES` and of what fits into memory."""
+        wanted = min(ROUNDING_IMAGES, len(self._images))
+        count = min(wanted, _fitting(self._model, self._device))
+        if count < wanted:
+            print(f"rounding with {count} images instead of {wanted}: more would not fit into memory", file=sys.stderr)
+        return self._batches("calibration", count)
 
     def _batches(self, name: str, count: int) -> Iterator[Tensor]:
         size = self._args.batch_size
@@ -95,6 +103,13 @@ class CalibrationImages:
     def _pixels(self, index: int) -> Tensor:
         image, name = self._images[index]
         return pixels(image, self._processor, name, self._mode)
+
+
+def _fitting(model: Any, device: torch.device) -> int:
+    """How many images the memory that is free has room for, at least one."""
+    largest = max((layer.input_numel + layer.output_numel for layer in trace_layers(model)), default=0)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return max(1, int(SHARE_OF_MEMORY * free / (WORKING * 4 * max(1, largest))))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -108,14 +123,10 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--weight_scale output is found by GPTQ: give --calibration DATASET and --rounding gptq")
 
 
-def turn(args: argparse.Namespace, model: Any, calibration: CalibrationImages | None, chosen: bool) -> None:
+def turn(args: argparse.Namespace, model: Any, calibration: CalibrationImages | None) -> None:
     """Rotate `model` in place, where there are images and nothing else is asked for; say what is not rotated, and let
-    the settings say whether something was. Where all inputs have 8 bits or more it gains nothing (docs/ptq.md).
-
-    Args: chosen: formats differ from layer to layer.
-    """
-    wide = not chosen and (args.activation_format in (None, "none") or parse(args.activation_format).bits >= 8)
-    if calibration is None or args.rotation == "false" or (args.rotation is None and wide):
+    the settings say whether something was."""
+    if calibration is None or args.rotation == "false":
         return
     reasons = rotate(model, calibration.few())
     for part, reason in reasons.items():
@@ -130,6 +141,12 @@ def input_format(args: argparse.Namespace) -> Format | None:
         return None
     fmt = parse(args.activation_format)
     return with_zero_point(fmt) if zero_points(args) else fmt
+
+
+def rounded(args: argparse.Namespace) -> dict[str, Any]:
+    """How `pack` will quantize where there are images, as arguments of `allocate`."""
+    settings = QuantizerSettings(weight_scale="absmax" if args.weight_scale == "absmax" else "mse")
+    return {"rounding": args.rounding or "gptq", "settings": settings}
 
 
 def pack(args: argparse.Namespace, model: Any, allocation: Allocation, calibration: CalibrationImages | None) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fliqs_hf.baselines.front import FrontPoint, sensitivity_front
-from fliqs_hf.cli.calibration import CalibrationImages, pack, turn
+from fliqs_hf.cli.calibration import CalibrationImages, pack, rounded, turn
 from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer, table
 from fliqs_hf.cli.targets import settle
@@ -63,13 +63,14 @@ def front(args: argparse.Namespace) -> int:
         table_of_times.check(traced(model)[0])
     images = CalibrationImages(args, model, processor)
     held_out = HeldOutImages(args, model, processor, images) if args.measure else None
-    turn(args, model, images, chosen=True)
+    turn(args, model, images)
     found = allocate(
         model,
         images.labelled,
         costs[0].name,
         search_space=args.search_space,
         activation=args.activation,
+        **rounded(args),
         task=images.task,
     )
     points = {

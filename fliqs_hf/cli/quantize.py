@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cli.calibration import CalibrationImages, check, input_format, pack, turn
+from fliqs_hf.cli.calibration import CalibrationImages, check, input_format, pack, rounded, turn
 from fliqs_hf.cli.data import task_of
 from fliqs_hf.cli.floor import floor_of, meeting, missed, summary
 from fliqs_hf.cli.held_out import HeldOutImages
@@ -74,7 +74,7 @@ def _quantized(args: argparse.Namespace, output: RunFolder) -> Outcome:
     start = time.perf_counter()
     calibration = None if args.calibration is None else CalibrationImages(args, model, processor)
     held_out = None if calibration is None or floor is None else HeldOutImages(args, model, processor, calibration)
-    turn(args, model, calibration, chosen=aim is not None or args.allocation is not None)
+    turn(args, model, calibration)
     found = None
     if aim is not None:
         assert calibration is not None, "checked with the target"
@@ -167,7 +167,8 @@ def _allocated(
         modules_to_not_convert=args.modules_to_not_convert,
         require=require,
         min_bits=min_bits,
-        score=args.score or "fisher",
+        score=args.score or ("fisher" if isinstance(aim, str) else "two-pass"),
+        **rounded(args),
         task=images.task,
     )
 

@@ -24,7 +24,9 @@ from fliqs_hf.quant import WeightQuantizer
 
 logger = logging.getLogger(__name__)
 
-#: The format that is rounded to. Others differ little: the error is spread by the Hessian, not by the grid.
+#: The format that is rounded to. On scales of least squared error the ratio is the same in others, within 5 % from 3
+#: bits on and 20 % at 2 (13 layers of DeiT-Tiny, INT2 to INT6 and E2M0 to E2M2): what GPTQ gains is a matter of the
+#: inputs. On the scales of largest values it is not, as there the lowest bits err by their scales.
 FORMAT = "int4"
 
 
@@ -33,9 +35,7 @@ def rounding_gain(
     model: Any,
     layers: Mapping[str, nn.Module],
     images: Tensor,
-    *,
-    scored: WeightQuantizer | None = None,
-    packed: WeightQuantizer | None = None,
+    quantizer: WeightQuantizer | None = None,
     damping: float = DAMPING,
 ) -> dict[str, float]:
     """For each layer the squared error of its output after GPTQ, over that after rounding to nearest.
@@ -44,18 +44,17 @@ def rounding_gain(
         model: plain, in fp32; it is left as it is.
         layers: of `model`, by name.
         images: as the model takes them, [batch, channels, height, width]; all go through the model at once.
-        scored: how the scores round to nearest (default: on absmax scales); packed: whose scales GPTQ rounds on
-            (default: of least squared error).
+        quantizer: whose scales both round on; default: those of least squared error.
     Returns: layer -> ratio, above 0; 1 for a layer without an error, that no image reaches, or whose Hessian has no
         inverse.
     """
-    scored, packed = scored or WeightQuantizer(), packed or WeightQuantizer(method="mse")
+    quantizer = quantizer or WeightQuantizer(method="mse")
     fmt, found = parse(FORMAT), dict.fromkeys(layers, 1.0)
 
     def hook_of(name: str) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
             try:
-                found[name] = _ratio(layer, inputs[0], fmt, scored, packed, damping)
+                found[name] = _ratio(layer, inputs[0], fmt, quantizer, damping)
             except DataError as error:
                 logger.info("%s: taken to be rounded to nearest: %s", name, error)
 
@@ -72,13 +71,11 @@ def rounding_gain(
     return found
 
 
-def _ratio(
-    layer: nn.Module, x: Tensor, fmt: Format, scored: WeightQuantizer, packed: WeightQuantizer, damping: float
-) -> float:
+def _ratio(layer: nn.Module, x: Tensor, fmt: Format, quantizer: WeightQuantizer, damping: float) -> float:
     weight = kind_of(layer).rows(layer, layer.get_parameter("weight").detach()).float()
     rows, hessian = weight.flatten(1), input_hessian(layer, x)
-    rounded = gptq_round(rows, packed.scale(weight, fmt)[0].flatten(1), fmt, hessian, damping)
-    before = _output_error(scored(weight, fmt).flatten(1) - rows, hessian)
+    rounded = gptq_round(rows, quantizer.scale(weight, fmt)[0].flatten(1), fmt, hessian, damping)
+    before = _output_error(quantizer(weight, fmt).flatten(1) - rows, hessian)
     after = _output_error(rounded - rows, hessian)
     ratio = after / before if before > 0 else 1.0
     return ratio if ratio > 0 else 1.0

@@ -37,15 +37,16 @@ def gain(model: nn.Module, rows: Tensor, **options: Any) -> dict[str, float]:
     return rounding_gain(model, {"read": model.read, "unread": model.unread}, images_of(rows), **options)
 
 
-@pytest.mark.parametrize("scored", ["absmax", "mse"])
-def test_it_is_the_ratio_of_the_errors_of_outputs(scored: Any) -> None:
+@pytest.mark.parametrize("method", ["absmax", "mse"])
+def test_it_is_the_ratio_of_the_errors_of_outputs(method: Any) -> None:
     model, mixing = Two().eval(), torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     rows = torch.randn(500, 64, generator=torch.Generator().manual_seed(2)) @ mixing
-    found = gain(model, rows, scored=WeightQuantizer(method=scored))
+    quantizer = WeightQuantizer(method=method)
+    found = gain(model, rows, quantizer=quantizer)
     weight, fmt = model.read.weight.detach(), parse("int4")
-    scale, _ = WeightQuantizer(method="mse").scale(weight, fmt)
+    scale, _ = quantizer.scale(weight, fmt)
     best = gptq_round(weight, scale, fmt, input_hessian(model.read, rows))
-    nearest = WeightQuantizer(method=scored)(weight, fmt)
+    nearest = quantizer(weight, fmt)
     outputs = [(rows.double() @ (one - weight).double().T).square().sum() for one in (best, nearest)]
     # Hessians are summed in float32: 1e-5 of their values.
     assert found["read"] == pytest.approx(float(outputs[0] / outputs[1]), rel=1e-3)
@@ -54,9 +55,7 @@ def test_it_is_the_ratio_of_the_errors_of_outputs(scored: Any) -> None:
 
 
 def test_nothing_is_gained_on_inputs_without_correlation() -> None:
-    same = WeightQuantizer(method="mse")
-    found = gain(Two().eval(), torch.eye(64), scored=same, packed=same)
-    assert found["read"] == 1.0  # GPTQ rounds to nearest then, bit for bit
+    assert gain(Two().eval(), torch.eye(64))["read"] == 1.0  # GPTQ rounds to nearest then, bit for bit
 
 
 def test_a_layer_without_an_error_or_an_inverse_stays_as_scored() -> None:
