@@ -123,10 +123,14 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--weight_scale output is found by GPTQ: give --calibration DATASET and --rounding gptq")
 
 
-def turn(args: argparse.Namespace, model: Any, calibration: CalibrationImages | None) -> None:
+def turn(args: argparse.Namespace, model: Any, calibration: CalibrationImages | None, chosen: bool) -> None:
     """Rotate `model` in place, where there are images and nothing else is asked for; say what is not rotated, and let
-    the settings say whether something was."""
-    if calibration is None or args.rotation == "false":
+    the settings say whether something was. Where all inputs have 8 bits or more it gains nothing (docs/ptq.md).
+
+    Args: chosen: formats differ from layer to layer.
+    """
+    wide = not chosen and (args.activation_format in (None, "none") or parse(args.activation_format).bits >= 8)
+    if calibration is None or args.rotation == "false" or (args.rotation is None and wide):
         return
     reasons = rotate(model, calibration.few())
     for part, reason in reasons.items():

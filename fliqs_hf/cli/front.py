@@ -63,7 +63,7 @@ def front(args: argparse.Namespace) -> int:
         table_of_times.check(traced(model)[0])
     images = CalibrationImages(args, model, processor)
     held_out = HeldOutImages(args, model, processor, images) if args.measure else None
-    turn(args, model, images)
+    turn(args, model, images, chosen=True)
     found = allocate(
         model,
         images.labelled,

@@ -74,7 +74,7 @@ def _quantized(args: argparse.Namespace, output: RunFolder) -> Outcome:
     start = time.perf_counter()
     calibration = None if args.calibration is None else CalibrationImages(args, model, processor)
     held_out = None if calibration is None or floor is None else HeldOutImages(args, model, processor, calibration)
-    turn(args, model, calibration)
+    turn(args, model, calibration, chosen=aim is not None or args.allocation is not None)
     found = None
     if aim is not None:
         assert calibration is not None, "checked with the target"
