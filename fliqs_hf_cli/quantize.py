@@ -84,8 +84,8 @@ def _targets(parser: Parser) -> None:
     parser.add_argument("--min_bits", action="append", metavar="PATTERN=BITS",
                         help="of layers that match: at least so many, such as '*patch_embeddings*=6'")  # fmt: skip
     parser.add_argument("--score", metavar="NAME",
-                        help="how sensitive the loss is to a format is found out: two-pass (default), fisher (half the "
-                        "time), elementwise, loss-delta, hessian, or one that is registered")  # fmt: skip
+                        help="how sensitive the loss is to a format is found out: two-pass (default), fisher (half "
+                        "the time), elementwise, loss-delta, hessian, or one that is registered")  # fmt: skip
     parser.add_argument("--latency_table", metavar="FILE", help="times of layers, as fliqs-hf profile writes them")
 
 
