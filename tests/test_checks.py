@@ -58,7 +58,9 @@ RIGHT: dict[tuple[type, str], tuple[Any, ...]] = {
         "workers",
     )},
     (LayerInfo, "name"): ("x",), (LayerInfo, "input_group"): (5, -1),
-    **{(LayerInfo, name): COUNTS for name in ("macs", "weight_numel", "out_channels")},
+    **{(LayerInfo, name): COUNTS for name in (
+        "macs", "weight_numel", "out_channels", "input_numel", "output_numel",
+    )},
 }  # fmt: skip
 
 #: Whose checks are elsewhere: a version is compared with what a checkpoint says.

@@ -52,7 +52,7 @@ class LayerInfo:
         input_numel, output_numel: elements per image of the largest input and output together of one call; 0 where
             they were not traced.
 
-    Raises: ConfigError: an unknown kind, or a count below 1.
+    Raises: ConfigError: an unknown kind, or a count that is below 1, or below 0 where 0 has a meaning.
     """
 
     name: str
@@ -70,9 +70,10 @@ class LayerInfo:
             raise ConfigError("a layer needs a name, as named_modules() gives it")
         if self.kind not in (known := [*(kind.name for kind in kinds()), FP32]):
             raise ConfigError(f"layer {self.name!r}: kind={self.kind!r} must be one of {', '.join(map(repr, known))}")
-        for attribute in ("macs", "weight_numel", "out_channels"):
-            if not is_whole(value := getattr(self, attribute), 1):
-                raise ConfigError(f"layer {self.name!r}: {attribute}={value!r} must be a whole number, at least 1")
+        least = {"macs": 1, "weight_numel": 1, "out_channels": 1, "input_numel": 0, "output_numel": 0}
+        for attribute, low in least.items():
+            if not is_whole(value := getattr(self, attribute), low):
+                raise ConfigError(f"layer {self.name!r}: {attribute}={value!r} must be a whole number, at least {low}")
 
     @property
     def quantizable(self) -> bool:

@@ -48,7 +48,8 @@ def test_a_compiled_program_gives_the_packed_models_answers(tmp_path: Path) -> N
             torch.testing.assert_close(program(images(count)), model(images(count)).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_no_compiler_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/g++"))
-    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, and there is none: install g\+\+ .* CXX"):
+def test_no_compiler_is_named_before_any_work(tmp_path: Path) -> None:
+    # Not by monkeypatch, which would remove the setting when it is done: this one lives outside of the module's dict.
+    without = torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")})
+    with without, pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, and there is none: install g\+\+ .* CXX"):
         fliqs_hf.export(tmp_path / "nothing", tmp_path / "out", to="aotinductor")
