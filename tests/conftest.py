@@ -18,6 +18,9 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+
 from tests.helpers.hub_server import TOKEN, HubServer
 
 ROOT = Path(__file__).parents[1]

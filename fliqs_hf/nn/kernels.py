@@ -46,7 +46,7 @@ def set_kernels(model: nn.Module, kernels: Kernels = "auto", weight_cache: Weigh
         check_kernels(ENVIRONMENT, value)
         kernels = cast(Kernels, value)
     for layer in packed_layers(model).values():
-        layer.kernels, layer.weight_cache, layer._native = kernels, weight_cache, None
+        layer.choose_kernels(kernels, weight_cache)
 
 
 def kernels_of(model: nn.Module) -> dict[str, Choice]:

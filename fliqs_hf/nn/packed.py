@@ -86,6 +86,7 @@ class PackedLayer(nn.Module):
     kernels: native.Kernels = "reference"
     weight_cache: native.WeightCache = "none"
     _native: native.Native | None = None
+    _compiled: native.Kernel | None = None  # found before a compiler traces the layer, which could not
 
     def __init__(
         self,
@@ -231,14 +232,17 @@ class PackedLayer(nn.Module):
         return torch.is_grad_enabled() and (input.requires_grad or learns)
 
     def native_kernel(self, input: Tensor) -> native.Kernel | None:
-        """The kernel for `input`, or None for the reference path: it alone trains, can be compiled, and reports inputs
+        """The kernel for `input`, or None for the reference path: it alone trains, can be exported, and reports inputs
         that do not fit."""
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if self.kernels == "reference" or traced or torch.is_autocast_enabled("cpu"):
+        if self.kernels == "reference" or torch.jit.is_tracing() or torch.is_autocast_enabled(input.device.type):
             return None
+        if torch.compiler.is_compiling():
+            exported = torch.compiler.is_exporting() or self.needs_gradient(input)
+            return None if exported or input.device.type != "cuda" else self._compiled
         if self.training and self.needs_gradient(input):
             return None
-        if self.kernel.kernel == "reference" or input.device.type != "cpu" or not self.kind.takes(self, input):
+        device = self.weight_codes.device
+        if self.kernel.kernel == "reference" or input.device != device or not self.kind.takes(self, input):
             return None
         assert self._native is not None, "`kernel` makes it"
         return self._native.kernel(self)
@@ -281,8 +285,13 @@ class PackedLayer(nn.Module):
             if scale is not None and after.dtype != scale.dtype:
                 setattr(self, name, scale.to(after.device))
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        self._native = None
+        self.choose_kernels(self.kernels, self.weight_cache)
         return self
+
+    def choose_kernels(self, kernels: native.Kernels, weight_cache: native.WeightCache) -> None:
+        """Choose anew, see `nn.kernels.set_kernels`."""
+        self.kernels, self.weight_cache, self._native = kernels, weight_cache, None
+        self._compiled = native.compiled_kernel(self) if kernels == "auto" else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_native": None}  # a copy prepares its own

@@ -153,7 +153,7 @@ def test_zeros_give_the_bias() -> None:
     (nn.Linear(8, 8), ("int8", None), "per_token", "not quantized"),
     (nn.Conv2d(3, 4, 3, padding=1), (WEIGHT, "int8"), "per_token", "overlap or are padded"),
     (nn.Conv2d(4, 4, 2, stride=2, groups=2), (WEIGHT, "int8"), "per_token", "overlap or are padded"),
-    (nn.Linear(int8.LONGEST_SUM, 1), (WEIGHT, "int8"), "per_token", "may exceed 32 bits"),
+    (nn.Linear(codes.LONGEST_SUM, 1), (WEIGHT, "int8"), "per_token", "may exceed 32 bits"),
 ])  # fmt: skip
 def test_what_has_no_exact_product_takes_the_reference_path(
     layer: nn.Module, formats: tuple[str, str | None], granularity: str, reason: str

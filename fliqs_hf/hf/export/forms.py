@@ -10,8 +10,7 @@ import torch
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import BlockFormat, Format
 from fliqs_hf.formats.rounding import code_values
-from fliqs_hf.nn.native.choice import no_integer_product
-from fliqs_hf.nn.native.codes import int8_shift
+from fliqs_hf.nn.native.codes import int8_shift, no_integer_product
 from fliqs_hf.nn.packed import PackedLayer
 
 #: auto: integer products, with an operator of ONNX Runtime's own where that is faster. integer: the same in standard

@@ -1,4 +1,4 @@
-"""Fast kernels for packed layers on CPUs, chosen per layer, beside the reference path, which decodes the weight.
+"""Fast kernels for packed layers, chosen per layer, beside the reference path, which decodes the weight.
 
 **Numerics.** Codes and scales of weights and inputs are those of the reference path. The products of codes are summed
 in 32-bit integers, exactly; the sum S is then rounded to float32 once and multiplied by the two scales w and s. With
@@ -6,6 +6,8 @@ bias b, the result lies within 3 u |S w s| + u |S w s + b| of the real number S 
 whatever the batch and the number of threads. (The reference path rounds every partial sum instead, so its error grows
 with the number of input features.) Layers are equal to that bound, but models not bit for bit: a value on the
 midpoint of two codes may be rounded the other way in the next layer, as by any other change of arithmetic.
+
+On CUDA devices the same holds for integers. Products of E4M3 are summed with the fewer bits of the device's FP8 units.
 """
 
 from __future__ import annotations
@@ -16,17 +18,24 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fliqs_hf.nn.native.choice import Choice, Kernels, WeightCache, choose
+from fliqs_hf.nn.native.cuda import CudaProduct
 from fliqs_hf.nn.native.decoded import DecodedProduct
 from fliqs_hf.nn.native.int8 import Int8Product
 
 if TYPE_CHECKING:
     from fliqs_hf.nn.packed import PackedLayer
 
-__all__ = ["Choice", "Kernel", "Kernels", "Native", "WeightCache", "choose"]
+__all__ = ["Choice", "Kernel", "Kernels", "Native", "WeightCache", "choose", "compiled_kernel"]
 
 #: What computes one packed layer: the layer and its input in, its output out.
 Kernel = Callable[["PackedLayer", Tensor], Tensor]
-_KERNELS: dict[str, Callable[[PackedLayer], Kernel]] = {"int8": Int8Product, "decoded": DecodedProduct}
+_KERNELS: dict[tuple[str, str], Callable[[PackedLayer], Kernel]] = {
+    ("cpu", "int8"): Int8Product,
+    ("cuda", "int8"): CudaProduct,
+    ("cuda", "fp8"): CudaProduct,
+    ("cpu", "decoded"): DecodedProduct,
+    ("cuda", "decoded"): DecodedProduct,
+}
 
 
 class Native:
@@ -44,9 +53,17 @@ class Native:
 
     def kernel(self, layer: PackedLayer) -> Kernel | None:
         """What computes the layer; None for the reference path."""
-        if self._kernel is None and self.choice.kernel in _KERNELS:  # not while a model is loaded
-            self._kernel = _KERNELS[self.choice.kernel](layer)
+        if self._kernel is None:  # not while a model is loaded
+            make = _KERNELS.get((layer.weight_codes.device.type, self.choice.kernel))
+            self._kernel = make(layer) if make else None
         return self._kernel
+
+
+def compiled_kernel(layer: PackedLayer) -> Kernel | None:
+    """What computes the layer where `torch.compile` traces it; None for the reference path."""
+    if layer.weight_codes.device.type != "cuda" or choose(layer).kernel not in ("int8", "fp8"):
+        return None
+    return CudaProduct(layer)
 
 
 def _state(layer: PackedLayer) -> list[tuple[Tensor | None, int]]:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: Products of the largest codes that certainly fit into 32 bits.
+LONGEST_SUM = 2**31 // (255 * 127)
+STATIC_IMAGES = "a static scale of images, which would not show NaN in one patch"
 ZERO_POINT = 128  # of input codes: unsigned ones have a fast kernel on every CPU, signed ones only on some
 _MAGIC = 1.5 * 2.0**23  # adding it leaves the integer next to a float32 in its low bits, ties to even
 
@@ -34,6 +37,19 @@ def int8_shift(fmt: Format) -> int | None:
     shift = max(0, -round(math.log2(fmt.smallest)))
     one_scale = fmt.is_scaled and (not isinstance(fmt, BlockFormat) or fmt.block is None)
     return shift if one_scale and fmt.max_value * 2**shift <= 127 else None
+
+
+def no_integer_product(layer: PackedLayer) -> str:
+    """What keeps `layer` from exact products of 8-bit integers on any machine; "" for nothing."""
+    weight, activation = layer.formats.weight, layer.formats.activation
+    if activation is None:
+        return "the input is not quantized"
+    for role, fmt in (("weights", weight), ("inputs", activation)):
+        if int8_shift(fmt) is None:
+            return f"{role} in {fmt} are no 8-bit integers"
+    if layer.weight_shape[1:].numel() >= LONGEST_SUM:
+        return f"sums of {layer.weight_shape[1:].numel()} products may exceed 32 bits"
+    return ""
 
 
 def input_scale(layer: PackedLayer, x: Tensor) -> Tensor:
@@ -64,12 +80,12 @@ def input_codes(x: Tensor, scale: Tensor, fmt: Format, clipped: bool) -> Tensor:
 
 def quantized_codes(layer: PackedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of `x`, uint8 in its shape, and its scales, one for each token, image or for all, in their order."""
-    return _shared(layer, x, _codes)
+    return shared(layer, x, _codes)
 
 
 def quantized_values(layer: PackedLayer, x: Tensor) -> Tensor:
     """`layer.quantized_input(x)`, bit for bit."""
-    return _shared(layer, x, _values)
+    return shared(layer, x, _values)
 
 
 def _codes(layer: PackedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,12 +93,12 @@ def _codes(layer: PackedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     assert fmt is not None
     shift = int8_shift(fmt)
     if isinstance(fmt, BlockFormat):
-        codes, scale = _one_sided(_rows(layer, values), fmt)
+        codes, scale = _one_sided(rows_of(layer, values), fmt)
         return codes.view(x.shape), scale
     if (compiled := library()) is None or shift is None:
         scale = input_scale(layer, values)
         return input_codes(values, scale, fmt, layer.input_scale is not None), scale
-    codes, scale = compiled.codes(_rows(layer, values), fmt, shift, _scaling(layer))
+    codes, scale = compiled.codes(rows_of(layer, values), fmt, shift, _scaling(layer))
     return codes.view(x.shape), scale
 
 
@@ -96,12 +112,12 @@ def _one_sided(rows: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
 
 def _values(layer: PackedLayer, x: Tensor) -> Tensor:
     fmt = layer.formats.activation
-    if fmt is None or fmt.scales_itself or (compiled := library()) is None:
+    if fmt is None or fmt.scales_itself or x.device.type != "cpu" or (compiled := library()) is None:
         return layer.quantized_input(x)
-    return compiled.on_grid(_rows(layer, x.float()), fmt, _scaling(layer)).view(x.shape).to(x.dtype)
+    return compiled.on_grid(rows_of(layer, x.float()), fmt, _scaling(layer)).view(x.shape).to(x.dtype)
 
 
-def _rows(layer: PackedLayer, x: Tensor) -> Tensor:
+def rows_of(layer: PackedLayer, x: Tensor) -> Tensor:
     """`x` as [scales, values that share one], contiguous."""
     fmt = layer.formats.activation
     if layer.settings.activation_granularity == "per_tensor" and not (fmt and fmt.scales_itself):
@@ -129,7 +145,7 @@ class _SharedInput:
 _readings: Any = WeakIdKeyDictionary()
 
 
-def _shared(layer: PackedLayer, x: Tensor, make: Callable[[PackedLayer, Tensor], T]) -> T:
+def shared(layer: PackedLayer, x: Tensor, make: Callable[[PackedLayer, Tensor], T]) -> T:
     """`make(layer, x)`, or what it gave another layer that read this very tensor in the same format.
 
     But not in inference mode, where nothing tells that it was written to in between, nor with numbers of the layer's

@@ -14,9 +14,6 @@ from fliqs_hf.nn.native.compiled import library
 if TYPE_CHECKING:
     from fliqs_hf.nn.packed import PackedLayer
 
-#: Products of the largest codes that certainly fit into 32 bits.
-LONGEST_SUM = 2**31 // (255 * 127)
-
 
 @cache
 def largest_exact_weight() -> int:
