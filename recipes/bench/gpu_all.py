@@ -83,8 +83,8 @@ def inference(path: str) -> dict[str, Any]:
     rows = {}
     for batch_size in BATCH_SIZES:
         images = torch.randn(batch_size, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
-        cases = {f"{name} compiled": lambda m=model: m(images) for name, model in compiled.items()}
-        cases |= {name: lambda m=model: m(images) for name, model in models.items()}
+        cases = {f"{name} compiled": lambda m=model, x=images: m(x) for name, model in compiled.items()}
+        cases |= {name: lambda m=model, x=images: m(x) for name, model in models.items()}
         rows[batch_size] = interleaved(cases)
     return {"batch_sizes": rows, "kernels": kernels}
 
