@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fliqs_hf.formats import BlockFormat, Format
+from fliqs_hf.formats import BlockFormat, Format, parse
 from fliqs_hf.quant.grid import MIN_SCALE, grid_params
 
+_E4M3 = parse("e4m3")
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
 
 
@@ -29,18 +30,20 @@ def _bounded(scale, least):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _quantize(  # type: ignore[no-untyped-def]
-    x, codes, scales, factor, width, limit, least, min_normal, magic, unit,
-    ZERO_POINT: tl.constexpr, CLIPPED: tl.constexpr, BLOCK: tl.constexpr,
+    x, codes, scales, factor, rows, width, limit, least, min_normal, magic, unit,
+    ZERO_POINT: tl.constexpr, CLIPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: its absmax scale, or that times `factor`, and its codes; with a zero point, codes less that."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
+    """ROWS rows: their absmax scales, or those times `factor`, and their codes; with a zero point, codes less that."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (column < width) & (row < rows)
     values = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
     # As numbers, bits of magnitudes order as the magnitudes do, NaN above infinity, so that NaN wins.
-    top = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
+    magnitudes = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    top = tl.max(magnitudes, 1).to(tl.float32, bitcast=True)[:, None]
     if ZERO_POINT:
-        low, high = tl.minimum(tl.min(values, 0), 0.0), tl.maximum(tl.max(values, 0), 0.0)
+        low = tl.minimum(tl.min(values, 1), 0.0)[:, None]
+        high = tl.maximum(tl.max(values, 1), 0.0)[:, None]
         scale = _bounded(tl.div_rn(high / 2 - low / 2, limit), least) * 2
         zero = tl.minimum((tl.div_rn(-low, scale) + _ROUND) - _ROUND, limit)
         y = ((tl.div_rn(values, scale) + _ROUND) - _ROUND) + zero
@@ -55,7 +58,7 @@ def _quantize(  # type: ignore[no-untyped-def]
         power = (y.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         grid = tl.maximum(power, min_normal) * magic
         y = ((y + grid) - grid) * unit
-    tl.store(scales + row, scale + top * 0)  # there is no scale for what is not finite
+    tl.store(scales + row, scale + top * 0, mask=row < rows)  # there is no scale for what is not finite
     if codes.dtype.element_ty == tl.int8:
         code = (y + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
     else:
@@ -72,14 +75,16 @@ def quantize(
         unit: what makes the values of `fmt` values of `dtype`.
         factor: float32 [1] on the absmax scale of every row; what lies beyond saturates.
     """
-    codes, scales = rows.new_empty(rows.shape, dtype=dtype), rows.new_empty(rows.shape[0], dtype=torch.float32)
+    count, width = rows.shape
+    codes, scales = torch.empty_like(rows, dtype=dtype), rows.new_empty(count, dtype=torch.float32)
     zero_point = isinstance(fmt, BlockFormat)
     data = grid_params(fmt)
-    block = triton.next_power_of_2(rows.shape[1])
-    _quantize[(rows.shape[0],)](
-        rows, codes, scales, factor, rows.shape[1], fmt.max_value, MIN_SCALE if zero_point else data.min_scale,
+    block = triton.next_power_of_2(width)
+    together = max(1, min(16, 2048 // block))
+    _quantize[(triton.cdiv(count, together),)](
+        rows, codes, scales, factor, count, width, fmt.max_value, MIN_SCALE if zero_point else data.min_scale,
         data.min_normal, data.magic, unit,
-        ZERO_POINT=zero_point, CLIPPED=factor is not None, BLOCK=block, num_warps=min(8, max(1, block // 256)),
+        ZERO_POINT=zero_point, CLIPPED=factor is not None, ROWS=together, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return codes, scales
 
@@ -92,62 +97,71 @@ def _plane(  # type: ignore[no-untyped-def]
     part_rows = rows // (8 // BITS)
     part = row // part_rows
     byte = rows * width // 8 * OFFSET + (row - part * part_rows) * width + k
-    value = tl.load(weight + byte, mask=inside, other=0).to(tl.int32)
-    return ((value >> (part * BITS)) & (2**BITS - 1)) << OFFSET
+    value = tl.load(weight + byte, mask=inside, other=0)
+    return ((value >> (part * BITS).to(tl.uint8)) & (2**BITS - 1)) << OFFSET
 
 
 @triton.jit
-def _integers(code, BITS: tl.constexpr, MANTISSA: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Values of codes in units of the format's smallest. MANTISSA: -1 for integers."""
+def _integers(  # type: ignore[no-untyped-def]
+    code, dtype: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr
+):
+    """Values of codes (uint8) in units of the format's smallest, as integers of WIDTH bits, `dtype`. MANTISSA: -1 for
+    integers."""
+    code = code.to(dtype)
     if MANTISSA < 0:
-        return (code << (32 - BITS)) >> (32 - BITS)
-    magnitude = code & (2 ** (BITS - 1) - 1)
-    field, fraction = magnitude >> MANTISSA, magnitude & (2**MANTISSA - 1)
-    value = tl.where(field > 0, (fraction + 2**MANTISSA) << tl.maximum(field - 1, 0), fraction)
-    return tl.where(code >> (BITS - 1) > 0, -value, value)
+        value = (code << (WIDTH - BITS)) >> (WIDTH - BITS)
+    else:
+        fraction = code & ((1 << MANTISSA) - 1)
+        field = (code >> MANTISSA) & ((1 << (BITS - 1 - MANTISSA)) - 1)
+        value = tl.where(field > 0, (fraction + (1 << MANTISSA)) << tl.maximum(field - 1, 0), fraction)
+        value = tl.where((code >> (BITS - 1)) > 0, -value, value)
+    return value
 
 
 @triton.jit
 def _product(  # type: ignore[no-untyped-def]
     x, weight, scales, weight_scales, bias, out, tokens, rows, width, repeat, weight_scale_stride, unit, smallest,
-    BITS: tl.constexpr, MANTISSA: tl.constexpr, SUM: tl.constexpr,
+    BITS: tl.constexpr, MANTISSA: tl.constexpr, EVEN: tl.constexpr, SUM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One block [BLOCK_M, BLOCK_N] of x [tokens, width] · weightᵀ, times both scales, plus the bias."""
+    """One block [BLOCK_M, BLOCK_N] of x [tokens, width] · weightᵀ, times both scales, plus the bias.
+
+    The weight is on the left: only there do the units for products take what is in registers. BITS: 0 where the bytes
+    of the weight are what is multiplied.
+    """
     blocks = tl.cdiv(rows, BLOCK_N)
     m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.minimum(n, rows - 1)[None, :]
+    token = tl.minimum(m, tokens - 1)[None, :].to(tl.int64) * width
+    row = tl.minimum(n, rows - 1)[:, None]
     k = tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
+    total = tl.zeros((BLOCK_N, BLOCK_M), dtype=SUM)
     for start in range(0, width, BLOCK_K):
         inner = start + k
-        a = tl.load(
-            x + m[:, None].to(tl.int64) * width + inner[None, :],
-            mask=(m < tokens)[:, None] & (inner < width)[None, :], other=0.0,
-        )  # fmt: skip
-        inside = (inner < width)[:, None]
-        if BITS & 8:
-            code = _plane(weight, row, inner[:, None], inside, rows, width, 0, 8)
+        across, down = (inner < width)[None, :] | EVEN, (inner < width)[:, None] | EVEN
+        b = tl.load(x + token + inner[:, None], mask=down, other=0.0)
+        if BITS == 0:
+            a = tl.load(weight + row * width + inner[None, :], mask=across, other=0.0)
         else:
-            code = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.int32)
-        if BITS & 4:
-            code += _plane(weight, row, inner[:, None], inside, rows, width, BITS & 8, 4)
-        if BITS & 2:
-            code += _plane(weight, row, inner[:, None], inside, rows, width, BITS & 12, 2)
-        if BITS & 1:
-            code += _plane(weight, row, inner[:, None], inside, rows, width, BITS & 14, 1)
-        b = _integers(code, BITS, MANTISSA)
+            code = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.uint8)
+            if BITS & 4:
+                code |= _plane(weight, row, inner[None, :], across, rows, width, 0, 4)
+            if BITS & 2:
+                code |= _plane(weight, row, inner[None, :], across, rows, width, BITS & 4, 2)
+            if BITS & 1:
+                code |= _plane(weight, row, inner[None, :], across, rows, width, BITS & 6, 1)
+            a = _integers(code, BITS, MANTISSA)
+            if tl.float32 == SUM:
+                a = (a.to(tl.float32) * smallest).to(x.dtype.element_ty)
         if tl.int32 == SUM:
-            total += tl.dot(a, b.to(tl.int8), out_dtype=tl.int32)
+            total = tl.dot(a, b, total, out_dtype=tl.int32)
         else:
-            b = (b.to(tl.float32) * smallest).to(x.dtype.element_ty)
             total = tl.dot(a, b, total, max_num_imprecise_acc=0)
-    scale = tl.load(scales + m // repeat, mask=m < tokens, other=0.0)
-    weight_scale = tl.load(weight_scales + n * weight_scale_stride, mask=n < rows, other=0.0) * unit
-    result = total.to(tl.float32) * weight_scale[None, :] * scale[:, None]
+    scale = tl.load(scales + tl.minimum(m, tokens - 1) // repeat)
+    weight_scale = tl.load(weight_scales + tl.minimum(n, rows - 1) * weight_scale_stride) * unit
+    result = tl.trans(total).to(tl.float32) * weight_scale[None, :] * scale[:, None]
     if bias is not None:
-        result += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
+        result += tl.load(bias + tl.minimum(n, rows - 1)).to(tl.float32)[None, :]
     place = out + m[:, None].to(tl.int64) * rows + n[None, :]
     tl.store(place, result.to(out.dtype.element_ty), mask=(m < tokens)[:, None] & (n < rows)[None, :])
 
@@ -184,11 +198,12 @@ def product(
     tokens, (rows, width) = codes.shape[0], shape
     out = codes.new_empty((tokens, rows), dtype=dtype)
     cut = blocks or blocks_of(tokens)
-    exact = codes.dtype == torch.int8
+    whole = fmt.bits == 8 and (fmt.is_integer or fmt == _E4M3)
     _product[(triton.cdiv(tokens, cut.m) * triton.cdiv(rows, cut.n),)](
-        codes, weight, scales, weight_scale, bias, out, tokens, rows, width,
+        codes, weight.view(codes.dtype) if whole else weight, scales, weight_scale, bias, out, tokens, rows, width,
         tokens // scales.numel(), int(weight_scale.numel() > 1), unit, fmt.smallest,
-        BITS=fmt.bits, MANTISSA=-1 if fmt.is_integer else fmt.mantissa_bits, SUM=tl.int32 if exact else tl.float32,
+        BITS=0 if whole else fmt.bits, MANTISSA=-1 if fmt.is_integer else fmt.mantissa_bits,
+        EVEN=width % cut.k == 0, SUM=tl.int32 if codes.dtype == torch.int8 else tl.float32,
         BLOCK_M=cut.m, BLOCK_N=cut.n, BLOCK_K=cut.k, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out
