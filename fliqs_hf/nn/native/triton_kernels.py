@@ -103,11 +103,9 @@ def _plane(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _integers(  # type: ignore[no-untyped-def]
-    code, dtype: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr
+    code, WIDTH: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr
 ):
-    """Values of codes (uint8) in units of the format's smallest, as integers of WIDTH bits, `dtype`. MANTISSA: -1 for
-    integers."""
-    code = code.to(dtype)
+    """Values of codes, signed integers of WIDTH bits, in units of the format's smallest. MANTISSA: -1 for integers."""
     if MANTISSA < 0:
         value = (code << (WIDTH - BITS)) >> (WIDTH - BITS)
     else:
