@@ -119,7 +119,7 @@ def _integers(  # type: ignore[no-untyped-def]
 @triton.jit
 def _product(  # type: ignore[no-untyped-def]
     x, weight, scales, weight_scales, bias, out, tokens, rows, width, repeat, weight_scale_stride, unit, smallest,
-    BITS: tl.constexpr, MANTISSA: tl.constexpr, EVEN: tl.constexpr, SUM: tl.constexpr,
+    BITS: tl.constexpr, MANTISSA: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block [BLOCK_M, BLOCK_N] of x [tokens, width] · weightᵀ, times both scales, plus the bias.
@@ -133,7 +133,7 @@ def _product(  # type: ignore[no-untyped-def]
     token = tl.minimum(m, tokens - 1)[None, :].to(tl.int64) * width
     row = tl.minimum(n, rows - 1)[:, None]
     k = tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_N, BLOCK_M), dtype=SUM)
+    total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if EXACT else tl.float32)
     for start in range(0, width, BLOCK_K):
         inner = start + k
         across, down = (inner < width)[None, :] | EVEN, (inner < width)[:, None] | EVEN
@@ -148,10 +148,11 @@ def _product(  # type: ignore[no-untyped-def]
                 code |= _plane(weight, row, inner[None, :], across, rows, width, BITS & 4, 2)
             if BITS & 1:
                 code |= _plane(weight, row, inner[None, :], across, rows, width, BITS & 6, 1)
-            a = _integers(code, BITS, MANTISSA)
-            if tl.float32 == SUM:
-                a = (a.to(tl.float32) * smallest).to(x.dtype.element_ty)
-        if tl.int32 == SUM:
+            if EXACT:
+                a = _integers(code.to(tl.int8), 8, BITS, MANTISSA)
+            else:
+                a = (_integers(code.to(tl.int32), 32, BITS, MANTISSA).to(tl.float32) * smallest).to(tl.float8e4nv)
+        if EXACT:
             total = tl.dot(a, b, total, out_dtype=tl.int32)
         else:
             total = tl.dot(a, b, total, max_num_imprecise_acc=0)
@@ -201,7 +202,7 @@ def product(
         codes, weight.view(codes.dtype) if whole else weight, scales, weight_scale, bias, out, tokens, rows, width,
         tokens // scales.numel(), int(weight_scale.numel() > 1), unit, fmt.smallest,
         BITS=0 if whole else fmt.bits, MANTISSA=-1 if fmt.is_integer else fmt.mantissa_bits,
-        EVEN=width % cut.k == 0, SUM=tl.int32 if codes.dtype == torch.int8 else tl.float32,
+        EVEN=width % cut.k == 0, EXACT=codes.dtype == torch.int8,
         BLOCK_M=cut.m, BLOCK_N=cut.n, BLOCK_K=cut.k, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out
