@@ -20,14 +20,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from inference import conditions
 from torch.nn import functional
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, DeiTConfig
 
 import fliqs_hf
 from fliqs_hf import FLIQSConfig
@@ -42,9 +42,10 @@ from fliqs_hf.selection import SearchProblem, SearchSpace
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 530  # of the whole command
 #: Most seconds of each part; what one leaves is there for the next ones.
-PARTS = {"tests": 170, "inference": 160, "search": 140, "processes": 90}
+PARTS = {"tests": 120, "inference": 90, "compiled": 130, "search": 120, "processes": 90}
 BATCH_SIZES = (1, 64, 256)
 PAIRS = {"w8a8": ("int8", "int8"), "w4a8": ("int4", "int8"), "w4a4": ("int4", "int4_zp"), "e4m3": ("e4m3", "e4m3")}
+COMPILED_BATCH = 64
 ROUNDS = 15
 
 
@@ -70,23 +71,56 @@ def interleaved(cases: dict[str, Callable[[], Any]]) -> dict[str, dict[str, floa
     }
 
 
+def graph_of(run: Callable[[], Any]) -> Callable[[], Any]:
+    """What `run` starts on the device, recorded once, so that a replay waits for no Python."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # kernels are built before they are recorded
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def models_of(plain: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The model in bf16 under "bf16", and packed under the names of `PAIRS`, all on the device and in bf16."""
+    found = {"bf16": copy.deepcopy(plain).cuda().bfloat16()}
+    for name in names:
+        formats = FLIQSConfig(weight_format=PAIRS[name][0], activation_format=PAIRS[name][1])
+        found[name] = fliqs_hf.quantize(copy.deepcopy(plain), formats).cuda().bfloat16()
+    return found
+
+
+def deit_base() -> Any:
+    """Of random weights, which take the same time."""
+    torch.manual_seed(0)
+    return AutoModelForImageClassification.from_config(DeiTConfig(num_labels=1000)).eval()
+
+
 @torch.no_grad()
 def inference(path: str) -> dict[str, Any]:
-    """Models in bf16 and packed ones in bf16, eager and compiled (with CUDA graphs), per batch size."""
-    plain = AutoModelForImageClassification.from_pretrained(path).eval()
-    models = {"bf16": copy.deepcopy(plain).cuda().bfloat16()}
-    for name, (weight, activation) in PAIRS.items():
-        formats = FLIQSConfig(weight_format=weight, activation_format=activation)
-        models[name] = fliqs_hf.quantize(copy.deepcopy(plain), formats).cuda().bfloat16()
-    kernels = {name: dict(Counter(c.kernel for c in kernels_of(models[name]).values())) for name in PAIRS}
-    compiled = {name: torch.compile(model, dynamic=False, mode="reduce-overhead") for name, model in models.items()}
-    rows = {}
-    for batch_size in BATCH_SIZES:
-        images = torch.randn(batch_size, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
-        cases = {f"{name} compiled": lambda m=model, x=images: m(x) for name, model in compiled.items()}
-        cases |= {name: lambda m=model, x=images: m(x) for name, model in models.items()}
-        rows[batch_size] = interleaved(cases)
-    return {"batch_sizes": rows, "kernels": kernels}
+    """Models in bf16 and packed ones, as CUDA graphs and eagerly."""
+    found: dict[str, Any] = {}
+    for size, plain in (("tiny", AutoModelForImageClassification.from_pretrained(path).eval()), ("base", deit_base())):
+        models, rows = models_of(plain, PAIRS), {}
+        for batch_size in BATCH_SIZES:
+            images = torch.randn(batch_size, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+            eager = {name: lambda m=model, x=images: m(x) for name, model in models.items()}
+            graphs = {f"{name} graph": graph_of(run) for name, run in eager.items()}
+            rows[batch_size] = interleaved(graphs | eager)
+        kernels = {name: dict(Counter(c.kernel for c in kernels_of(models[name]).values())) for name in PAIRS}
+        found[size] = {"batch_sizes": rows, "kernels": kernels}
+    return found
+
+
+@torch.no_grad()
+def compiled(path: str) -> dict[str, Any]:
+    """DeiT-Base, compiled. It takes half a minute for each model, so not in all formats and batch sizes."""
+    images = torch.randn(COMPILED_BATCH, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+    models = models_of(deit_base(), ("w8a8", "e4m3"))
+    runs = {name: torch.compile(model, dynamic=False) for name, model in models.items()}
+    return {"batch_size": COMPILED_BATCH, **interleaved({n: graph_of(lambda m=m: m(images)) for n, m in runs.items()})}
 
 
 def search(path: str) -> dict[str, Any]:
@@ -130,7 +164,7 @@ def _step(path: str, name: str, compiled: bool, images: torch.Tensor, labels: to
 
 def command_of(part: str, path: str, scratch: Path) -> list[str]:
     if part == "tests":
-        return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+        return [sys.executable, "-m", "pytest", "-q", "-n", "4", "-m", "gpu", "tests"]
     if part == "processes":  # NCCL is what accelerate takes for GPUs
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "recipes/vit.py"]
         settings = [
@@ -160,7 +194,7 @@ def run_part(part: str, path: str, seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             return {"failed": f"not finished after {seconds:.0f} s"}
         took = {"seconds": round(time.monotonic() - start, 1)}
-        last = (done.stdout + done.stderr).strip().splitlines()[-5:]
+        last = (done.stdout + done.stderr).strip().splitlines()[-8:]
         if done.returncode:
             return {"failed": last, **took}
         found = Path(folder) / f"{part}.json"
@@ -171,28 +205,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id of an fp32 image classifier for 224 pixels")
     parser.add_argument("--output", type=Path, default=ROOT / "recipes/bench/results", help="folder of the result")
-    parser.add_argument("--part", choices=("inference", "search"), help=argparse.SUPPRESS)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="only these; others stay")
+    parser.add_argument("--part", choices=("inference", "compiled", "search"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_all.py measures on a GPU, and torch finds no CUDA device here", file=sys.stderr)
         return 2
     if arguments.part:
-        found = {"inference": inference, "search": search}[arguments.part](arguments.model)
+        found = {"inference": inference, "compiled": compiled, "search": search}[arguments.part](arguments.model)
         write_text(arguments.output / f"{arguments.part}.json", json.dumps(found))
         return 0
     device = torch.cuda.get_device_name()
-    result: dict[str, Any] = {
+    file = arguments.output / f"gpu-{re.sub('[^a-z0-9]+', '-', device.lower())}.json"
+    result: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    result |= {
         "command": " ".join(["python", "recipes/bench/gpu_all.py", *sys.argv[1:]]),
         "device": {"name": device, "count": torch.cuda.device_count(), "cuda": torch.version.cuda},
         "conditions": conditions(),
     }
-    file = arguments.output / f"gpu-{re.sub('[^a-z0-9]+', '-', device.lower())}.json"
     end = time.monotonic() + LIMIT_S
-    for part, seconds in PARTS.items():
-        result[part] = run_part(part, arguments.model, max(1.0, min(seconds, end - time.monotonic())))
+    for part in arguments.parts:
+        result[part] = run_part(part, arguments.model, max(1.0, min(PARTS[part], end - time.monotonic())))
         print(f"{part}: {json.dumps(result[part])[:300]}", flush=True)
         write_text(file, json.dumps(result, indent=1) + "\n")
-    return int(any("failed" in result[part] for part in PARTS))
+    return int(any("failed" in result[part] for part in arguments.parts))
 
 
 if __name__ == "__main__":

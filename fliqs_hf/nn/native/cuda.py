@@ -1,7 +1,9 @@
 """Products of codes on CUDA devices: integers summed exactly, other formats that E4M3 holds as FP8.
 
-The weight is read as it is packed, and nothing else is kept, so a layer takes the memory of its codes. What is
-compiled (`torch.compile`) calls the same product, behind an input that the compiler quantizes within its own kernels.
+A weight of 8 bits is multiplied as it is stored. A narrower one is unpacked in the registers of every block of the
+product, or once, into one byte for each value, where the layer may keep its weight decoded: of many tokens that is
+faster. What is compiled (`torch.compile`) calls the same products, behind an input that the compiler quantizes within
+its own kernels, and unpacks.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fliqs_hf.formats import BlockFormat, Format
+from fliqs_hf.formats import BlockFormat, Format, parse
 from fliqs_hf.nn.native.codes import STATIC_IMAGES, input_scale, int8_shift, no_integer_product, rows_of, shared
 from fliqs_hf.quant.block import one_sided_codes
 from fliqs_hf.quant.grid import grid_params, round_to_grid
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _E4M3_MAX, _E4M3_SMALLEST, _E4M3_MANTISSA = 448.0, 2.0**-9, 3
 _FP8_CAPABILITY = (8, 9)  # Ada; products of E4M3
+_SCALED_MULTIPLE = 16  # of what `torch._scaled_mm` takes
 _LONGEST_ROW = 2**14  # values of an input that one block of threads holds
 
 
@@ -73,29 +76,52 @@ def unpacks(fmt: Format, rows: int) -> bool:
 
 
 class CudaProduct:
-    """One layer by its codes. It holds numbers alone, and can be copied."""
+    """One layer by its codes."""
 
     def __init__(self, layer: PackedLayer) -> None:
-        weight, activation = layer.formats.weight, layer.formats.activation
+        activation = layer.formats.activation
         assert activation is not None
         self._exact = not no_integer_product(layer)
-        self._unit = (weight.smallest if self._exact else 1.0) / _factor(activation, self._exact)
+        self._factor = _factor(activation, self._exact)
+        self._values: Tensor | None = None
 
     def __call__(self, layer: PackedLayer, x: Tensor) -> Tensor:
         """What `layer` computes of `x`, in its dtype."""
-        from fliqs_hf.nn.native.triton_kernels import product
-
         if torch.compiler.is_compiling():
             codes, scales = _fused_codes(layer, x, self._exact)
         else:
             codes, scales = shared(layer, x, _INTEGERS if self._exact else _E4M3)
-        assert layer.weight_scale is not None
+        rows = layer.kind.product_rows(layer, codes).contiguous()
+        return layer.kind.product_output(layer, self._product(layer, rows, scales.reshape(-1), x.dtype), x.shape)
+
+    def _product(self, layer: PackedLayer, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        from fliqs_hf.nn.native.triton_kernels import product
+
+        weight_scale, fmt = layer.weight_scale, layer.formats.weight
+        assert weight_scale is not None
         shape = (layer.weight_shape[0], layer.weight_shape[1:].numel())
-        out = product(
-            layer.kind.product_rows(layer, codes).contiguous(), layer.weight_codes, layer.formats.weight,
-            scales.reshape(-1), layer.weight_scale, layer.bias, shape, self._unit, x.dtype,
-        )  # fmt: skip
-        return layer.kind.product_output(layer, out, x.shape)
+        weight = self._weight(layer, shape)
+        scaled = not self._exact and weight.dtype == codes.dtype and dtype == torch.bfloat16
+        if scaled and scales.numel() == len(codes) and not any(size % _SCALED_MULTIPLE for size in shape):
+            bias = None if layer.bias is None else layer.bias.to(dtype)
+            columns = weight_scale.expand(shape[0])[None]
+            result: Tensor = torch._scaled_mm(codes, weight.t(), scales[:, None], columns, bias, out_dtype=dtype)
+            return result
+        unit = (fmt.smallest if self._exact else 1.0) / self._factor
+        return product(codes, weight, fmt, scales, weight_scale, layer.bias, shape, unit, dtype)
+
+    def _weight(self, layer: PackedLayer, shape: tuple[int, int]) -> Tensor:
+        """Values in the dtype of the input's codes: the layer's bytes where they are these, or kept beside them if the
+        layer may keep its weight decoded; or else the packed codes, which compiled code always takes."""
+        fmt, dtype = layer.formats.weight, _DTYPES[self._exact]
+        if fmt.bits == 8 and (fmt.is_integer or fmt == parse("e4m3")):
+            return layer.weight_codes.view(dtype).view(shape)
+        if layer.weight_cache == "none" or torch.compiler.is_compiling():
+            return layer.weight_codes
+        if self._values is None:
+            values = layer.code_values().view(shape)
+            self._values = (values / fmt.smallest if self._exact else values).to(dtype)
+        return self._values
 
 
 def _factor(fmt: Format, exact: bool) -> float:
