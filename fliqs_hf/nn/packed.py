@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.errors import CheckpointError, ConfigError, FormatError
@@ -41,6 +42,15 @@ _PRODUCTS = frozenset({
 })  # fmt: skip
 
 
+#: What tells about a weight without its values.
+_ABOUT = frozenset({
+    *(getattr(Tensor, name).__get__ for name in (
+        "dtype", "device", "shape", "ndim", "layout", "requires_grad", "grad", "is_cuda", "is_meta",
+    )),
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point,
+})  # fmt: skip
+
+
 class DecodedWeight(Tensor):
     """A packed layer's weight, to look at. A product with it is refused: the input would be quantized by nobody, and a
     searchable model would compute something else.
@@ -59,6 +69,42 @@ class DecodedWeight(Tensor):
                 "not quantized: leave the layer out with modules_to_not_convert, or use layer.decoded_weight()"
             )
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class LazyWeight(DecodedWeight):
+    """One that is decoded when its values are read: models ask a weight for its dtype in every forward pass."""
+
+    _layer: PackedLayer
+
+    @staticmethod
+    def of(layer: PackedLayer) -> Tensor:
+        codes = layer.weight_codes
+        shape = layer.kind.parameter(layer, codes.new_empty(layer.weight_shape, device="meta")).shape
+        weight = Tensor._make_wrapper_subclass(LazyWeight, shape, dtype=layer.dtype, device=codes.device)
+        weight._layer = layer
+        return weight
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _ABOUT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func not in _PRODUCTS:
+            args, kwargs = tree_map_only(LazyWeight, lambda w: w._decoded().as_subclass(DecodedWeight), (args, kwargs))
+        return DecodedWeight.__torch_function__(func, (DecodedWeight,), args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map_only(LazyWeight, LazyWeight._decoded, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _decoded(self) -> Tensor:
+        layer = self._layer
+        return layer.kind.parameter(layer, layer.decoded_weight()).to(layer.dtype)
 
 
 class PackedLayer(nn.Module):
@@ -173,9 +219,10 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight, in the layout and dtype of the layer's own, to look at. Made anew at each access."""
-        weight = self.kind.parameter(self, self.decoded_weight()).to(self.dtype)
-        return weight if torch.compiler.is_compiling() else weight.as_subclass(DecodedWeight)
+        """The weight, in the layout and dtype of the layer's own, to look at. Decoded anew at each access."""
+        if torch.compiler.is_compiling():
+            return self.kind.parameter(self, self.decoded_weight()).to(self.dtype)
+        return LazyWeight.of(self)
 
     def code_values(self) -> Tensor:
         """Values of the codes before scaling, float32 [weight_numel]."""

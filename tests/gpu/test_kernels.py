@@ -102,7 +102,9 @@ def test_models_answer_as_by_the_reference_path(pair: tuple[str, str]) -> None:
     x = images(64).cuda()
     with torch.inference_mode():
         found, moved = model(x).logits, plain.cuda().eval()(x).logits
-        assert {choice.kernel for choice in kernels_of(model).values()} <= {"int8", "fp8"}
+        kernels = {name: choice.kernel for name, choice in kernels_of(model).items()}
+        assert kernels.pop("classifier") in ("int8", "fp8", "decoded")  # its 5 rows need not end with a byte
+        assert set(kernels.values()) <= {"int8", "fp8"}
         compiled = torch.compile(model, dynamic=False)(x).logits
         set_kernels(model, "reference")
         expected = model(x).logits
@@ -111,8 +113,8 @@ def test_models_answer_as_by_the_reference_path(pair: tuple[str, str]) -> None:
     assert (compiled - expected).square().mean().sqrt() < error / 2
 
 
-def test_a_compiled_model_calls_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_model_calls_the_kernels() -> None:
     model = fliqs_hf.quantize(tiny("vit"), FLIQSConfig(weight_format="int4", activation_format="int8")).cuda().eval()
-    assert all(layer._compiled is not None for layer in packed_layers(model).values())
+    assert [name for name, layer in packed_layers(model).items() if layer._compiled is None] == ["classifier"]
     with torch.no_grad():
         torch.compile(model, fullgraph=True, dynamic=False)(images(2).cuda())
