@@ -42,7 +42,7 @@ def tensor_scale(peak: Tensor, fmt: BlockFormat) -> Tensor:
     """The float32 that brings the largest E4M3 scale of what `peak` is max |x| of to 448; ones for other scales."""
     if fmt.scale != "e4m3":
         return torch.ones_like(peak)
-    return _finite(peak / peak.new_tensor(fmt.max_value * _E4M3.max_value), peak)
+    return _finite(peak / peak.new_full((), fmt.max_value * _E4M3.max_value), peak)
 
 
 def block_scale(peak: Tensor, fmt: BlockFormat, whole: Tensor) -> Tensor:
@@ -51,7 +51,8 @@ def block_scale(peak: Tensor, fmt: BlockFormat, whole: Tensor) -> Tensor:
     if fmt.scale == "e8m0":
         binade = torch.bitwise_and(peak.view(torch.int32), EXPONENT_MASK).view(torch.float32)
         return _finite(binade * 2.0**-fmt.max_exponent, peak)
-    scale = peak / peak.new_tensor(fmt.max_value)
+    # A tensor made on the device: GPUs divide by a host number through its reciprocal, one bit off.
+    scale = peak / peak.new_full((), fmt.max_value)
     if fmt.scale == "fp32":
         return _finite(scale, peak)
     if fmt.scale == "bf16":

@@ -26,9 +26,12 @@ from fliqs_hf.nn import (
     restore,
     unpack_model,
 )
+from fliqs_hf.nn.kernels import set_kernels
+from fliqs_hf.nn.packed import PackedLayer
 from fliqs_hf.nn.searchable import CLIP_RATE
 from fliqs_hf.quant import IMAGE, ROW, InputQuantizer, quantize_activation, quantize_weight
 from fliqs_hf.quant.scale import CALIBRATED, ScaleMethod, WeightGranularity
+from tests.helpers.models import images, tiny
 
 CONVOLUTIONS = {
     "plain": nn.Conv2d(4, 6, 3),
@@ -267,6 +270,35 @@ def test_scales_stay_float32_through_casts_and_moves() -> None:
     assert torch.equal(model[0].weight_scale, scale)
     model.float()
     assert torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Conv2d(3, 4, 2), nn.ConvTranspose2d(4, 6, 2)], ids=str)
+def test_a_weight_is_decoded_when_its_values_are_read(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models ask weights for their dtype in every pass."""
+    model = one(layer).to(torch.bfloat16)
+    shape = layer.weight.shape
+    pack_model(model, Allocation.uniform(["0"], "int4"))
+    decoded = model[0].kind.parameter(model[0], model[0].decoded_weight()).to(torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model[0]), "decoded_weight", lambda self: pytest.fail("decoded"))
+        weight = model[0].weight
+        assert (weight.dtype, weight.shape, weight.device) == (torch.bfloat16, shape, torch.device("cpu"))
+        assert (weight.size(0), weight.dim(), weight.numel()) == (shape[0], len(shape), shape.numel())
+        assert not weight.requires_grad and weight.is_floating_point()
+    assert torch.equal(weight, decoded) and torch.equal(weight[1:].float() * 2, decoded[1:].float() * 2)
+    assert weight.tolist() == decoded.tolist() and weight.norm() == decoded.norm()
+    assert torch.equal(weight.clone(), decoded) and "DecodedWeight(" in repr(weight)
+
+
+@pytest.mark.parametrize("architecture", ["vit", "deit", "beit", "swin"])
+def test_a_pass_decodes_no_weight_that_is_kept(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(architecture)
+    pack_model(model, Allocation.uniform(quantizable_layers(model), "int4"))
+    set_kernels(model)
+    with torch.no_grad():
+        model(images(1))
+        monkeypatch.setattr(PackedLayer, "code_values", lambda self: pytest.fail("decoded"))
+        model(images(1))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
