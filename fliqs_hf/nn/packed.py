@@ -288,10 +288,10 @@ class PackedLayer(nn.Module):
             return None if exported or input.device.type != "cuda" else self._compiled
         if self.training and self.needs_gradient(input):
             return None
-        device = self.weight_codes.device
-        if self.kernel.kernel == "reference" or input.device != device or not self.kind.takes(self, input):
+        if self._native is None or not self._native.is_of(self):
+            self._native = native.Native(self)
+        if input.device != self._native.device or not self.kind.takes(self, input):
             return None
-        assert self._native is not None, "`kernel` makes it"
         return self._native.kernel(self)
 
     def reference(self, input: Tensor) -> Tensor:

@@ -42,19 +42,22 @@ class Native:
     """The kernel of one layer, made for the codes and scales that it has now."""
 
     def __init__(self, layer: PackedLayer) -> None:
-        self.choice = choose(layer)
+        self.choice, self.device = choose(layer), layer.weight_codes.device
         self._source = _state(layer)
         self._kernel: Kernel | None = None
 
     def is_of(self, layer: PackedLayer) -> bool:
         """Whether nothing has been written to the layer's codes or scales since."""
-        now = _state(layer)
-        return all(a[0] is b[0] and a[1] == b[1] for a, b in zip(now, self._source, strict=True))
+        buffers = layer._buffers
+        for name, part, version in self._source:
+            if buffers[name] is not part or (part is not None and version is not None and part._version != version):
+                return False
+        return True
 
     def kernel(self, layer: PackedLayer) -> Kernel | None:
         """What computes the layer; None for the reference path."""
         if self._kernel is None:  # not while a model is loaded
-            make = _KERNELS.get((layer.weight_codes.device.type, self.choice.kernel))
+            make = _KERNELS.get((self.device.type, self.choice.kernel))
             self._kernel = make(layer) if make else None
         return self._kernel
 
@@ -66,6 +69,9 @@ def compiled_kernel(layer: PackedLayer) -> Kernel | None:
     return CudaProduct(layer)
 
 
-def _state(layer: PackedLayer) -> list[tuple[Tensor | None, int]]:
-    parts = (layer.weight_codes, layer.weight_scale, layer.weight_scale_codes)
-    return [(part, -1 if part is None or part.is_inference() else part._version) for part in parts]
+def _state(layer: PackedLayer) -> list[tuple[str, Tensor | None, int | None]]:
+    """The buffers that a weight is made of, and how often each has been written to, None where nothing tells."""
+    parts = {name: layer._buffers[name] for name in ("weight_codes", "weight_scale", "weight_scale_codes")}
+    return [
+        (name, part, None if part is None or part.is_inference() else part._version) for name, part in parts.items()
+    ]

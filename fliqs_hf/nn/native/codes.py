@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fliqs_hf.formats import BlockFormat, Format
 from fliqs_hf.nn.native.compiled import Scaling, library
@@ -122,7 +121,9 @@ def rows_of(layer: PackedLayer, x: Tensor) -> Tensor:
     fmt = layer.formats.activation
     if layer.settings.activation_granularity == "per_tensor" and not (fmt and fmt.scales_itself):
         return x.reshape(1, -1).contiguous()
-    return x.reshape(-1, math.prod(x.shape[dim] for dim in layer.kind.tokens.dims)).contiguous()
+    dims = layer.kind.tokens.dims
+    width = x.shape[-1] if len(dims) == 1 else math.prod(x.shape[dim] for dim in dims)
+    return x.reshape(-1, width).contiguous()
 
 
 def _scaling(layer: PackedLayer) -> Scaling:
@@ -131,34 +132,35 @@ def _scaling(layer: PackedLayer) -> Scaling:
     return Scaling(factor=layer.input_scale)
 
 
-@dataclass
-class _SharedInput:
+class _SharedInput(NamedTuple):
     """What was made of one tensor, and the layers that have read it."""
 
+    tensor: ref[Tensor]
     version: int
     key: tuple[Any, ...]
     made: Any
     readers: set[int]
 
 
-#: tensor -> what was made of it, for as long as the tensor lives: k and v read what was made for q.
-_readings: Any = WeakIdKeyDictionary()
+#: The latest one: k and v read what was made for q. Replaced as a whole, so that threads do not mix two.
+_latest: list[_SharedInput | None] = [None]
 
 
 def shared(layer: PackedLayer, x: Tensor, make: Callable[[PackedLayer, Tensor], T]) -> T:
-    """`make(layer, x)`, or what it gave another layer that read this very tensor in the same format.
+    """`make(layer, x)`, or what it gave the layer before that read this very tensor in the same format.
 
     But not in inference mode, where nothing tells that it was written to in between, nor with numbers of the layer's
     own.
     """
-    if x.is_inference() or layer.input_scale is not None:
+    if x.is_inference() or layer._buffers["input_scale"] is not None:
         return make(layer, x)
     # A write to the tensor changes its version, and a layer that reads it once more quantizes it once more: a buffer
     # that the caller fills again and again is never taken for what it held before.
     key = (make, layer.formats.activation, layer.kind.tokens, layer.settings.activation_granularity)
-    found: _SharedInput | None = _readings.get(x)
-    if found is None or found.version != x._version or found.key != key or id(layer) in found.readers:
-        found = _readings[x] = _SharedInput(x._version, key, make(layer, x), readers=set())
-    found.readers.add(id(layer))
+    found, version, reader = _latest[0], x._version, id(layer)
+    known = found is not None and found.tensor() is x and found.version == version and found.key == key
+    if found is None or not known or reader in found.readers:
+        found = _latest[0] = _SharedInput(ref(x), version, key, make(layer, x), set())
+    found.readers.add(reader)
     made: T = found.made
     return made
