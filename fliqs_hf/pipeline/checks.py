@@ -77,14 +77,19 @@ def model_settings(model_args: ModelArguments) -> dict[str, Any]:
 
 
 def targets_of(search_args: SearchArguments) -> list[Target]:
-    """The targets, in the order given; 4 bits if there is none. A size is always a cap."""
+    """The targets, in the order of their searches: as given, or with `warm_start` the dearest first; 4 bits if there
+    is none. A size is always a cap."""
     given = given_targets(vars(search_args)) or {"bits": [4.0]}
     if len(given) > 1:
         raise ConfigError(f"give one kind of target, not {' and '.join(f'target_{kind}' for kind in given)}")
     ((kind, values),) = given.items()
     targets = [Target(kind, value, search_args.cap or target_kinds()[kind].is_limit) for value in values]
     check_distinct(f"target_{kind}", [target.label for target in targets])  # which names their folders
-    return targets
+    if not search_args.warm_start:
+        return targets
+    if len(targets) == 1:
+        raise ConfigError("warm_start needs several targets: with one there is no search before it to start from")
+    return sorted(targets, key=lambda target: target.value, reverse=True)
 
 
 def limits_of(search_args: SearchArguments) -> list[Target]:

@@ -30,6 +30,7 @@ from fliqs_hf.pipeline.costs import search_problem
 from fliqs_hf.pipeline.finetuning import finetune
 from fliqs_hf.pipeline.floor import Floor, FloorTest, record
 from fliqs_hf.pipeline.job import Job, load
+from fliqs_hf.pipeline.neighbour import LATENT, keep, neighbour
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
@@ -58,6 +59,8 @@ class Start:
         prior: sensitivity scores.
         uniform: formats of the uniform models to train for comparison, in `folder`.
         floor: of accuracy that the delivered model must meet.
+        before: the run whose trained weights the search starts from, instead of `model`'s.
+        kept: whether a search keeps its own for the next one.
     """
 
     folder: RunFolder
@@ -71,6 +74,8 @@ class Start:
     fp32_bytes: int
     uniform: list[str]
     floor: Floor | None = None
+    before: RunFolder | None = None
+    kept: bool = False
 
     @property
     def space(self) -> SearchSpace:
@@ -149,11 +154,15 @@ def carry_out(
         uniform=uniform,
         floor=floor,
     )  # fmt: skip
-    several = len(runs) > 1
+    several, warm = len(runs) > 1, bool(job.settings["warm_start"])
     results = []
     for number, (target, run) in enumerate(runs.items()):
         track = Tracking(job, f"{target.label}/" if several else "", job.args.finetune_steps + number * job.steps)
+        start = replace(start, kept=warm and number + 1 < len(runs))
         results.append({**search_for(job, run, target, start, track), "run": str(run.path)})
+        if start.before is not None and job.accelerator.is_main_process:
+            start.before.discard(LATENT)
+        start = replace(start, before=run if warm else None)
         publishing.push(target)
     if several and job.accelerator.is_main_process:
         print(f"\n{write_front(folder, results, fp32)}")
@@ -256,8 +265,10 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
 
     trained = train_formats(
         job, start, lambda switch: SearchHook(search, switch, run.policy), start.space.formats, run.state,
-        f"search for {target.kind} {figure(target.value)}", on_log,
+        f"search for {target.kind} {figure(target.value)}", on_log, source=neighbour(start.model, start.before),
     )  # fmt: skip
+    if start.kept and accelerator.is_main_process:
+        keep(run, trained)
     final = search.finalize()
     trials: list[FloorTest] = []
     if start.floor is not None:

@@ -34,7 +34,7 @@ RESULTS = ("results.json", "front.csv")
 #: Written as a whole, each file in them listed.
 FOLDERS = ("fp32", "figures", "floor")
 #: Training states: listed as a whole ("fliqs/state/"), and what is in them known by its name.
-STATES = ("state", "fp32-state")
+STATES = ("state", "fp32-state", "latent")
 #: Of trainings that go on in a more precise allocation, see `--max_drop`.
 _FLOOR_STATE = re.compile(r"floor-\d+-state")
 _STATE = re.compile(r"\.?(tmp\.|old\.)?step-\d{8}(\.tmp)?|best")

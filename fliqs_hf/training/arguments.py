@@ -178,6 +178,10 @@ class SearchArguments:
         default=None, metadata={"help": "NAME=VALUE: other costs, named as targets, that are never exceeded either"}
     )
     cap: bool = field(default=False, metadata={"help": "the target is a limit, never exceeded"})
+    warm_start: bool = field(
+        default=False,
+        metadata={"help": "several targets: the dearest first, each search from the weights of the one before"},
+    )
     max_drop: float | None = field(
         default=None,
         metadata={

@@ -1,13 +1,18 @@
-"""A front and a single run in one folder: neither replaces the other unasked, and asked, it leaves nothing of it."""
+"""A front and a single run in one folder: neither replaces the other unasked, and asked, it leaves nothing of it. And
+fronts whose searches start from one another."""
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from fliqs_hf.errors import ConfigError
+from fliqs_hf.errors import CheckpointError, ConfigError
+from fliqs_hf.nn import restore
 from fliqs_hf.pipeline import search as recipe
 from fliqs_hf.pipeline.search import main
 from tests.cli.test_outputs import contents, fill
@@ -92,3 +97,74 @@ def test_targets_do_not_share_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"target_bits has .bits-3. more than once"):
         main([str(write(tmp_path, **SHORT)), "--target_bits", "3", "3.0000001"])
     assert not (tmp_path / "run").exists()
+
+
+RESULT_FILES = ("model.safetensors", "fliqs/allocation.json")
+
+
+def warm(folder: Path, *options: str) -> list[Path]:
+    """Results of a front whose searches start from one another."""
+    folder.mkdir(exist_ok=True)
+    main([str(write(folder, **SHORT | {"warm_start": True})), *FRONT, *options])
+    return [folder / "run" / name / file for name in ("bits-5", "bits-3") for file in RESULT_FILES]
+
+
+def test_searches_start_from_the_next_dearer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of their cost, from its weights before they were rounded, of which nothing is left at the end."""
+    sources: list[Any] = []
+    trained: list[dict[str, Any]] = []
+    original = recipe.train_formats
+
+    def recorded(*values: Any, source: Any = None) -> Any:
+        sources.append((values[5], None if source is None else copy.deepcopy(source.state_dict())))
+        model = original(*values, source=source)
+        plain = copy.deepcopy(model)
+        restore(plain)
+        trained.append(plain.state_dict())
+        return model
+
+    monkeypatch.setattr(recipe, "train_formats", recorded)
+    warm(tmp_path)
+    assert [name for name, _ in sources] == ["search for bits 5", "search for bits 3"] and sources[0][1] is None
+    assert sources[1][1].keys() == trained[0].keys()
+    assert all(torch.equal(sources[1][1][name], trained[0][name]) for name in trained[0])
+    assert not list((tmp_path / "run").rglob("latent*"))
+    assert len((tmp_path / "run" / "fliqs/front.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("stopped", ["search for bits 5", "search for bits 3"])
+def test_a_stopped_warm_front_resumes_to_the_same_bits(
+    stopped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [file.read_bytes() for file in warm(tmp_path / "whole")]
+    original = recipe.deliver
+
+    def stop(job: Any, run: Any, *values: Any) -> Any:  # after the training, before there is a result
+        if run.path.name == stopped.replace("search for bits ", "bits-"):
+            raise KeyboardInterrupt
+        return original(job, run, *values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "deliver", stop)
+        with pytest.raises(KeyboardInterrupt):
+            warm(tmp_path / "stopped")
+    assert [file.read_bytes() for file in warm(tmp_path / "stopped", "--resume")] == expected
+
+
+def test_a_warm_start_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="warm_start needs several targets"):
+        main([str(write(tmp_path, **SHORT)), "--target_bits", "3", "--warm_start", "true"])
+    original = recipe.search_for
+
+    def first_only(job: Any, run: Any, *values: Any) -> Any:
+        if run.path.name == "bits-3":
+            raise KeyboardInterrupt
+        return original(job, run, *values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "search_for", first_only)
+        with pytest.raises(KeyboardInterrupt):
+            warm(tmp_path)
+    shutil.rmtree(tmp_path / "run" / "bits-5/fliqs/latent")
+    with pytest.raises(CheckpointError, match=r"latent is missing - the next search starts from these weights"):
+        warm(tmp_path, "--resume")
