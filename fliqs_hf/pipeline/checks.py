@@ -18,6 +18,7 @@ from fliqs_hf.errors import ConfigError, FormatError, HubError
 from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.limits import check_distinct
 from fliqs_hf.oneshot import SearchConfig
+from fliqs_hf.pipeline.outputs import data_source
 from fliqs_hf.tasks import find_task
 from fliqs_hf.training import TrainConfig
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
@@ -74,6 +75,16 @@ def check_arguments(
 def model_settings(model_args: ModelArguments) -> dict[str, Any]:
     """What `load_classifier` takes; the token is in the environment, see `hub_token`."""
     return {key: value for key, value in asdict(model_args).items() if key != "token"}
+
+
+def sources_of(model_args: ModelArguments, data_args: DataArguments) -> dict[str, str | None]:
+    """What is only read, by the names of the arguments."""
+    return {
+        "model_name_or_path": model_args.model_name_or_path,
+        "dataset_name": data_source(data_args.dataset_name),
+        "train_dir": data_args.train_dir,
+        "validation_dir": data_args.validation_dir,
+    }
 
 
 def targets_of(search_args: SearchArguments) -> list[Target]:

@@ -24,14 +24,14 @@ from fliqs_hf.lock import locked
 from fliqs_hf.nn import format_switch, make_searchable, quantizable_layers
 from fliqs_hf.oneshot import FinalChoice, OneShotSearch
 from fliqs_hf.oneshot.hook import FixedFormats, SearchHook
-from fliqs_hf.pipeline.checks import check_arguments, limits_of, settled, targets_of, uniform_formats
+from fliqs_hf.pipeline.checks import check_arguments, limits_of, settled, sources_of, targets_of, uniform_formats
 from fliqs_hf.pipeline.completion import complete
 from fliqs_hf.pipeline.costs import search_problem
 from fliqs_hf.pipeline.finetuning import finetune
 from fliqs_hf.pipeline.floor import Floor, FloorTest, record
 from fliqs_hf.pipeline.job import Job, load
 from fliqs_hf.pipeline.neighbour import LATENT, keep, neighbour
-from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
+from fliqs_hf.pipeline.outputs import check_places, check_run_folders
 from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
 from fliqs_hf.pipeline.search_floor import floor_of, meet
@@ -204,16 +204,6 @@ def searched(
         if job.args.load_best_model_at_end and search.phase(job.steps - 1) != "final":
             raise ConfigError(UNSETTLED)
     return layers, problems
-
-
-def sources_of(model_args: ModelArguments, data_args: DataArguments) -> dict[str, str | None]:
-    """What is only read, by the names of the arguments."""
-    return {
-        "model_name_or_path": model_args.model_name_or_path,
-        "dataset_name": data_source(data_args.dataset_name),
-        "train_dir": data_args.train_dir,
-        "validation_dir": data_args.validation_dir,
-    }
 
 
 def check_output(runs: Sequence[RunFolder], args: TrainingArguments) -> None:
