@@ -52,8 +52,8 @@ def arguments(parser: Parser) -> None:
                         "gptq); default: mse with --calibration, else absmax")  # fmt: skip
     parser.add_argument("--rotation", choices=("true", "false"),
                         help="turn what transformer blocks hand on into a basis without outliers, which changes no "
-                        "answer of the fp32 model; default: true with --calibration and inputs below 8 "
-                        "bits")  # fmt: skip
+                        "answer of the fp32 model; default: true with --calibration, unless all inputs have one "
+                        "format of 8 bits or more")  # fmt: skip
     parser.add_argument("--zero_points", choices=("true", "false"),
                         help="integer inputs of less than 8 bits may be one-sided; default: true with --calibration "
                         "and dynamic input scales")  # fmt: skip

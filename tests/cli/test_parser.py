@@ -123,6 +123,7 @@ def test_the_examples_parse() -> None:
         parser.parse_args(line.split())
 
 
+@pytest.mark.slow
 def test_optimum_cli_has_the_command() -> None:
     cli = shutil.which("optimum-cli", path=str(Path(sys.executable).parent))
     assert cli, "optimum is among the test dependencies"

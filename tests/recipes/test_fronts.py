@@ -132,6 +132,7 @@ def test_searches_start_from_the_next_dearer_one(tmp_path: Path, monkeypatch: py
     assert len((tmp_path / "run" / "fliqs/front.csv").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", ["search for bits 5", "search for bits 3"])
 def test_a_stopped_warm_front_resumes_to_the_same_bits(
     stopped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -201,6 +201,7 @@ def test_a_run_does_not_replace_what_it_starts_from(finished: Path, tmp_path: Pa
     assert (run / "fliqs/fp32" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_front_keeps_the_targets_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails while it writes the second checkpoint: no half of it remains, and resuming starts from the state."""
     granularity = ["--activation_granularity", "per_token_clipped"]  # learned factors are resumed as well

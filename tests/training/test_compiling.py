@@ -63,6 +63,7 @@ def trained(
     return model
 
 
+@pytest.mark.slow
 def test_compiled_training_ends_in_the_weights_of_eager_training_also_when_resumed(tmp_path: Path) -> None:
     assert can_compile("aot_eager", "cpu")  # now, as it makes a graph of its own
     wanted = weights(trained())
