@@ -16,6 +16,7 @@ from fliqs_hf.cost.choices import Choices, choices
 from fliqs_hf.errors import ConfigError, DataError, did_you_mean
 from fliqs_hf.formats import Format
 from fliqs_hf.hf.quantizer import refuse_packed, require_transformers
+from fliqs_hf.limits import check_values
 from fliqs_hf.lock import locked
 from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.oneshot import SearchConfig
@@ -86,7 +87,7 @@ def search(
         _training_arguments(training, output_dir),
         SearchArguments(
             **_chosen(choices(search_space, hardware, activation)),
-            **_floor(max_drop, min_accuracy, confidence),
+            **_aim(target, max_drop, min_accuracy, confidence),
             activation_granularity=activation_granularity,
             modules_to_not_convert=list(modules_to_not_convert or ()) or None,
             tie=list(tie) or None,
@@ -151,8 +152,11 @@ def _chosen(found: Choices) -> dict[str, Any]:
     return {"search_space": formats, "hardware": found.hardware, "activation": found.activation}
 
 
-def _floor(max_drop: float | None, min_accuracy: float | None, confidence: float) -> dict[str, Any]:
-    return {"max_drop": max_drop, "min_accuracy": min_accuracy, "confidence": confidence}
+def _aim(target: Target, max_drop: float | None, min_accuracy: float | None, confidence: float) -> dict[str, Any]:
+    """Target and floor, on record, so that a run is resumed with the same ones or not at all."""
+    floor = {"max_drop": max_drop, "min_accuracy": min_accuracy, "confidence": confidence}
+    check_values(floor)
+    return {"target": [f"{target.kind}={target.value!r}"], "cap": target.cap, **floor}
 
 
 def _changes(config: SearchConfig) -> dict[str, Any]:

@@ -76,7 +76,12 @@ def profile(
         models[",".join(names_of(pair))] = quantize(copy.deepcopy(model), allocation)
     images = example_image(model).expand(batch_size, -1, -1, -1).contiguous()
     about = _conditions(model, device, batch_size, rounds)
-    samples = _resumed(partial, {**about, "pairs": list(models)}, models)
+    of = {
+        **about,
+        "pairs": list(models),
+        "layers": [[layer.name, layer.macs, layer.weight_numel, layer.out_channels] for layer in layers],
+    }
+    samples = _resumed(partial, of, models)
     done = len(next(iter(samples.values())).whole)
     if done < rounds:
         for each in models.values():
@@ -89,7 +94,7 @@ def profile(
             _measure(models[key], names, images, clock, samples[key])
         if partial is not None:
             kept = {key: [one.whole, one.layers] for key, one in samples.items()}
-            write_text(partial, json.dumps({"of": {**about, "pairs": order}, "samples": kept}))
+            write_text(partial, json.dumps({"of": of, "samples": kept}))
     kernels = {key: {name: choice.kernel for name, choice in kernels_of(each).items()} for key, each in models.items()}
     table = _table(layers, samples, kernels, about)
     if partial is not None:

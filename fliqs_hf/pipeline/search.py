@@ -128,6 +128,8 @@ def carry_out(
     floor: Floor | None = None,
 ) -> list[dict[str, Any]]:
     """The run of a job: fp32, then a search for each target. Returns: as `main`."""
+    if floor is not None:
+        job.task.check_right()
     if job.args.resume:
         for run in (folder, *runs.values()):
             run.check(job.settings, job.search)

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 import fliqs_hf
 from fliqs_hf import SearchConfig, Target
 from fliqs_hf.cost import bops
-from fliqs_hf.errors import ConfigError, DataError, TargetError
+from fliqs_hf.errors import CheckpointError, ConfigError, DataError, TargetError
 from fliqs_hf.nn import packed_layers
 from tests.helpers.models import images, tiny
 
@@ -76,8 +76,17 @@ def test_a_search_that_names_no_folder_has_one_that_can_be_found(
     assert {path.name for path in tmp_path.iterdir()} == {"search_output"}
     with pytest.raises(ConfigError, match=r"search_output holds a run already: .*overwrite_output_dir=True"):
         fliqs_hf.search(tiny("vit"), pairs(8), BITS, **given)
+    with pytest.raises(CheckpointError, match="was started with target="):
+        fliqs_hf.search(tiny("vit"), pairs(8), Target.of(target_bits=7.0), **given, resume=True)
     again = fliqs_hf.search(tiny("vit"), pairs(8), BITS, **given, resume=True)
     assert again.allocation == result.allocation and again.metrics == result.metrics
+
+
+@pytest.mark.parametrize("floor", [{"min_accuracy": 78}, {"max_drop": -1}, {"max_drop": 1, "confidence": 95}], ids=str)
+def test_a_floor_that_means_nothing_is_refused(floor: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=list(floor)[-1]):
+        fliqs_hf.search(tiny("vit"), pairs(8), BITS, eval_data=pairs(8), output_dir=tmp_path / "run", **floor)
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_of_all_kinds_give_the_same_search(tmp_path: Path) -> None:
