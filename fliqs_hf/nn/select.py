@@ -53,8 +53,10 @@ def quantizable_layers(model: nn.Module, modules_to_not_convert: Sequence[str] |
 
     Args:
         modules_to_not_convert: patterns (see `matches`) of layers to leave out.
-    Raises: ConfigError: a pattern that matches no layer.
+    Raises: ConfigError: a pattern that matches no layer, or one text in place of a list.
     """
+    if isinstance(modules_to_not_convert, str):
+        raise ConfigError(f"modules_to_not_convert={modules_to_not_convert!r}: give a list of patterns")
     layers = _candidates(model)
     reasons = left_out(model)
     for reason in dict.fromkeys(reasons.values()):

@@ -40,6 +40,26 @@ def check_arguments(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, search_args: SearchArguments
 ) -> None:
     """Raises: ConfigError, TargetError, HubError: arguments that cannot work, alone or together."""
+    check_settings(args, search_args)
+    if (data_args.dataset_name is None) == (data_args.train_dir is None):
+        raise ConfigError("no data, or two: give either dataset_name (a Hub id, a folder or 'digits') or train_dir")
+    if data_args.streaming and data_args.max_train_samples is not None:
+        raise ConfigError(
+            f"max_train_samples={data_args.max_train_samples} does not go with streaming, which reads all training "
+            "images as they come: leave one of them out"
+        )
+    if data_args.streaming and args.num_train_epochs is not None:
+        raise ConfigError("a stream has no known length: give max_steps instead of num_train_epochs")
+    task = find_task(model_args.task)
+    for name in ("streaming", "augment", "metrics"):
+        if getattr(data_args, name) and not task.class_per_image:
+            raise ConfigError(f"{name} is for tasks with one class per image, not for {task.name!r}: leave it out")
+    check_augment(data_args.augment or [])
+    read_classifier(**model_settings(model_args))
+
+
+def check_settings(args: TrainingArguments, search_args: SearchArguments) -> None:
+    """Raises: ConfigError, TargetError, HubError: settings that cannot work with any model and data."""
     search = search_config(search_args)
     if search_args.latency_table is not None:
         use(LatencyTable.load(search_args.latency_table))
@@ -53,23 +73,8 @@ def check_arguments(
     train_config(args, args.max_steps or max(1000, args.warmup_steps or 0), args.learning_rate, search.quality)
     if args.finetune_steps:
         train_config(args, args.finetune_steps, args.finetune_learning_rate or args.learning_rate, search.quality)
-    if (data_args.dataset_name is None) == (data_args.train_dir is None):
-        raise ConfigError("no data, or two: give either dataset_name (a Hub id, a folder or 'digits') or train_dir")
-    if data_args.streaming and data_args.max_train_samples is not None:
-        raise ConfigError(
-            f"max_train_samples={data_args.max_train_samples} does not go with streaming, which reads all training "
-            "images as they come: leave one of them out"
-        )
-    if data_args.streaming and args.num_train_epochs is not None:
-        raise ConfigError("a stream has no known length: give max_steps instead of num_train_epochs")
-    task = find_task(model_args.task)
-    for name in ("streaming", "augment"):
-        if getattr(data_args, name) and not task.class_per_image:
-            raise ConfigError(f"{name} is for tasks with one class per image, not for {task.name!r}: leave it out")
-    check_augment(data_args.augment or [])
     check_run_name(args.run_name, trackers_of(args.report_to))
     _check_hub_name(args, targets)
-    read_classifier(**model_settings(model_args))
 
 
 def model_settings(model_args: ModelArguments) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class Comparison:
     def _data(self, processor: Any) -> tuple[Any, Any]:
         """Both splits, with targets as the model has them."""
         task, config, (image, label) = self.task, self.model.config, self.task.columns
-        *splits, names = task.classes(*load_splits(self.arguments.dataset_name), label)
+        *splits, names = task.classes(*load_splits(self.arguments.dataset_name), label, processor)
         task.check(config)
         ids = None  # numbers are taken as they are
         if task.class_per_image and getattr(splits[0].features[label], "names", None) is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import ConfigError
+from fliqs_hf.limits import check_values
 from fliqs_hf.selection import SearchProblem
 from fliqs_hf.validation.statistics import broken_and_repaired, drop_bound, gate, proportion
 from fliqs_hf.wording import level, percent, points
@@ -35,7 +36,7 @@ class Floor:
     Attributes:
         max_drop: most that may be lost against fp32, a fraction. min_accuracy: least top-1, a fraction.
 
-    Raises: ConfigError: neither of them.
+    Raises: ConfigError: neither of them, or a value out of range.
     """
 
     max_drop: float | None
@@ -45,6 +46,8 @@ class Floor:
     def __post_init__(self) -> None:
         if self.max_drop is None and self.min_accuracy is None:
             raise ConfigError("a floor is max_drop or min_accuracy: give one")
+        drop = None if self.max_drop is None else 100 * self.max_drop  # limits are those of arguments, in points
+        check_values({"max_drop": drop, "min_accuracy": self.min_accuracy, "confidence": self.confidence})
 
     def __str__(self) -> str:
         said = [] if self.max_drop is None else [f"at most {points(self.max_drop)} points below fp32"]

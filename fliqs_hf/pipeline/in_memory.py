@@ -21,6 +21,7 @@ from fliqs_hf.lock import locked
 from fliqs_hf.nn.finite import check_finite
 from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.pipeline.checkpoints import load_processor
+from fliqs_hf.pipeline.checks import check_settings
 from fliqs_hf.pipeline.job import Job, accelerator_of, job_of, task_data, with_columns
 from fliqs_hf.pipeline.outputs import check_run_folders
 from fliqs_hf.pipeline.own_loop import SearchResult
@@ -30,11 +31,13 @@ from fliqs_hf.runs.finished import FinishedRun
 from fliqs_hf.runs.folder import RunFolder
 from fliqs_hf.selection.space import ActivationMode
 from fliqs_hf.tasks import Task, find_task
-from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
+from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, typed
+from fliqs_hf.training.foreign import ForeignArguments, advice, fold
 from fliqs_hf.training.labels import names_of
 from fliqs_hf.training.models import label_ids
 from fliqs_hf.training.pixels import PixelData
 
+Parts = tuple[ModelArguments, DataArguments, TrainingArguments, SearchArguments]
 #: The run folder where none is named.
 OUTPUT = "search_output"
 
@@ -89,24 +92,25 @@ def search(
             **_chosen(choices(search_space, hardware, activation)),
             **_aim(target, max_drop, min_accuracy, confidence),
             activation_granularity=activation_granularity,
-            modules_to_not_convert=list(modules_to_not_convert or ()) or None,
-            tie=list(tie) or None,
+            modules_to_not_convert=_listed("modules_to_not_convert", modules_to_not_convert),
+            tie=_listed("tie", tie),
             search_overrides=_changes(config or SearchConfig()),
         ),
     )
-    require_transformers(model)
-    refuse_packed(model)
-    check_finite(model)
+    _check(model, parts)
     return _run(model, _splits(data, eval_data), target, parts, processor or _processor_of(model))
 
 
-def _run(
-    model: Any,
-    splits: tuple[Any, Any],
-    target: Target,
-    parts: tuple[ModelArguments, DataArguments, TrainingArguments, SearchArguments],
-    processor: Any,
-) -> SearchResult:
+def _check(model: Any, parts: Parts) -> None:
+    for part in parts:
+        check_values(asdict(part))
+    check_settings(*parts[2:])
+    require_transformers(model)
+    refuse_packed(model)
+    check_finite(model)
+
+
+def _run(model: Any, splits: tuple[Any, Any], target: Target, parts: Parts, processor: Any) -> SearchResult:
     model_args, data_args, args, search_args = parts
     kind = find_task(model_args.task)
     kind.check(model.config)
@@ -155,8 +159,13 @@ def _chosen(found: Choices) -> dict[str, Any]:
 def _aim(target: Target, max_drop: float | None, min_accuracy: float | None, confidence: float) -> dict[str, Any]:
     """Target and floor, on record, so that a run is resumed with the same ones or not at all."""
     floor = {"max_drop": max_drop, "min_accuracy": min_accuracy, "confidence": confidence}
-    check_values(floor)
     return {"target": [f"{target.kind}={target.value!r}"], "cap": target.cap, **floor}
+
+
+def _listed(name: str, patterns: Sequence[str] | None) -> list[str] | None:
+    if isinstance(patterns, str):
+        raise ConfigError(f"{name}={patterns!r}: give a list of patterns")
+    return list(patterns or ()) or None
 
 
 def _changes(config: SearchConfig) -> dict[str, Any]:
@@ -166,12 +175,18 @@ def _changes(config: SearchConfig) -> dict[str, Any]:
 
 
 def _training_arguments(training: Mapping[str, Any], output_dir: str | Path | None) -> TrainingArguments:
-    """Raises: ConfigError: a setting that does not exist."""
-    known = [field.name for field in fields(TrainingArguments)]
+    """Raises: ConfigError: a setting that does not exist, or that has no such value."""
+    values: dict[str, Any] = {
+        field.name: field.default for cls in (TrainingArguments, ForeignArguments) for field in fields(cls)
+    }
     for name in training:
-        if name not in known:
-            raise ConfigError(f"search() has no argument {name!r}{did_you_mean(name, known)}")
-    return TrainingArguments(**{**training, "output_dir": str(OUTPUT if output_dir is None else output_dir)})
+        if name not in values:
+            remedy = "" if (known := advice(name)) is None else f"; {known}"
+            raise ConfigError(f"search() has no argument {name!r}{remedy or did_you_mean(name, values)}")
+    folder = str(OUTPUT if output_dir is None else output_dir)
+    values |= {**typed(training, "search(): "), "output_dir": folder}
+    fold(values)
+    return TrainingArguments(**values)
 
 
 def _processor_of(model: Any) -> Any:
@@ -204,18 +219,17 @@ def _tensors(
 ) -> tuple[Any, Any]:
     """Both as pixel values and labels. Raises: DataError: other items, or labels that are no classes of the model."""
     if not hasattr(train, "column_names") or "pixel_values" in train.column_names or train.format["type"] == "custom":
-        classes = model.num_labels if task.class_per_image else None
-        pairs = PixelData(train, classes), PixelData(held_out, classes)
+        pairs = PixelData(train, model.num_labels, task), PixelData(held_out, model.num_labels, task)
         for data in pairs:
             data.first()
         return pairs
-    train, held_out, names = task.classes(train, held_out, str(args.label_column_name))
+    train, held_out, names = task.classes(train, held_out, str(args.label_column_name), processor)
     columns = {
         "image_column": args.image_column_name,
         "label_column": args.label_column_name,
         "label_ids": label_ids(names, model) if task.class_per_image else None,
     }
-    if task.class_per_image and len(names) > model.num_labels:
+    if len(names) > model.num_labels:
         raise DataError(f"the data set has {len(names)} classes, the model {model.num_labels}")
     names = names if task.class_per_image else names_of(model.config)
     split = [task_data(task, split, processor, names, None, args, columns) for split in (train, held_out)]

@@ -23,7 +23,7 @@ from fliqs_hf.training.augment import BatchAugment
 from fliqs_hf.training.data import held_in_memory, undecoded
 from fliqs_hf.training.evaluation import load_metric
 from fliqs_hf.training.labels import names_of
-from fliqs_hf.training.models import label_ids, load_classifier
+from fliqs_hf.training.models import label_ids, load_classifier, read_classifier
 from fliqs_hf.training.splits import sample
 from fliqs_hf.training.stream import StreamData
 
@@ -168,7 +168,8 @@ def _splits(task: Task, model_args: ModelArguments, data_args: DataArguments, se
         seed=seed,
         cache_dir=model_args.cache_dir,
     )
-    return task.classes(train_split, eval_split, str(data_args.label_column_name))
+    _, processor = read_classifier(**model_settings(model_args))
+    return task.classes(train_split, eval_split, str(data_args.label_column_name), processor)
 
 
 def _data(

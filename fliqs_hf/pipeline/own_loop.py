@@ -126,7 +126,7 @@ class Search:
         self.settings = QuantizerSettings(activation_granularity=activation_granularity)  # type: ignore[arg-type]
         self.settings.require_dynamic(learned=True)
         chosen = choices(search_space, hardware, activation)
-        names = quantizable_layers(model, list(modules_to_not_convert) if modules_to_not_convert else None)
+        names = quantizable_layers(model, modules_to_not_convert)
         self.model, self.layers, self.steps_done = model, trace_layers(model), 0
         searched = [layer for layer in self.layers if layer.name in names]
         space = SearchSpace(searched, chosen.formats, chosen.activation, tie)

@@ -99,7 +99,7 @@ def allocate(
     settings = settings or QuantizerSettings()
     check_finite(model)
     task.check(model.config)
-    names = quantizable_layers(model, list(modules_to_not_convert) if modules_to_not_convert else None)
+    names = quantizable_layers(model, modules_to_not_convert)
     layers = trace_layers(model)
     searched = [layer for layer in layers if layer.name in names]
     chosen = choices(search_space, hardware, activation)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -139,6 +140,13 @@ class ImageClassification(Task):
     def among_first(self, prediction: Tensor, target: Tensor, count: int) -> Tensor:
         first = prediction.topk(min(count, prediction.shape[-1]), dim=-1).indices
         return (first == target[:, None]).any(-1)
+
+    def target(self, label: Any, num_labels: int) -> int:
+        one = isinstance(label, np.generic) or (isinstance(label, Tensor) and label.numel() == 1)
+        number = label.item() if one else label
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < num_labels:
+            raise DataError(f"the label {label!r:.60} is not a class of the model, 0 to {num_labels - 1}")
+        return number
 
     def losses(self) -> Losses:
         return ClassLosses(self)

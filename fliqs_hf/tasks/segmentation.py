@@ -9,10 +9,50 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fliqs_hf.tasks.task import Score, Task, register_task
+from fliqs_hf.errors import ConfigError, DataError
+from fliqs_hf.tasks.task import Losses, Score, Task, register_task
 
 #: Of pixels that have no class, as data sets and image processors of Transformers have it.
 NO_CLASS = 255
+
+
+class PixelLosses(Losses):
+    """Losses of batches, summed over images. Images with pixels of classes that the model does not have are counted,
+    and refused by `check`: on an accelerator, where looking at every batch would wait for it, only once."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.classes = 0
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """
+        Args:
+            prediction: [batch, classes, rows, columns]. target: int64 [batch, height, width].
+        Raises: ConfigError: shapes that are not those of segmentation. DataError: on a CPU, a class that the model
+            does not have.
+        """
+        fits = prediction.ndim == 4 and prediction.shape[1] > 1 and target.ndim == 3
+        if not fits or len(target) != len(prediction) or target.dtype != torch.int64:
+            raise ConfigError(
+                f"logits of shape {tuple(prediction.shape)} and targets {target.dtype} of shape {tuple(target.shape)} "
+                "are not those of a segmenter, [images, classes, rows, columns] with two classes or more and int64 "
+                "[images, height, width]"
+            )
+        self.classes = prediction.shape[1]
+        bad = _foreign(target, self.classes)
+        self.images += len(target)
+        self.invalid = self.invalid.to(target.device) + bad.flatten(1).any(1).sum()
+        if target.device.type == "cpu":
+            self.check(int(self.invalid), self.images)
+        return self.task.loss(prediction, target.masked_fill(bad, NO_CLASS)) * len(target)
+
+    def check(self, invalid: int, images: int) -> None:
+        """Raises: DataError: there are `invalid` images with such pixels among the `images`."""
+        if invalid:
+            raise DataError(
+                f"{invalid} of {images} images have pixels of a class that is not one of the model's {self.classes}, "
+                f"0 to {self.classes - 1}; {NO_CLASS} marks pixels without one"
+            )
 
 
 class SemanticSegmentation(Task):
@@ -47,9 +87,28 @@ class SemanticSegmentation(Task):
     def answers(self, prediction: Tensor) -> Tensor:
         return prediction.argmax(1)
 
+    def target(self, label: Any, num_labels: int) -> Tensor:
+        try:
+            classes = torch.as_tensor(label)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"the label is a {type(label).__name__}, not classes [height, width]") from error
+        if classes.ndim != 2 or classes.is_floating_point() or classes.dtype == torch.bool:
+            raise DataError(f"the label is {classes.dtype} {list(classes.shape)}, not whole numbers [height, width]")
+        classes = classes.long()
+        if (bad := _foreign(classes, num_labels)).any():
+            raise DataError(
+                f"the label has pixels of class {int(classes[bad][0])}, but the model has {num_labels} classes; "
+                f"{NO_CLASS} marks pixels without one"
+            )
+        return classes
+
+    def losses(self) -> Losses:
+        return PixelLosses(self)
+
     def counts(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Of each class: pixels of it that are right, and those that are of it or taken for it."""
-        classes, known = prediction.shape[1], target != NO_CLASS
+        classes = prediction.shape[1]
+        known = (target >= 0) & (target < classes)
         truth, found = target[known], self.answers(_sized(prediction, target))[known]
         right, true, taken = (torch.bincount(x, minlength=classes) for x in (truth[truth == found], truth, found))
         return torch.cat([right, true + taken - right]).double()
@@ -63,10 +122,13 @@ class SemanticSegmentation(Task):
         """Images need not show every class."""
         return own >= found
 
-    def classes(self, train: Any, validation: Any, column: str) -> tuple[Any, Any, list[str]]:
+    def classes(self, train: Any, validation: Any, column: str, processor: Any) -> tuple[Any, Any, list[str]]:
         from fliqs_hf.training.masks import highest_class
 
-        return train, validation, [str(label) for label in range(highest_class(train, column, NO_CLASS) + 1)]
+        highest = max(highest_class(split, column, NO_CLASS, processor) for split in (train, validation))
+        if highest < 1:
+            raise DataError(f"column {column!r} has fewer than two classes")
+        return train, validation, [str(label) for label in range(highest + 1)]
 
     def data(self, split: Any, processor: Any, num_labels: int, **options: Any) -> Any:
         from fliqs_hf.training.masks import MaskedImages
@@ -77,6 +139,11 @@ class SemanticSegmentation(Task):
 
 def _sized(prediction: Tensor, target: Tensor) -> Tensor:
     return functional.interpolate(prediction, target.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _foreign(target: Tensor, classes: int) -> Tensor:
+    """Bool, as `target`: pixels whose class the model does not have."""
+    return ((target < 0) | (target >= classes)) & (target != NO_CLASS)
 
 
 def _labelled(target: Tensor) -> Tensor:

@@ -164,6 +164,14 @@ class Task:
         """Whether each target is among the `count` most likely classes, bool [images]."""
         raise NotImplementedError
 
+    def target(self, label: Any, num_labels: int) -> Any:
+        """Of an image that somebody else has prepared, as `loss` takes it before images are put together to batches.
+
+        Args: num_labels: classes of the model.
+        Raises: DataError: it means nothing to a model of so many classes; without saying which image it is.
+        """
+        return label
+
     # What is measured on a split.
 
     def losses(self) -> Losses:
@@ -181,8 +189,9 @@ class Task:
         """Whether a head of `own` classes is kept for data that show `found`."""
         return own == found
 
-    def classes(self, train: Any, validation: Any, column: str) -> tuple[Any, Any, list[str]]:
-        """Both splits, in which `column` holds whole numbers, and the names of these classes."""
+    def classes(self, train: Any, validation: Any, column: str, processor: Any) -> tuple[Any, Any, list[str]]:
+        """Both splits, in which `column` holds whole numbers, and the names of the classes that `data` makes of them
+        with the image processor."""
         from fliqs_hf.training.data import labelled  # which training data alone needs
 
         return labelled(train, validation, column)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -277,11 +278,20 @@ def _settings(file: str) -> dict[str, Any]:
         raise ConfigError(f"{file}: the file holds no settings; they are 'key: value' lines")
     if not isinstance(settings, dict):
         raise ConfigError(f"{file}: settings are 'key: value' lines, not a {type(settings).__name__}")
-    types = {f.name: t for cls in _ALL for f in fields(cls) for t in [get_type_hints(cls)[f.name]]}
     for key in settings:
-        if key not in types:
+        if key not in (*_NAMES, *(f.name for f in fields(ForeignArguments))):
             raise ConfigError(f"{file}: unknown key {key!r}{_nearest(str(key))}")
-    return {key: _typed(f"{file}: {key}", value, types[key]) for key, value in settings.items()}
+    return typed(settings, f"{file}: ")
+
+
+def typed(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Values of arguments by name, as their types have them: "1e-4" is a number, one value is a list of one.
+
+    Args: prefix: of names in messages.
+    Raises: ConfigError: a value that is none of its argument.
+    """
+    types = {f.name: t for cls in _ALL for f in fields(cls) for t in [get_type_hints(cls)[f.name]]}
+    return {key: _typed(f"{prefix}{key}", value, types[key]) for key, value in settings.items()}
 
 
 class _Loader(yaml.SafeLoader):

@@ -62,9 +62,10 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         (image, name), (mask, _) = self.images[index], self.masks[index]
         made = self.processor(decoded(image, name), segmentation_maps=classes_of(mask, name), return_tensors="pt")
         classes = made["labels"][0].long()
-        if ((classes != self.no_class) & ((classes < 0) | (classes >= self.num_labels))).any():
+        foreign = (classes != self.no_class) & ((classes < 0) | (classes >= self.num_labels))
+        if foreign.any():
             raise DataError(
-                f"{name} has pixels of class {int(classes.max())}, but the model has {self.num_labels} classes; "
+                f"{name} has pixels of class {int(classes[foreign][0])}, but the model has {self.num_labels} classes; "
                 f"{self.no_class} marks pixels without one"
             )
         found = torch.as_tensor(made["pixel_values"][0]), classes
@@ -86,12 +87,17 @@ def classes_of(mask: Any, name: LazyText) -> NDArray[np.uint8]:
     return found.astype(np.uint8)
 
 
-def highest_class(split: Any, column: str, no_class: int) -> int:
-    """Of all pixels that have a class, other than `no_class`; reads every mask. Raises: DataError: there is none."""
+def highest_class(split: Any, column: str, no_class: int, processor: Any) -> int:
+    """Of all pixels that have a class, other than `no_class`; reads every mask.
+
+    Args: processor: where it has `do_reduce_labels`, 0 is no class either and 1 becomes 0, as ADE20K has it.
+    Raises: DataError: no pixel has a class.
+    """
     check_column(split, column, "label")
     masks = Images(split, column)
     arrays = (classes_of(*masks[index]) for index in range(len(masks)))
     found = max((int(values.max()) for mask in arrays if (values := mask[mask != no_class]).size), default=-1)
-    if found < 1:
-        raise DataError(f"column {column!r} has fewer than two classes")
+    found -= bool(getattr(processor, "do_reduce_labels", False))
+    if found < 0:
+        raise DataError(f"no pixel of column {column!r} has a class")
     return found

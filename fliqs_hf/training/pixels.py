@@ -10,19 +10,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fliqs_hf.errors import DataError
+from fliqs_hf.tasks import Task
 
 
 class PixelData(Dataset[tuple[Tensor, Any]]):
     """A dataset of pixel values and labels as the recipe reads them."""
 
-    def __init__(self, data: Any, num_labels: int | None) -> None:
+    def __init__(self, data: Any, num_labels: int, task: Task) -> None:
         """
-        Args: num_labels: of the model; None for a task whose targets are something else, which are left as they are.
+        Args: num_labels: of the model. task: says what a label may be.
         Raises: DataError: it is empty.
         """
         if not len(data):
             raise DataError("the dataset is empty: it holds no image")
-        self.data, self.num_labels = data, num_labels
+        self.data, self.num_labels, self.task = data, num_labels, task
 
     def __len__(self) -> int:
         return len(self.data)
@@ -44,11 +45,7 @@ class PixelData(Dataset[tuple[Tensor, Any]]):
             raise DataError(
                 f"item {index}: pixel values are floats [channels, height, width], not {list(pixels.shape)}"
             )
-        if self.num_labels is None:
-            return pixels.float(), label
-        number = int(label) if isinstance(label, (int, Tensor)) and not isinstance(label, bool) else -1
-        if not 0 <= number < self.num_labels:
-            raise DataError(
-                f"item {index} has the label {label!r}, not a class of the model, 0 to {self.num_labels - 1}"
-            )
-        return pixels.float(), number
+        try:
+            return pixels.float(), self.task.target(label, self.num_labels)
+        except DataError as error:
+            raise DataError(f"item {index}: {error}") from error

@@ -114,6 +114,10 @@ def test_a_measurement_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp
     assert len(json.loads(partial.read_text())["samples"]["fp32,fp32"][0]) == 3
     with pytest.raises(ConfigError, match="another measurement"):
         profile(model, layers, PAIRS[:1], rounds=5, batch_size=2, clock=clock, partial=partial)
+    config = type(model.config).from_dict(model.config.to_dict() | {"num_labels": 7})
+    wider = type(model)(config).eval()
+    with pytest.raises(ConfigError, match="another measurement"):
+        profile(wider, trace_layers(wider), PAIRS[:1], rounds=5, clock=clock, partial=partial)
     passes.clear()
     table = profile(model, layers, PAIRS[:1], rounds=5, clock=clock, partial=partial)
     assert len(passes) == 2 * (2 + 2 * 2) and not partial.exists()

@@ -39,7 +39,7 @@ class ImageRegression(Task):
         explained = 1 - errors / max(squares - total**2 / images, 1e-9)
         return Score(max(0.0, explained), self.measure, n, loss, metrics)
 
-    def classes(self, train: Any, validation: Any, column: str) -> tuple[Any, Any, list[str]]:
+    def classes(self, train: Any, validation: Any, column: str, processor: Any) -> tuple[Any, Any, list[str]]:
         return train, validation, ["digit"]
 
     def data(self, split: Any, processor: Any, num_labels: int, **options: Any) -> Any:

@@ -39,6 +39,9 @@ def test_a_trial_by_hand() -> None:
     assert not FloorTest.of(Allocation({}), right(50), right(53), Floor(None, 0.94)).met
     with pytest.raises(ConfigError, match="give one"):
         Floor(None, None)
+    for given, words in (((1.5, None), "max_drop"), ((None, 78), "min_accuracy"), ((0.01, None, 95), "confidence")):
+        with pytest.raises(ConfigError, match=words):
+            Floor(*given)
 
 
 def test_the_first_miss_ends_it() -> None:

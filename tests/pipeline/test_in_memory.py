@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 import fliqs_hf
 from fliqs_hf import SearchConfig, Target
 from fliqs_hf.cost import bops
-from fliqs_hf.errors import CheckpointError, ConfigError, DataError, TargetError
+from fliqs_hf.errors import CheckpointError, ConfigError, DataError, HubError, TargetError
 from fliqs_hf.nn import packed_layers
 from tests.helpers.models import images, tiny
 
@@ -118,10 +118,24 @@ def test_data_of_all_kinds_give_the_same_search(tmp_path: Path) -> None:
     ({"data": []}, DataError, "the dataset is empty"),
     ({"data": [5] * 8}, DataError, "item 0 is a int"),
     ({"data": [(torch.zeros(2), 0)] * 8}, DataError, "pixel values are floats"),
-    ({"eval_data": [(images(1)[0], 7)]}, DataError, "label 7, not a class"),
+    ({"eval_data": [(images(1)[0], 7)]}, DataError, "item 0: the label 7 is not a class of the model, 0 to 4"),
     ({"processor": None}, ConfigError, "give processor="),
     ({"max_stepz": 5}, ConfigError, "no argument 'max_stepz'; did you mean 'max_steps'"),
-    ({"max_steps": 0}, ConfigError, "max_steps"),
+    ({"max_steps": 0}, ConfigError, "max_steps=0 must be at least 1"),
+    ({"max_steps": "ten"}, ConfigError, r"search\(\): max_steps has the value 'ten', but must be int"),
+    ({"num_train_epochs": 1}, ConfigError, "give max_steps=6 or num_train_epochs=1.0, not both"),
+    ({"lr": 1e-3}, ConfigError, "no argument 'lr'; use learning_rate"),
+    ({"learning_rate": -1.0}, ConfigError, "learning_rate=-1.0 must be above 0"),
+    ({"seed": -1}, ConfigError, "seed=-1 must be at least 0"),
+    ({"per_device_eval_batch_size": 0}, ConfigError, "per_device_eval_batch_size=0 must be at least 1"),
+    ({"lr_scheduler_type": "cosin"}, ConfigError, "lr_scheduler_type has the value 'cosin'"),
+    ({"report_to": "nowhere"}, ConfigError, "report_to='nowhere' is not available"),
+    ({"run_name": "pilot"}, ConfigError, "run_name='pilot' is for trackers"),
+    ({"hub_model_id": "a/b/c"}, HubError, "hub_model_id"),
+    ({"bf16": True, "mixed_precision": "no"}, ConfigError, "bf16=True contradicts"),
+    ({"tie": "qkv"}, ConfigError, "tie='qkv'"),
+    ({"modules_to_not_convert": "classifier"}, ConfigError, "modules_to_not_convert='classifier': give a list"),
+    ({"label_column": " "}, ConfigError, "label_column_name=' ' is empty"),
     ({"target": Target.of(target_bits=1)}, TargetError, "target"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused(
@@ -131,3 +145,4 @@ def test_what_cannot_work_is_refused(
     given = {"data": pairs(8), "eval_data": pairs(8), "target": BITS, "processor": processor(), **SETTINGS, **changes}
     with pytest.raises(error, match=words):
         fliqs_hf.search(tiny("vit"), given.pop("data"), given.pop("target"), **given)
+    assert not (tmp_path / "search_output").exists()

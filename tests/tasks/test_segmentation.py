@@ -20,6 +20,7 @@ from fliqs_hf.pipeline.export import export
 from fliqs_hf.pipeline.search import main
 from fliqs_hf.tasks import SEMANTIC_SEGMENTATION as TASK
 from fliqs_hf.training.masks import MaskedImages, highest_class
+from fliqs_hf.training.pixels import PixelData
 from fliqs_hf_cli import main as command
 from tests.recipes.test_vit import write
 
@@ -81,7 +82,14 @@ def test_measures_are_sums_over_pixels_that_have_a_class() -> None:
 def test_masks_are_read_as_numbers(case: Path) -> None:
     split = datasets.load_dataset("parquet", data_dir=str(case / "data"), split="train")
     processor = SegformerImageProcessor(size={"height": 16, "width": 16})
-    assert highest_class(split, "label", 255) == 2
+    assert highest_class(split, "label", 255, processor) == 2
+    reduces = SegformerImageProcessor(size={"height": 16, "width": 16}, do_reduce_labels=True)
+    assert highest_class(split, "label", 255, reduces) == 1
+    assert {int(x) for i in range(16) for x in MaskedImages(split, reduces, 2, no_class=255)[i][1].unique()} == {
+        0,
+        1,
+        255,
+    }
     pixels, classes = MaskedImages(split, processor, 3, no_class=255)[0]
     assert pixels.shape == (3, 16, 16) and classes.shape == (16, 16) and classes[0].unique().tolist() == [255]
     colours = torch.stack([pixels[:, 4, 4], pixels[:, 12, 12]]).argmax(1)  # red, green, blue
@@ -92,6 +100,51 @@ def test_masks_are_read_as_numbers(case: Path) -> None:
         MaskedImages(split, processor, 3, no_class=255, label_column="image")[0]
     with pytest.raises(ConfigError, match=r"ViTImageProcessor.* takes no segmentation_maps"):
         MaskedImages(split, ViTImageProcessor(), 3, no_class=255)
+
+
+def test_the_head_stays_where_the_processor_leaves_out_the_background(case: Path) -> None:
+    """As ADE20K has it: masks 0 to N, a head of N classes."""
+    train, held_out = (
+        datasets.load_dataset("parquet", data_dir=str(case / "data"), split=split) for split in ("train", "validation")
+    )
+    reduces = SegformerImageProcessor(do_reduce_labels=True)
+    assert TASK.classes(train, held_out, "label", SegformerImageProcessor())[2] == ["0", "1", "2"]
+    assert TASK.classes(train, held_out, "label", reduces)[2] == ["0", "1"]
+    few = train.map(lambda row: {"label": Image.fromarray(np.minimum(np.array(row["label"]), 1))})
+    assert TASK.classes(few, held_out, "label", SegformerImageProcessor())[2] == ["0", "1", "2"]  # of both splits
+    with pytest.raises(DataError, match="fewer than two classes"):
+        TASK.classes(few, few, "label", reduces)
+
+
+@pytest.mark.parametrize(("label", "words"), [
+    (np.full((4, 4), 7), "pixels of class 7, but the model has 4 classes"),
+    (np.full((4, 4), -1), "pixels of class -1, but the model has 4 classes"),
+    (np.zeros((4, 4)), r"torch.float64 \[4, 4\], not whole numbers"),
+    (np.zeros((1, 4, 4), dtype=np.int64), r"\[1, 4, 4\], not whole numbers"),
+    ("mask.png", "the label is a str"),
+    (None, "the label is a NoneType"),
+])  # fmt: skip
+def test_targets_without_a_meaning_are_refused_by_name(label: Any, words: str) -> None:
+    pixels = torch.zeros(3, 4, 4)
+    with pytest.raises(DataError, match=f"item 0: .*{words}"):
+        PixelData([(pixels, label)], 4, TASK)[0]
+    found = PixelData([(pixels, np.full((4, 4), 255, dtype=np.uint8))], 4, TASK)[0][1]
+    assert found.dtype == torch.int64 and found.unique().tolist() == [255]
+
+
+def test_losses_count_images_with_foreign_classes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randn(3, 4, 6, 5, generator=generator)
+    target = torch.randint(0, 4, (3, 6, 5), generator=generator)
+    losses = TASK.losses()
+    assert torch.equal(losses(prediction, target), 3 * TASK.loss(prediction, target)) and losses.images == 3
+    target[1, 0, 0], target[2, 0, 0] = 4, 255
+    with pytest.raises(DataError, match=r"1 of 3 images have pixels of a class that is not one of the model's 4"):
+        TASK.losses()(prediction, target)
+    assert TASK.counts(prediction, target).shape == (8,)  # what is refused later, where a look would wait for a GPU
+    for bad in (target.to(torch.uint8), target[:, 0], target[:2], target.float()):
+        with pytest.raises(ConfigError, match="are not those of a segmenter"):
+            TASK.losses()(prediction, bad)
 
 
 @pytest.mark.slow
@@ -117,6 +170,10 @@ def test_a_segmenter_from_search_to_export(case: Path, capsys: pytest.CaptureFix
     exported = export(run, case / "exported", to="torch", task=TASK.name)
     # The program sums some products in another order than the model; a float32 has seven digits.
     assert exported.agreement.percent == 100 and exported.agreement.rms < 1e-5
+    with pytest.raises(ConfigError, match="metrics is for tasks with one class per image"):
+        main([str(write(case, **settings, metrics=["accuracy"]))])
+    with pytest.raises(ConfigError, match="images of the task 'image-segmentation' are right in part"):
+        main([str(write(case, **settings, max_drop=1.0, output_dir=str(case / "floor")))])
     given = ["validate", str(case / "fp32"), str(run), "--task", TASK.name, "--dataset_name", str(case / "data")]
     assert command(given) == 2 and "are right in part" in capsys.readouterr().err
     packed = ["quantize", str(case / "fp32"), str(case / "packed"), "--task", TASK.name, "--target_bits", "6",
