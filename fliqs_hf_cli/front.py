@@ -39,7 +39,7 @@ def arguments(parser: Parser) -> None:
                         "formats are named), or a .yaml file")  # fmt: skip
     parser.add_argument("--calibration_split", help="default: train where there is one")
     parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
-    columns(parser, "if there is none, the model's own answers")
+    columns(parser, "with none, or if there is none, the model's own answers")
     match_labels(parser)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--device", help="cpu, cuda, …; default: cuda if there is one")

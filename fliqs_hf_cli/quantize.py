@@ -99,7 +99,7 @@ def _images(parser: Parser) -> None:
         "--calibration_split", help="or a part, such as 'train[:500]'; default: train where there is one"
     )
     parser.add_argument("--calibration_images", type=int, default=512, help="how many (default: %(default)s)")
-    columns(parser, "if there is none, the model's own answers")
+    columns(parser, "with none, or if there is none, the model's own answers")
     task(parser)
     match_labels(parser)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fliqs_hf.allocation import Allocation
-from fliqs_hf.cli.data import TO_CALIBRATE, task_of
+from fliqs_hf.cli.data import NO_LABELS, TO_CALIBRATE, check_meant, columns
 from fliqs_hf.cli.targets import zero_points
 from fliqs_hf.cost import trace_layers
 from fliqs_hf.errors import ConfigError
@@ -23,9 +23,10 @@ from fliqs_hf.hf import FLIQSConfig, fold_batchnorm
 from fliqs_hf.hf import quantize as round_to_nearest
 from fliqs_hf.nn import QuantizerSettings
 from fliqs_hf.ptq import calibrate, rotate
+from fliqs_hf.tasks import find_task
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import mode_of, pixels
-from fliqs_hf.training.splits import ROW, Part, common, load_split, sample
+from fliqs_hf.training.splits import ROW, Part, check_column, common, load_split, sample
 from fliqs_hf.validation.data import targets
 
 #: Images that GPTQ and bias correction see at most. They go through the model at once, which takes WORKING times the
@@ -40,13 +41,15 @@ class CalibrationImages:
     def __init__(self, args: argparse.Namespace, model: Any, processor: Any) -> None:
         """Raises: DataError: the images cannot be loaded; the first one is read."""
         self._args, self._model, self._processor = args, model, processor
-        self.task = task_of(args)
+        self.task = find_task(args.task)
         self._mode = mode_of(model.config)
         split, parts = load_split(args.calibration, args.calibration_split, TO_CALIBRATE)
         self._parts = parts
         self.split = "+".join(f"{name}[{first}:{last}]" for name, first, last in parts)
         self._rows = sample(split, args.calibration_images)
-        self._images = Images(self._rows, args.image_column)
+        self._columns = columns(args)
+        self._images = Images(self._rows, self._columns[0])
+        self._labels = self._has_labels()
         self._device = next(model.parameters()).device
         self._own_answers: list[Tensor] = []
         self._pixels(0)
@@ -61,22 +64,21 @@ class CalibrationImages:
         return common(self._parts, parts) > 0
 
     def labelled(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of pixel values and labels, which are the model's own answers where there is no such column.
+        """Batches of pixel values and labels, which are the model's own answers where there are no labels.
 
         Raises: ConfigError: the model chooses no class. DataError: a label that is none of its classes; before any
             image is read.
         """
-        column, config = self._args.label_column, self._model.config
+        config = self._model.config
         self.task.check(config)
-        if column not in self._rows.column_names:
+        if not self._labels:
             for number, images in enumerate(self._batches("sensitivity (without labels)", len(self._images))):
                 if number == len(self._own_answers):  # of the fp32 model, which a second pass finds quantized
                     with torch.no_grad():
                         self._own_answers.append(self.task.answers(self.task.prediction(self._model(images))))
                 yield images, self._own_answers[number]
             return
-        columns = self._args.image_column, column
-        answers = targets(self.task, self._rows, columns, config, self._processor, self._args.match_labels)
+        answers = targets(self.task, self._rows, self._columns, config, self._processor, self._args.match_labels)
         done = 0
         for images in self._batches("sensitivity", len(self._images)):
             yield images, answers[done : done + len(images)].to(self._device)
@@ -93,6 +95,17 @@ class CalibrationImages:
         if count < wanted:
             print(f"rounding with {count} images instead of {wanted}: more would not fit into memory", file=sys.stderr)
         return self._batches("calibration", count)
+
+    def _has_labels(self) -> bool:
+        """Raises: DataError: the column that was named does not exist. Where a floor's held-out images are another
+        data set, which must have it, it may be theirs alone: then that is said."""
+        given, there = self._args.label_column, self._columns[1] in self._rows.column_names
+        if there or given in (None, NO_LABELS):
+            return there
+        if self._args.held_out in (None, self._args.calibration):
+            check_column(self._rows, given, "label", "the calibration data have")
+        print(f"the calibration data have no column {given!r}: the model's own answers serve", file=sys.stderr)
+        return False
 
     def _batches(self, name: str, count: int) -> Iterator[Tensor]:
         size = self._args.batch_size
@@ -114,6 +127,7 @@ def _fitting(model: Any, device: torch.device) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Raises: ConfigError: an option that needs calibration images, without them."""
+    check_meant(args, "calibration", "calibration_split", "image_column", "label_column")
     options = {"rounding": "nearest", "bias_correction": "false", "activations": "dynamic", "rotation": "false"}
     for name, without in {**options, "zero_points": "false"}.items():
         value = getattr(args, name)

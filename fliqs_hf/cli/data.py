@@ -6,27 +6,37 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fliqs_hf.errors import CheckpointError, DataError
+from fliqs_hf.errors import CheckpointError, ConfigError, DataError
 from fliqs_hf.json_file import read_object
 from fliqs_hf.records import RunSettings
 from fliqs_hf.runs.files import RUN
-from fliqs_hf.tasks import Task, find_task
+from fliqs_hf.tasks import find_task
 from fliqs_hf.training.splits import ROW, Part, common, load_all, load_split, load_splits, numbered, parts_of, sample
 
 #: Which split is meant, where there are several and none is named.
 TO_VALIDATE, TO_CALIBRATE = ("validation", "test"), ("train",)
+#: As a label column: labels that the data set has are not used.
+NO_LABELS = "none"
 
 
-def task_of(args: argparse.Namespace) -> Task:
-    """The task that a command was given; columns that it was not given are the task's, from here on.
+def columns(args: argparse.Namespace) -> tuple[str, str]:
+    """Of images and of targets, as a command was given them; those that it was not given are the task's.
 
     Raises: ConfigError: there is no such task.
     """
-    task = find_task(args.task)
-    for name, column in zip(("image_column", "label_column"), task.columns, strict=True):
-        if getattr(args, name, "") is None:
-            setattr(args, name, column)
-    return task
+    image, target = find_task(args.task).columns
+    return args.image_column or image, getattr(args, "label_column", None) or target
+
+
+def check_meant(args: argparse.Namespace, source: str, *names: str) -> None:
+    """
+    Args:
+        names: arguments about the images that the argument `source` names.
+    Raises: ConfigError: one of them is given, and there are no such images.
+    """
+    given = [name for name in names if getattr(args, name) is not None]
+    if given and not getattr(args, source):
+        raise ConfigError(f"--{given[0]} is about images: give them with --{source} DATASET, or leave it out")
 
 
 def to_validate(run: str, name: str, split: str | None) -> tuple[Any, list[str]]:

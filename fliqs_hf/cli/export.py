@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fliqs_hf.cli.data import task_of, to_validate
+from fliqs_hf.cli.data import check_meant, columns, to_validate
 from fliqs_hf.cli.output import answer, table
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf.export.configs.counterpart import Counterpart
@@ -27,9 +27,9 @@ from fliqs_hf.training.splits import sample
 
 
 def export(args: argparse.Namespace) -> int:
+    check_meant(args, "dataset_name", "split", "image_column")
     if args.to in LIBRARIES:
         return _export_config(args)
-    task_of(args)
     result = export_model(
         args.run,
         args.output,
@@ -82,7 +82,7 @@ class _Pixels:
         args = self._args
         processor, mode = load_processor(args.run), mode_of(read_config(args.run)[0])
         split, _ = to_validate(args.run, args.dataset_name, args.split)
-        images = Images(sample(split, args.max_samples), args.image_column)
+        images = Images(sample(split, args.max_samples), columns(args)[0])
         for first in range(0, len(images), args.batch_size):
             rows = [images[index] for index in range(first, min(first + args.batch_size, len(images)))]
             yield torch.stack([pixels(image, processor, name, mode) for image, name in rows])

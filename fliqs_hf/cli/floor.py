@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.calibration import CalibrationImages, pack
-from fliqs_hf.cli.held_out import HeldOutImages
+from fliqs_hf.cli.held_out import HeldOutImages, check_no_held_out
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.pipeline.floor import Floor, FloorTest, descend
 from fliqs_hf.wording import count
@@ -21,9 +21,7 @@ from fliqs_hf.wording import count
 def floor_of(args: argparse.Namespace) -> Floor | None:
     """Raises: ConfigError: one without calibration images, or what belongs to one without it."""
     if args.max_drop is None and args.min_accuracy is None:
-        for name in ("held_out", "held_out_split"):
-            if getattr(args, name) is not None:
-                raise ConfigError(f"--{name} is for a floor: give --max_drop or --min_accuracy")
+        check_no_held_out(args, "a floor: give --max_drop or --min_accuracy")
         return None
     if not args.calibration:
         raise ConfigError("a floor is met with the help of images: give some with --calibration DATASET")

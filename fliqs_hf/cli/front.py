@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fliqs_hf.baselines.front import FrontPoint, sensitivity_front
 from fliqs_hf.cli.calibration import CalibrationImages, pack, rounded, turn
-from fliqs_hf.cli.held_out import HeldOutImages
+from fliqs_hf.cli.held_out import HeldOutImages, check_no_held_out
 from fliqs_hf.cli.output import answer, table
 from fliqs_hf.cli.targets import settle
 from fliqs_hf.cost import LayerInfo, unlisted_bytes
@@ -46,6 +46,8 @@ class FrontRow(NamedTuple):
 
 def front(args: argparse.Namespace) -> int:
     """Raises: ConfigError: a folder with something in it, an unknown cost, a model that cannot be searched."""
+    if not args.measure:
+        check_no_held_out(args, "measuring: give --measure POINTS")
     folder = Path(args.output)
     check_apart(folder, {"MODEL": args.model, "--calibration": data_source(args.calibration)})
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -11,16 +11,23 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from fliqs_hf.cli.calibration import CalibrationImages
-from fliqs_hf.cli.data import TO_VALIDATE
+from fliqs_hf.cli.data import TO_VALIDATE, columns
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import mode_of, pixels
-from fliqs_hf.training.splits import ROW, load_split, numbered, sample
+from fliqs_hf.training.splits import ROW, check_column, load_split, numbered, sample
 from fliqs_hf.validation.data import targets
 
 FEWEST = 20
 #: Up to so many images are kept as the model takes them, for every model that is tested: 600 MB at 224 pixels.
 KEPT = 1000
+
+
+def check_no_held_out(args: argparse.Namespace, use: str) -> None:
+    """Raises: ConfigError: images are named for a use that is not asked for."""
+    for name in ("held_out", "held_out_split"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name} is for {use}")
 
 
 class HeldOutImages:
@@ -45,12 +52,11 @@ class HeldOutImages:
                 "--held_out or --held_out_split, or calibrate on fewer (--calibration_images)"
             )
         rows = sample(split, args.held_out_images)
-        if args.label_column not in rows.column_names:
-            raise DataError(f"the held-out images have no column {args.label_column!r}: name it with --label_column")
+        named = columns(args)
+        check_column(rows, named[1], "label", "the held-out data have")
         self._task = calibration.task
-        self._images = Images(rows, args.image_column)
-        columns = args.image_column, args.label_column
-        self._targets = targets(self._task, rows, columns, model.config, processor, args.match_labels)
+        self._images = Images(rows, named[0])
+        self._targets = targets(self._task, rows, named, model.config, processor, args.match_labels)
         self._processor, self._mode, self._size = processor, mode_of(model.config), args.batch_size
         self._kept: dict[int, torch.Tensor] | None = {} if len(rows) <= KEPT else None
 

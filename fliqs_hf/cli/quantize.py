@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.calibration import CalibrationImages, check, input_format, pack, rounded, turn
-from fliqs_hf.cli.data import task_of
 from fliqs_hf.cli.floor import floor_of, meeting, missed, summary
 from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer
@@ -32,6 +31,7 @@ from fliqs_hf.pipeline.post_training import AllocationResult, allocate
 from fliqs_hf.records import RunResults
 from fliqs_hf.runs.folder import RunFolder, cost_lines, cost_summary, layer_table
 from fliqs_hf.selection import find_score
+from fliqs_hf.tasks import find_task
 
 
 def quantize(args: argparse.Namespace) -> int:
@@ -127,7 +127,7 @@ def _loaded(args: argparse.Namespace) -> tuple[Any, Any]:
     device = device_of(args.device)
     processor = load_processor(args.model, args.revision)
     model = load_model(args.model, args.revision)
-    task = task_of(args)
+    task = find_task(args.task)
     if args.calibration and not task.has_model(model):
         raise ConfigError(
             f"--calibration runs images through {task.models}, which {type(model).__name__} is not: name its --task"

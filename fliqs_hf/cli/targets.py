@@ -35,6 +35,7 @@ def settle(args: argparse.Namespace, named: Literal["same", "separate"]) -> None
     Where inputs are chosen apart they may also have the same integers with zero points.
 
     Raises: ConfigError: no such profile, or it runs none of them. FormatError: bad formats."""
+    asked = args.activation
     space = args.search_space and (args.search_space[0] if len(args.search_space) == 1 else args.search_space)
     found = choices(space, args.hardware, args.activation, named)
     profile, kept = found.profile, list(found.formats)
@@ -45,17 +46,23 @@ def settle(args: argparse.Namespace, named: Literal["same", "separate"]) -> None
             more = {new: old for new, old in more.items() if profile.runs(LayerFormats(old, new)).state != "simulated"}
         kept += [fmt for fmt in more if fmt not in kept]
     if args.latency_table and space is None:
-        kept = _timed(args, kept)
+        kept = _timed(args, kept, asked)
     args.search_space = [fmt.name for fmt in kept]
 
 
-def _timed(args: argparse.Namespace, formats: Sequence[Format]) -> list[Format]:
+def _timed(args: argparse.Namespace, formats: Sequence[Format], asked: str | None) -> list[Format]:
     """Those of the default whose times the table has, in every pair where weights and inputs are chosen apart.
 
-    Raises: ConfigError: none."""
+    Args: asked: how formats are to be chosen, where that was given.
+    Raises: ConfigError: none, or not in every pair where they were to be chosen apart."""
     known = LatencyTable.load(args.latency_table).pairs
     kept = [fmt for fmt in formats if (fmt.name, fmt.name) in known]
     if args.activation == "separate" and not {(w.name, a.name) for w in kept for a in kept} <= known:
+        if asked == "separate":
+            raise ConfigError(
+                f"{args.latency_table} lacks times of some pairs of {', '.join(fmt.name for fmt in kept)}: leave "
+                "--activation separate out, or measure the pairs with fliqs-hf profile"
+            )
         args.activation = "same"
     if not kept:
         raise ConfigError(

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from fliqs_hf.cli.data import task_of, to_validate
+from fliqs_hf.cli.data import columns, to_validate
 from fliqs_hf.cli.output import answer
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.files import write_text
@@ -50,7 +50,7 @@ def _validate(args: argparse.Namespace) -> int:
         run.check(CARD, *kept, *(WRITTEN if PAGE in run.listed() else ()))
         check_writable(run.path)
     device = device_of(args.device)
-    task_of(args)
+    image_column, label_column = columns(args)
     for name in (args.original, args.quantized):
         read_config(name)  # what is wrong with a model shows before the data are fetched
     split, warnings = to_validate(args.quantized, args.dataset_name, args.split)
@@ -62,8 +62,8 @@ def _validate(args: argparse.Namespace) -> int:
         split,
         image_processor=load_processor(args.quantized),
         batch_size=args.batch_size,
-        image_column=args.image_column,
-        label_column=args.label_column,
+        image_column=image_column,
+        label_column=label_column,
         match_labels=args.match_labels,
         max_drop=args.max_drop,
         confidence=args.confidence,

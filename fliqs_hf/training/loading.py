@@ -81,9 +81,12 @@ def load(cls: Any, name: str, what: str = "model", **options: Any) -> Any:
 
     Args:
         what: it is, for the message: "model", "image processor".
-    Raises: ConfigError: there is no such, or Transformers cannot read it. FliqsError: as our quantizer raises it.
+    Raises: ConfigError: there is no such, or Transformers cannot read it; a revision of a folder, which has none.
+        FliqsError: as our quantizer raises it.
     """
     check_source(name)
+    if (revision := options.get("revision")) is not None and Path(name).exists():
+        raise ConfigError(f"revision={revision!r} is of models on the Hub, and {name!r} is a folder: leave it out")
     try:
         # False, for otherwise Transformers asks on the terminal whether it may run code that comes with the model.
         return cls.from_pretrained(name, trust_remote_code=False, **options)

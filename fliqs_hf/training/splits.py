@@ -50,11 +50,18 @@ def load_splits(
             `train_val_split` of the training split.
         streaming: read the data set as it comes, instead of downloading it first.
         cache_dir: where downloads are kept.
-    Raises: DataError: nothing to load, a split that does not exist or is empty.
+    Raises: DataError: nothing to load, a split that does not exist or is empty; a name that means nothing with the
+        others.
     """
     if dataset_name is not None:
+        if validation_dir is not None:
+            raise DataError(
+                f"validation_dir={validation_dir!r} goes with train_dir, not with dataset_name={dataset_name!r}: "
+                "leave one of them out"
+            )
         splits = load_all(dataset_name, dataset_config_name, streaming, cache_dir)
     elif train_dir is not None:
+        _check_no_config(train_dir, dataset_config_name)
         splits = _image_folders({"train": train_dir, "validation": validation_dir}, streaming, cache_dir)
     else:
         raise DataError("no data: give dataset_name (a Hub id, a folder or 'digits') or train_dir")
@@ -90,6 +97,7 @@ def load_all(
     import datasets
 
     if is_digits(name):
+        _check_no_config(name, config_name)
         digits = _digits(int(name.partition(":")[2] or 0))
         return {key: split.to_iterable_dataset() for key, split in digits.items()} if streaming else digits
     folder = _checked_path(name)
@@ -181,16 +189,21 @@ def columns_of(split: Any) -> list[str]:
     return [name for name in (split.column_names or split.features or ()) if name != ROW]
 
 
-def check_column(split: Any, column: str, what: str = "image") -> None:
-    """Raises: DataError: there is no such column."""
+def check_column(split: Any, column: str, what: str = "image", whose: str = "the dataset has") -> None:
+    """Raises: DataError: there is no such column; it names those that there are."""
     columns = columns_of(split)
     if columns and column not in columns:
         hint = f"; {LAYOUT}" if what == "label" and columns == ["image"] else ""
-        raise DataError(f"column {column!r} does not exist; the dataset has {', '.join(columns)}{hint}")
+        raise DataError(f"column {column!r} does not exist; {whose} {', '.join(columns)}{hint}")
 
 
 def is_digits(name: str) -> bool:
     return re.fullmatch(rf"{DIGITS}(:\d+)?", name) is not None
+
+
+def _check_no_config(name: str, config_name: str | None) -> None:
+    if config_name is not None:
+        raise DataError(f"{name!r} has no configurations: leave dataset_config_name={config_name!r} out")
 
 
 def _joined(splits: Mapping[str, Any], parts: Sequence[Part]) -> Any:

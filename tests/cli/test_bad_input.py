@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("_nothing_is_loaded")
 # Arguments of commands, and what the message names. {} is the folder `there`.
 MODEL = "{}/vit"
 QUANTIZE = ["quantize", MODEL, "{}/out"]
+FRONT = ["front", MODEL, "{}/out", "--calibration", "digits"]
 VALIDATE = ["validate", MODEL, MODEL, "--dataset_name", "digits"]
 COMPARE = ["compare", MODEL, "--dataset_name", "digits", "--output", "{}/out.csv"]
 COMMANDS: list[tuple[list[str], str]] = [
@@ -58,6 +59,15 @@ COMMANDS: list[tuple[list[str], str]] = [
     ([*QUANTIZE, "--batch_size", "0"], "batch_size=0 must be at least 1"),
     ([*QUANTIZE, "--batch_size", "-1"], "batch_size=-1"),
     ([*QUANTIZE, "--calibration", ""], "calibration='' is empty"),
+    ([*QUANTIZE, "--calibration_split", "train"], "--calibration_split is about images: give them with --calibration"),
+    ([*QUANTIZE, "--label_column", "fine"], "--label_column is about images"),
+    ([*QUANTIZE, "--image_column", "img"], "--image_column is about images"),
+    ([*QUANTIZE, "--held_out", "digits"], "--held_out is for a floor: give --max_drop or --min_accuracy"),
+    ([*QUANTIZE, "--revision", "v2"], "revision='v2' is of models on the Hub"),
+    (["export", MODEL, "{}/out", "--split", "test"], "--split is about images: give them with --dataset_name"),
+    (["export", MODEL, "{}/out", "--image_column", "img"], "--image_column is about images"),
+    ([*FRONT, "--held_out", "digits"], "--held_out is for measuring: give --measure"),
+    ([*FRONT, "--held_out_split", "test"], "--held_out_split is for measuring"),
     ([*QUANTIZE, "--device", "foo"], "device='foo'"),
     ([*QUANTIZE, "--device", "cuda:99"], "device='cuda:99'"),
     ([*QUANTIZE, "--device", "cuda:-1"], "device='cuda:-1'"),

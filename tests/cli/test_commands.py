@@ -142,8 +142,8 @@ def test_quantize_to_a_target_reports_why(
     assert answer(capsys, "report", str(out))["report"] == str(out / "fliqs/report.html")
     assert "one step down" in (out / "fliqs/report.html").read_text()
 
-    # Without a column of labels the model's own answers serve.
-    assert main([*arguments[:-1], str(photos), "--label_column", "nothing", "--overwrite"]) == 0
+    # The model's own answers serve where no labels are wanted.
+    assert main([*arguments[:-1], str(photos), "--label_column", "none", "--overwrite"]) == 0
     again = json.loads((out / "fliqs/sensitivity.json").read_text())["scores"]
     assert again != {}
 

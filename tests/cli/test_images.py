@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -101,6 +102,44 @@ def test_without_labels_the_answers_are_those_of_the_fp32_model_at_every_pass(fp
     again = [labels for _, labels in found.labelled()]
     assert [len(labels) for labels in first] == [5, 5, 5, 5, 4]
     assert torch.equal(torch.cat(again), torch.cat(first)) and not torch.equal(fresh, torch.cat(first))
+
+
+def test_a_column_that_does_not_exist_is_refused_and_not_the_models_answers(
+    fp32: str, packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In every command that is told columns; what there is instead is said."""
+    data, other = (photos(tmp_path / name, dict.fromkeys(NUMBERS, 4)) for name in ("photos", "others"))
+    run = str(tmp_path / "run")
+    quantize = ["quantize", fp32, run, "--calibration", data, "--calibration_images", "8"]
+    for arguments in (
+        [*quantize, "--target_bits", "4"],
+        quantize,
+        [*quantize, "--max_drop", "99", "--held_out", other],
+        ["front", fp32, run, "--calibration", data],
+        ["recommend", fp32, run, "--calibration", data],
+        ["validate", fp32, packed, "--dataset_name", data],
+    ):
+        said = failure(capsys, *arguments, "--label_column", "labels")
+        assert "column 'labels' does not exist" in said and "image, label" in said, arguments
+        assert "column 'pixels' does not exist" in failure(capsys, *arguments, "--image_column", "pixels")
+        assert not (tmp_path / "run").exists()
+    export = ["export", packed, run, "--dataset_name", data, "--image_column", "pixels"]
+    assert "column 'pixels' does not exist" in failure(capsys, *export)
+
+
+def test_held_out_images_may_have_a_column_that_those_of_the_calibration_lack(
+    fp32: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat, classes = photos(tmp_path / "flat", {"": 8}), photos(tmp_path / "held", {"2": 30, "3": 9})
+    (tmp_path / "table").mkdir()
+    datasets.load_dataset(classes)["train"].rename_column("label", "fine").to_parquet(
+        tmp_path / "table" / "test.parquet"
+    )
+    formats = ["--target_bits", "6", "--search_space", "int4", "int8", "--label_column", "fine"]
+    floor = ["--min_accuracy", "0.1", "--held_out", str(tmp_path / "table")]
+    run = ["quantize", fp32, str(tmp_path / "run"), "--calibration", flat, *formats, *floor]
+    assert main(run) == 0
+    assert "the calibration data have no column 'fine': the model's own answers serve" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["validate", "quantize"])

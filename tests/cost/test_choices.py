@@ -89,6 +89,8 @@ def test_a_latency_table_narrows_the_default(tmp_path: Path) -> None:
     assert (some.search_space, some.activation) == (["int4", "int8"], "same")
     every = settled(*itertools.product(("int4", "int8"), repeat=2))
     assert (every.search_space, every.activation) == (["int4", "int8"], "separate")
+    with pytest.raises(ConfigError, match="lacks times of some pairs of int4, int8: leave --activation separate out"):
+        settled(("int4", "int4"), ("int8", "int8"), activation="separate")
     with pytest.raises(ConfigError, match="has no times of int4, e2m1, e2m3, int8"):
         settled(("int3", "int3"))
     assert settled(("int3", "int3"), search_space=["int3", "int5"]).search_space == ["int3", "int5"]

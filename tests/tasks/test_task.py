@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fliqs_hf.cli.data import task_of
+from fliqs_hf.cli.data import columns
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.pipeline.job import with_columns
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task, register_task, unregister_task
@@ -61,6 +61,6 @@ def test_columns_that_no_argument_names_are_the_tasks(task: Task) -> None:
         found = with_columns(DataArguments(label_column_name="mask"), of)
         assert (found.image_column_name, found.label_column_name) == (expected[0], "mask")
         args = argparse.Namespace(task=of.name, image_column=None, label_column="mask")
-        assert task_of(args) is of and (args.image_column, args.label_column) == (expected[0], "mask")
+        assert columns(args) == (expected[0], "mask")
     with pytest.raises(ConfigError, match="task='none' does not exist"):
-        task_of(argparse.Namespace(task="none"))
+        columns(argparse.Namespace(task="none"))

@@ -165,6 +165,20 @@ def test_what_is_no_data_set(tmp_path: Path, way: str, name: str, message: str) 
     assert str(tmp_path / name) in str(caught.value) and "Instruction" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dataset_name": "{}", "validation_dir": "{}"}, "validation_dir=.* goes with train_dir"),
+        ({"train_dir": "{}", "dataset_config_name": "plain"}, "leave dataset_config_name='plain' out"),
+        ({"dataset_name": "digits", "dataset_config_name": "plain"}, "'digits' has no configurations"),
+    ],
+)
+def test_names_that_nothing_would_be_read_by(tmp_path: Path, given: dict[str, str], message: str) -> None:
+    photos = str(folder(tmp_path / "photos", "cat", "dog"))
+    with pytest.raises(DataError, match=message):
+        load_splits(**{name: value.format(photos) for name, value in given.items()})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["", " ", "./photos", "a/b/photos", "photos/", "~/photos"])
 def test_names_that_can_be_no_data_set(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
