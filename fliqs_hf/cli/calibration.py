@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -15,7 +14,6 @@ from tqdm.auto import tqdm
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.data import NO_LABELS, TO_CALIBRATE, check_meant, columns
 from fliqs_hf.cli.targets import zero_points
-from fliqs_hf.cost import trace_layers
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format, parse
 from fliqs_hf.formats.spaces import with_zero_point
@@ -23,15 +21,15 @@ from fliqs_hf.hf import FLIQSConfig, fold_batchnorm
 from fliqs_hf.hf import quantize as round_to_nearest
 from fliqs_hf.nn import QuantizerSettings
 from fliqs_hf.ptq import calibrate, rotate
+from fliqs_hf.ptq.memory import fitting_images
 from fliqs_hf.tasks import find_task
 from fliqs_hf.training.data import Images
 from fliqs_hf.training.images import mode_of, pixels
 from fliqs_hf.training.splits import ROW, Part, check_column, common, load_split, sample
 from fliqs_hf.validation.data import targets
 
-#: Images that GPTQ and bias correction see at most. They go through the model at once, which takes WORKING times the
-#: largest input and output of a layer (measured on ViTs: DeiT-Tiny), and at most so much of the memory that is free.
-ROUNDING_IMAGES, WORKING, SHARE_OF_MEMORY = 512, 6, 0.5
+#: Images that GPTQ and bias correction see at most. They go through the model at once.
+ROUNDING_IMAGES = 512
 FEW = 4
 
 
@@ -91,7 +89,7 @@ class CalibrationImages:
     def images(self) -> Iterator[Tensor]:
         """Batches of pixel values, of at most `ROUNDING_IMAGES` and of what fits into memory."""
         wanted = min(ROUNDING_IMAGES, len(self._images))
-        count = min(wanted, _fitting(self._model, self._device))
+        count = min(wanted, fitting_images(self._model))
         if count < wanted:
             print(f"rounding with {count} images instead of {wanted}: more would not fit into memory", file=sys.stderr)
         return self._batches("calibration", count)
@@ -116,13 +114,6 @@ class CalibrationImages:
     def _pixels(self, index: int) -> Tensor:
         image, name = self._images[index]
         return pixels(image, self._processor, name, self._mode)
-
-
-def _fitting(model: Any, device: torch.device) -> int:
-    """How many images the memory that is free has room for, at least one."""
-    largest = max((layer.input_numel + layer.output_numel for layer in trace_layers(model)), default=0)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return max(1, int(SHARE_OF_MEMORY * free / (WORKING * 4 * max(1, largest))))
 
 
 def check(args: argparse.Namespace) -> None:

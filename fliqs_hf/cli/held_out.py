@@ -19,8 +19,8 @@ from fliqs_hf.training.splits import ROW, check_column, load_split, numbered, sa
 from fliqs_hf.validation.data import targets
 
 FEWEST = 20
-#: Up to so many images are kept as the model takes them, for every model that is tested: 600 MB at 224 pixels.
-KEPT = 1000
+#: Up to so many bytes of images are kept as the model takes them, for every model that is tested: 1000 of 224 pixels.
+KEPT_BYTES = 600_000_000
 
 
 def check_no_held_out(args: argparse.Namespace, use: str) -> None:
@@ -58,7 +58,7 @@ class HeldOutImages:
         self._images = Images(rows, named[0])
         self._targets = targets(self._task, rows, named, model.config, processor, args.match_labels)
         self._processor, self._mode, self._size = processor, mode_of(model.config), args.batch_size
-        self._kept: dict[int, torch.Tensor] | None = {} if len(rows) <= KEPT else None
+        self._kept: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._targets)
@@ -76,10 +76,10 @@ class HeldOutImages:
         return found
 
     def _pixels(self, index: int) -> torch.Tensor:
-        if self._kept is not None and index in self._kept:
+        if index in self._kept:
             return self._kept[index]
         image, name = self._images[index]
         found = pixels(image, self._processor, name, self._mode)
-        if self._kept is not None:
+        if (len(self._kept) + 1) * found.nbytes <= KEPT_BYTES:
             self._kept[index] = found
         return found

@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from PIL import Image
 
+from fliqs_hf.cli import held_out
 from fliqs_hf.cli.calibration import CalibrationImages
 from fliqs_hf.cli.data import to_validate
 from fliqs_hf.pipeline.job import load
@@ -140,6 +141,18 @@ def test_held_out_images_may_have_a_column_that_those_of_the_calibration_lack(
     run = ["quantize", fp32, str(tmp_path / "run"), "--calibration", flat, *formats, *floor]
     assert main(run) == 0
     assert "the calibration data have no column 'fine': the model's own answers serve" in capsys.readouterr().err
+
+
+def test_only_so_many_bytes_of_held_out_images_are_kept(
+    fp32: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, size = photos(tmp_path / "photos", dict.fromkeys(NUMBERS, 4)), 3 * 8 * 8 * 4
+    monkeypatch.setattr(held_out, "KEPT_BYTES", 5 * size + size - 1)
+    found = calibration(fp32, data, "--calibration_images", "8")
+    images = held_out.HeldOutImages(found._args, found._model, found._processor, found)
+    first = images.right(found._model, "first")
+    assert len(images) == 40 and len(images._kept) == 5
+    assert images.right(found._model, "again").tolist() == first.tolist()
 
 
 @pytest.mark.parametrize("command", ["validate", "quantize"])
