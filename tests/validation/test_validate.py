@@ -153,8 +153,9 @@ def test_html_is_one_file_and_escapes_names(case: SimpleNamespace) -> None:
     assert page == case.result.to_html()
 
 
-def test_markdown_tables_hold_together(case: SimpleNamespace) -> None:
+def test_markdown_tables_and_lists_hold_together(case: SimpleNamespace) -> None:
     text = case.result.to_markdown()
+    assert "bins of equal width.\n- Latency: " in text
     assert f"**{case.result.verdict}**" in text
     assert "dog\\|cat" in text
     shown = render(text)
