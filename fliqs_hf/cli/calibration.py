@@ -119,6 +119,7 @@ class CalibrationImages:
 def check(args: argparse.Namespace) -> None:
     """Raises: ConfigError: an option that needs calibration images, without them."""
     check_meant(args, "calibration", "calibration_split", "image_column", "label_column")
+    columns(args)  # refuses what does not fit the task
     options = {"rounding": "nearest", "bias_correction": "false", "activations": "dynamic", "rotation": "false"}
     for name, without in {**options, "zero_points": "false"}.items():
         value = getattr(args, name)

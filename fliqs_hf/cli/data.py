@@ -12,6 +12,7 @@ from fliqs_hf.records import RunSettings
 from fliqs_hf.runs.files import RUN
 from fliqs_hf.tasks import find_task
 from fliqs_hf.training.splits import ROW, Part, common, load_all, load_split, load_splits, numbered, parts_of, sample
+from fliqs_hf.validation.data import check_match
 
 #: Which split is meant, where there are several and none is named.
 TO_VALIDATE, TO_CALIBRATE = ("validation", "test"), ("train",)
@@ -22,9 +23,11 @@ NO_LABELS = "none"
 def columns(args: argparse.Namespace) -> tuple[str, str]:
     """Of images and of targets, as a command was given them; those that it was not given are the task's.
 
-    Raises: ConfigError: there is no such task.
+    Raises: ConfigError: there is no such task, or it has no classes to match.
     """
-    image, target = find_task(args.task).columns
+    task = find_task(args.task)
+    check_match(task, getattr(args, "match_labels", "name"))
+    image, target = task.columns
     return args.image_column or image, getattr(args, "label_column", None) or target
 
 

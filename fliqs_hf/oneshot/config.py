@@ -104,7 +104,10 @@ class SearchConfig:
 
     @classmethod
     def preset(cls, name: str, /, **changes: Any) -> SearchConfig:
-        """The `default` or the `paper` preset, with changes. Raises: ConfigError: unknown preset or key."""
+        """The `default` or the `paper` preset, with changes.
+
+        Raises: ConfigError: unknown preset or key, or a change without effect.
+        """
         if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"preset={name!r} does not exist; choose from {', '.join(PRESETS)}")
         known = [field.name for field in fields(cls)]
@@ -112,7 +115,17 @@ class SearchConfig:
             if key not in known:
                 hint = did_you_mean(key, known, f"known are {', '.join(known)}")
                 raise ConfigError(f"unknown search setting {key!r}{hint}")
-        return replace(cls(**PRESETS[name]), **changes)
+        made = replace(cls(**PRESETS[name]), **changes)
+        if made.prior_strength is not None and "prior_entropy" in changes:
+            raise ConfigError(
+                f"prior_entropy={made.prior_entropy} is what prior_strength={made.prior_strength} takes the place of: "
+                "leave one of them out"
+            )
+        if made.prior == "none" and (of_prior := [key for key in changes if key.startswith("prior_")]):
+            raise ConfigError(f"{of_prior[0]}={changes[of_prior[0]]!r} has no effect without a prior: leave it out")
+        if made.reward == "quality" and "beta" in changes:
+            raise ConfigError(f"beta={made.beta} has no effect with reward='quality': leave it out, or set reward")
+        return made
 
 
 def _check_prior(name: Any, passes: Any) -> None:

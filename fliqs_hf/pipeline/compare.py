@@ -68,6 +68,7 @@ from fliqs_hf.pipeline.compare_methods import (
     RANDOM,
     UNIFORM,
     check_methods,
+    is_search,
     runs,
     search_config,
     uniform_format,
@@ -81,7 +82,9 @@ from fliqs_hf.tasks import IMAGE_CLASSIFICATION, find_task
 from fliqs_hf.training import StepHook, TrainConfig, evaluate, load_splits, train
 from fliqs_hf.training.labels import match_given, names_of
 from fliqs_hf.training.loading import load
+from fliqs_hf.training.splits import at_most
 from fliqs_hf.validation.comparison import peak_memory
+from fliqs_hf.validation.data import check_match
 
 #: Arguments that say which rows there are and where, not what is in them.
 FREE = ("methods", "target_bits", "seeds", "output", "use_cpu")
@@ -126,7 +129,7 @@ class Comparison:
         options = {"image_column": image, "label_column": label, "label_ids": ids, "cache": True}
         limits = (self.arguments.max_train_samples, self.arguments.max_eval_samples)
         train, held_out = (
-            task.data(split, processor, config.num_labels, max_samples=limit, **options)
+            task.data(at_most(split, limit), processor, config.num_labels, **options)
             for split, limit in zip(splits, limits, strict=True)
         )
         return train, held_out
@@ -142,13 +145,13 @@ class Comparison:
         if name in scores():
             found = self.scores.of(name, problem, seed)
             spent = found.seconds
-        elif name.startswith("search"):  # kept for `one_shot`, outside its time
-            spent = self.scores.prior(search_config(name), problem, seed).seconds
+        elif is_search(name) and (config := search_config(name)).prior != "none":
+            spent = self.scores.prior(config, problem, seed).seconds  # kept for `one_shot`, outside its time
         with peak_memory(self.accelerator.device) as peak:
             start = time.perf_counter()
             if name == "differentiable" or name == "gumbel":
                 choose = lambda: self.differentiable(name, problem, seed, method)  # noqa: E731
-            elif name.startswith(("search", "paper")):
+            elif is_search(name):
                 choose = lambda: self.one_shot(name, problem, seed)  # noqa: E731
             else:
                 if name in scores():
@@ -314,8 +317,8 @@ def parser(command: str) -> argparse.ArgumentParser:
     made.add_argument("--prior_images", type=int, default=1536, help="of the sensitivity passes")
     made.add_argument("--trials", type=int, default=8, help="of the multi-trial searches")
     made.add_argument("--trial_steps", type=int, help="of one trial; default: a quarter of max_steps")
-    made.add_argument("--max_train_samples", type=int)
-    made.add_argument("--max_eval_samples", type=int)
+    made.add_argument("--max_train_samples", type=int, help="so many images of the split, chosen at random")
+    made.add_argument("--max_eval_samples", type=int, help="so many images of the split, chosen at random")
     made.add_argument("--use_cpu", action="store_true")
     made.add_argument("--output", type=Path, required=True, help="CSV to add to; table and figure go beside it")
     return made
@@ -331,7 +334,7 @@ def main(argv: list[str], command: str = "fliqs-hf compare") -> list[dict[str, A
     check_values(vars(arguments))
     for bits in arguments.target_bits:
         Target.of(target_bits=bits)
-    find_task(arguments.task)
+    check_match(find_task(arguments.task), arguments.match_labels)
     check_methods(arguments.methods, arguments.activation, arguments.activation_granularity)
     hf_logging.disable_progress_bar()
     check_outputs(arguments)
@@ -346,6 +349,8 @@ def _add_rows(arguments: argparse.Namespace, command: str) -> None:
     settings = {k: v for k, v in vars(arguments).items() if k not in FREE}
     if arguments.task == IMAGE_CLASSIFICATION.name:
         del settings["task"]  # as tables written before have it
+    if arguments.max_train_samples is not None or arguments.max_eval_samples is not None:
+        settings["samples"] = "random"  # in tables written before they are the first ones
     table = Table(arguments.output, settings)
     todo = [
         (method, bits, seed)

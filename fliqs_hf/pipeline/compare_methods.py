@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,21 +21,33 @@ ONE_FORMAT = {
     "gumbel": "branches would be squared in number",
 }
 TRAINED = ("differentiable", "gumbel", "multi-trial-random", "multi-trial-optuna")
+#: First letter of a part of a search's name, such as `x2` -> the setting that its number is of.
+SETTINGS = {
+    "": "explore_fraction", "x": "samples_per_step", "h": "prior_entropy", "k": "prior_strength",
+    "l": "policy_learning_rate", "p": "prior_passes",
+}  # fmt: skip
+_WHOLE = ("samples_per_step", "prior_passes")
+_CHANGED = "search-… takes " + ", ".join(f"{letter}NUMBER ({name})" for letter, name in SETTINGS.items())
 FLOATS = {3: "e2m0", 4: "e2m1", 5: "e2m2", 6: "e2m3", 7: "e3m3", 8: "e4m3"}
 
 
 def uniform_format(method: str) -> Format | None:
     """The format that a method gives every layer whatever the target is: `ptq-uniform-e4m3` -> E4M3, others none.
 
-    Raises: ConfigError: `uniform-` and something that is no format.
+    Raises: ConfigError: `uniform-` and something that is no format, or none of weights.
     """
     name = method.removeprefix("ptq-")
-    if not name.startswith("uniform-") or name in UNIFORM:
+    if not name.startswith("uniform-") or name in (*UNIFORM, *scores(), *baselines()):
         return None
     try:
-        return parse(name.removeprefix("uniform-"))
+        found = parse(name.removeprefix("uniform-"))
     except FormatError as error:
         raise ConfigError(f"{_unknown(method)} ({error})") from error
+    if found.for_inputs_only:
+        raise ConfigError(
+            f"method {method!r}: {found.name} is for inputs only, and a uniform model has it for weights"
+        )
+    return found
 
 
 def runs(methods: Iterable[str], targets: Iterable[float], seeds: Iterable[int]) -> list[tuple[str, float, int]]:
@@ -56,21 +69,31 @@ def runs(methods: Iterable[str], targets: Iterable[float], seeds: Iterable[int])
 
 
 def search_config(method: str) -> SearchConfig:
-    """The configuration that a method's name means. Raises: ConfigError: it means none."""
-    names = {
-        "x": "samples_per_step", "h": "prior_entropy", "k": "prior_strength", "l": "policy_learning_rate",
-        "p": "prior_passes",
-    }  # fmt: skip
+    """The configuration that a method's name means. Raises: ConfigError: it means none, and why."""
+    kind, *parts = method.split("-")
+    if kind == "paper" and parts:
+        raise ConfigError(
+            f"method {method!r}: {parts[0]!r} does not exist, as paper is FLIQS as published; {_CHANGED}"
+        )
     changes: dict[str, Any] = {}
+    for part in parts:
+        found = re.fullmatch(r"([a-z]?)([0-9]+\.?[0-9]*|\.[0-9]+)", part)
+        name = None if found is None else SETTINGS.get(found[1])
+        if found is None or name is None:
+            raise ConfigError(f"method {method!r}: {part!r} does not exist; {_CHANGED}")
+        if name in changes:
+            raise ConfigError(f"method {method!r}: {part!r} sets {name} a second time: leave one of them out")
+        value = float(found[2])
+        changes[name] = int(value) if name in _WHOLE and value.is_integer() else value
     try:
-        for part in method.split("-")[1:]:
-            name = names.get(part[0], "explore_fraction")
-            value = float(part.lstrip("xhklp"))
-            whole = name in ("samples_per_step", "prior_passes") and value.is_integer()
-            changes[name] = int(value) if whole else value
-    except (ValueError, OverflowError, IndexError) as error:
-        raise ConfigError(_unknown(method)) from error
-    return SearchConfig.preset("paper" if method == "paper" else "default", **changes)
+        return SearchConfig.preset("paper" if kind == "paper" else "default", **changes)
+    except ConfigError as error:
+        raise ConfigError(f"method {method!r}: {error}") from error
+
+
+def is_search(method: str) -> bool:
+    """Whether a method is named as a one-shot search, and is none that was registered under such a name."""
+    return method.partition("-")[0] in ("search", "paper") and method not in (*scores(), *baselines())
 
 
 def check_methods(methods: Iterable[str], activation: str = "same", granularity: str = "per_token") -> None:
@@ -83,7 +106,7 @@ def check_methods(methods: Iterable[str], activation: str = "same", granularity:
         chosen_untrained = method.removeprefix("ptq-") in (*UNIFORM, *scores(), *RANDOM, *baselines())
         if chosen_untrained or method in TRAINED or uniform_format(method) is not None:
             continue
-        if method.partition("-")[0] not in ("search", "paper"):
+        if not is_search(method):
             raise ConfigError(_unknown(method))
         search_config(method)
 

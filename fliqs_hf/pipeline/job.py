@@ -24,7 +24,7 @@ from fliqs_hf.training.data import held_in_memory, undecoded
 from fliqs_hf.training.evaluation import load_metric
 from fliqs_hf.training.labels import names_of
 from fliqs_hf.training.models import label_ids, load_classifier, read_classifier
-from fliqs_hf.training.splits import sample
+from fliqs_hf.training.splits import at_most
 from fliqs_hf.training.stream import StreamData
 
 
@@ -196,10 +196,8 @@ def task_data(
     task: Task, split: Any, processor: Any, names: list[str], limit: int | None, args: DataArguments,
     columns: dict[str, Any],
 ) -> Any:  # fmt: skip
-    """All images of a split, or `limit` random ones: a split may be sorted by class."""
-    if limit is not None and limit < len(split):
-        split = sample(split, limit)
-    return task.data(split, processor, len(names), cache=args.cache_images, **columns)
+    """The images of `at_most`, as the model takes them."""
+    return task.data(at_most(split, limit), processor, len(names), cache=args.cache_images, **columns)
 
 
 def steps_of(args: TrainingArguments, data: ImageData | StreamData, processes: int) -> int:

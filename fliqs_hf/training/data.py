@@ -80,7 +80,6 @@ class ImageData(Dataset[tuple[Tensor, int]]):
         image_column: str = "image",
         label_column: str = "label",
         label_ids: Sequence[int] | None = None,
-        max_samples: int | None = None,
         cache: bool = False,
         stream: Any = None,
     ) -> None:
@@ -88,13 +87,10 @@ class ImageData(Dataset[tuple[Tensor, int]]):
         Args:
             processor: a Transformers image processor.
             label_ids: the model's class of each of the split's labels, where they differ.
-            max_samples: use the first so many images.
             cache: keep processed images in memory.
             stream: what `split` was taken from in another order, undecoded; its rows are those that errors name.
         """
         check_column(split, label_column, "label")
-        if max_samples is not None:
-            split = split.select(range(min(max_samples, len(split))))
         if len(split) == 0:
             raise DataError("the split is empty: it holds no image")
         self.images, self.processor = Images(split, image_column, stream), processor

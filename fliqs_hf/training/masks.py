@@ -30,7 +30,6 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         no_class: int,
         image_column: str = "image",
         label_column: str = "label",
-        max_samples: int | None = None,
         cache: bool = False,
     ) -> None:
         """
@@ -42,8 +41,6 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
                 f"{type(processor).__name__} takes no segmentation_maps: use a segmenter's image processor"
             )
         check_column(split, label_column, "label")
-        if max_samples is not None:
-            split = split.select(range(min(max_samples, len(split))))
         if len(split) == 0:
             raise DataError("the split is empty: it holds no image")
         self.images, self.masks = Images(split, image_column), Images(split, label_column)

@@ -184,6 +184,11 @@ def sample(split: Any, count: int, seed: int = 0) -> Any:
     return numbered(split).shuffle(seed=seed).select(range(min(count, len(split))))
 
 
+def at_most(split: Any, limit: int | None) -> Any:
+    """All images of a split, or `limit` random ones: a split may be sorted by class."""
+    return split if limit is None or limit >= len(split) else sample(split, limit)
+
+
 def columns_of(split: Any) -> list[str]:
     """Those of the user. Empty for a stream that does not name them."""
     return [name for name in (split.column_names or split.features or ()) if name != ROW]

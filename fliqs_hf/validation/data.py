@@ -60,6 +60,14 @@ def class_names(original: Any, quantized: Any, task: Task = IMAGE_CLASSIFICATION
     return names
 
 
+def check_match(task: Task, match: str) -> None:
+    """Raises: ConfigError: classes of a task that has none per image would be matched otherwise than as they are."""
+    if match != "name" and not task.class_per_image:
+        raise ConfigError(
+            f"match_labels={match!r} is for tasks with one class per image, not for {task.name!r}: leave it out"
+        )
+
+
 def label_reader(
     dataset: Any, column: str, names: tuple[str, ...] | None, classes: int | None, match: MatchLabels
 ) -> LabelReader:

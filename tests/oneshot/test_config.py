@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,20 @@ def test_bad_values_are_named(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"{field}=") as error:
         SearchConfig(**{field: value})  # type: ignore[arg-type]
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "named"),
+    [
+        ("default", {"prior_entropy": 0.3, "prior_strength": 50}, "prior_strength=50 takes the place of"),
+        ("paper", {"prior_passes": 1}, "prior_passes=1 has no effect without a prior"),
+        ("default", {"prior": "none", "prior_images": 64}, "prior_images=64 has no effect without a prior"),
+        ("default", {"beta": -0.5}, "beta=-0.5 has no effect with reward='quality'"),
+    ],
+)
+def test_changes_without_effect_are_refused(preset: str, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        SearchConfig.preset(preset, **changes)
 
 
 def test_a_warmup_longer_than_the_search() -> None:

@@ -8,18 +8,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from fliqs_hf.baselines import short_training
+from fliqs_hf.baselines import random_allocation, register_baseline, short_training, unregister_baseline
 from fliqs_hf.errors import BusyError, CheckpointError, ConfigError, TargetError
 from fliqs_hf.lock import locked
 from fliqs_hf.pipeline import compare
-from fliqs_hf.pipeline.compare_methods import METHODS as DEFAULTS
-from fliqs_hf.pipeline.compare_methods import UNIFORM, check_methods, runs, uniform_format
+from fliqs_hf.pipeline.compare_methods import UNIFORM, check_methods, runs
 from fliqs_hf.pipeline.compare_summary import markdown, summarise, write_summary
 from fliqs_hf.pipeline.compare_table import COLUMNS, Table, rows_of
 from fliqs_hf.tasks import Accuracy
@@ -151,9 +153,54 @@ def test_a_target_out_of_reach_stops_it_before_anything_runs(fp32: Path, tmp_pat
 
 @pytest.mark.parametrize("method", ["serach", "search-abc", "ptq-search", "fisher-0.3"])
 def test_unknown_methods_are_refused_before_anything_runs(fp32: Path, tmp_path: Path, method: str) -> None:
-    with pytest.raises(ConfigError, match="unknown method"):
+    with pytest.raises(ConfigError, match=r"unknown method|'abc' does not exist"):
         compare.main(arguments(fp32, tmp_path / "out.csv", "uniform-int", method))
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_baseline_may_be_named_like_a_method_with_parts(fp32: Path, tmp_path: Path) -> None:
+    names = ["search-mine", "uniform-mine", "paper-mine"]
+    for name in names:
+        register_baseline(name, random_allocation)
+    try:
+        compare.main(arguments(fp32, tmp_path / "out.csv", *names))
+    finally:
+        for name in names:
+            unregister_baseline(name)
+    assert [row["method"] for row in rows(tmp_path / "out.csv")] == names
+    assert len({row["allocation"] for row in rows(tmp_path / "out.csv")}) == 1
+
+
+def test_samples_of_a_split_sorted_by_class_show_every_class(fp32: Path, tmp_path: Path) -> None:
+    data, generator = tmp_path / "data", np.random.default_rng(0)
+    data.mkdir()
+    for name, count in (("train", 200), ("validation", 100)):
+        labels = sorted(label for label in range(10) for _ in range(count // 10))
+        images = [Image.fromarray(generator.integers(0, 255, (8, 8, 3), np.uint8)) for _ in labels]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        split = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+        split.to_parquet(data / f"{name}-00000-of-00001.parquet")
+    given = arguments(fp32, tmp_path / "out.csv", "search")
+    given[given.index("digits")] = str(data)
+    found = compare.Comparison(compare.parser("compare").parse_args(given))
+    assert (len(found.train), len(found.eval)) == (64, 32)
+    assert set(found.train.labels) == set(range(10))  # by the seed of `sample`; the first 64 have four
+    assert len(set(found.eval.labels)) >= 8
+
+
+def test_a_table_of_the_first_images_is_not_added_to(fp32: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.csv"
+    compare.main(arguments(fp32, output, "ptq-uniform-int"))
+    assert '"samples": "random"' in output.read_text()
+    output.write_text(output.read_text().replace(', "samples": "random"', ""))
+    with pytest.raises(CheckpointError, match="samples=None, not 'random'"):
+        compare.main(arguments(fp32, output, "ptq-uniform-fp"))
+
+
+def test_labels_that_are_not_classes_of_images_are_not_matched(tmp_path: Path) -> None:
+    given = [*arguments(tmp_path / "no model", tmp_path / "out.csv", "search"), "--task", "image-segmentation"]
+    with pytest.raises(ConfigError, match="match_labels='index' is for tasks with one class per image"):
+        compare.main([*given, "--match_labels", "index"])
 
 
 def test_uniform_models_in_any_format_are_run_once(
@@ -176,30 +223,6 @@ def test_uniform_models_in_any_format_are_run_once(
     assert "| 16 | ptq-uniform-bf16 |" in capsys.readouterr().out
     compare.main([*arguments(fp32, output, *methods), *targets])  # nothing is left to do
     assert rows(output) == found
-
-
-def test_the_runs_of_a_comparison() -> None:
-    assert runs(["uniform-int4", "fisher"], [3, 2.5], [0, 1]) == [
-        ("uniform-int4", 4.0, 0), ("fisher", 3, 0), ("uniform-int4", 4.0, 1), ("fisher", 3, 1), ("fisher", 2.5, 0),
-        ("fisher", 2.5, 1),
-    ]  # fmt: skip
-    assert runs(["uniform-fp", "manual", "uniform-fp4"], [2.5], [0]) == [("uniform-e2m1", 4.0, 0)]
-    assert runs(["uniform-e2m1", "uniform-fp4"], [3], [0]) == [("uniform-e2m1", 4.0, 0)]
-
-
-@pytest.mark.parametrize("method", [*METHODS, *DEFAULTS, "ptq-uniform-int"])
-def test_other_methods_follow_the_target(method: str) -> None:
-    assert uniform_format(method) is None
-
-
-@pytest.mark.parametrize(
-    ("method", "meant"),
-    [("uniform-e9m4", "uniform-e"), ("ptq-uniform-itn8", "ptq-uniform-int"), ("serach", "search"),
-     ("fischer", "fisher"), ("ptq-hesian", "ptq-hessian")],
-)  # fmt: skip
-def test_the_nearest_method_is_named(method: str, meant: str) -> None:
-    with pytest.raises(ConfigError, match=f"unknown method '{method}'; did you mean '{meant}"):
-        check_methods([method])
 
 
 def test_weights_and_inputs_apart(fp32: Path, tmp_path: Path) -> None:

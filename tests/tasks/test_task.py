@@ -64,3 +64,5 @@ def test_columns_that_no_argument_names_are_the_tasks(task: Task) -> None:
         assert columns(args) == (expected[0], "mask")
     with pytest.raises(ConfigError, match="task='none' does not exist"):
         columns(argparse.Namespace(task="none"))
+    with pytest.raises(ConfigError, match="match_labels='index' is for tasks with one class per image"):
+        columns(argparse.Namespace(task="image-segmentation", match_labels="index"))
