@@ -29,8 +29,9 @@ class FrontPoint(NamedTuple):
 def sensitivity_front(problem: SearchProblem, scores: Tensor, points: int = 20) -> list[FrontPoint]:
     """The lowest total score under each of `points` budgets, from the cheapest allocation of the space to the dearest.
 
-    Budgets are spaced by equal factors. Points that another one matches at no more cost are left out, so there may be
-    fewer than `points`, cost rises and the expected increase falls strictly.
+    Budgets are spaced by equal factors, or by equal steps where the cheapest layers cost nothing. Points that another
+    one matches at no more cost are left out, so there may be fewer than `points`, cost rises and the expected increase
+    falls strictly.
 
     Args:
         problem: its target, if it has one, plays no part.
@@ -41,7 +42,10 @@ def sensitivity_front(problem: SearchProblem, scores: Tensor, points: int = 20) 
         raise ConfigError(f"points={points!r} must be a whole number, at least 2: the cheapest and the dearest budget")
     low, high = problem.reachable
     fixed = problem.costs.fixed_cost
-    budgets = [low, *(np.geomspace(low - fixed, high - fixed, points)[1:-1] + fixed).tolist(), high]
+    # Factors have no meaning from 0 on; and rounded, a budget must not be below what the cheapest costs.
+    spaced = np.geomspace if low > fixed else np.linspace
+    between = (spaced(low - fixed, high - fixed, points)[1:-1] + fixed).clip(low, high)
+    budgets = [low, *between.tolist(), high]
     choices = [problem.best_choice(-scores, low=0.0, high=budget) for budget in budgets]
     values = scores.detach().double().cpu()
     found = [

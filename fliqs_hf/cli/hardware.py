@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
+from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.output import answer, table
 from fliqs_hf.cost import LayerInfo
 from fliqs_hf.cost.hardware import Profile, load_profile, native_share, profile_names, run_anywhere
@@ -65,15 +67,21 @@ def _check(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.name} is not quantized: there is nothing to check")
     model = empty_model(config)
     allocation = quantization.resolve(model)
-    layers = [layer for layer in traced(model)[0] if layer.name in allocation]
-    rows = [_row(profile, layer, allocation[layer.name]) for layer in layers]
-    share = native_share(profile, layers, allocation)
+    layers = traced(model)[0]
+    rows = [_row(profile, layer, allocation[layer.name]) for layer in layers if layer.name in allocation]
+    share = share_of(profile, layers, allocation)
     text = table(("layer", "weights", "inputs", "runs", "why"), [tuple(row.values()) for row in rows])
     text += f"\n\nOf the bit operations on {profile.title}: " + ", ".join(
         f"{part:.1%} {state}" for state, part in share.items()
     )
     answer(args.json, {"hardware": profile.name, "share": share, "layers": rows}, text)
     return 0
+
+
+def share_of(profile: Profile, layers: Sequence[LayerInfo], allocation: Allocation) -> dict[str, float]:
+    """`native_share` of all that was traced, layers in fp32 included; the allocation may name others, never called."""
+    called = {layer.name for layer in layers}
+    return native_share(profile, layers, {name: formats for name, formats in allocation.items() if name in called})
 
 
 def _row(profile: Profile, layer: LayerInfo, formats: Any) -> dict[str, str]:

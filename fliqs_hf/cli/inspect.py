@@ -11,8 +11,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from fliqs_hf.allocation import Allocation
+from fliqs_hf.cli.hardware import share_of
 from fliqs_hf.cli.output import answer, table
-from fliqs_hf.cost.hardware import load_profile, native_share
+from fliqs_hf.cost.hardware import load_profile
 from fliqs_hf.errors import ConfigError, HubError
 from fliqs_hf.hf.integrity import integrity_wanted
 from fliqs_hf.nn import packed_layers
@@ -93,8 +94,7 @@ def _hardware(name: str, model: Any, allocation: Allocation) -> dict[str, Any]:
     """Where the bit operations run, by a hardware profile; or why that is not known."""
     try:
         profile = load_profile(name)
-        layers = [layer for layer in traced(model)[0] if layer.name in allocation]
-        return {"profile": profile.name, "share": native_share(profile, layers, allocation)}
+        return {"profile": profile.name, "share": share_of(profile, traced(model)[0], allocation)}
     except ConfigError as error:  # a device without a profile, or a model that cannot be run on an image
         if name != "auto":
             raise

@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from fliqs_hf.allocation import Allocation, LayerFormats
+from fliqs_hf.checks import is_number
 from fliqs_hf.cost.models import bops
 from fliqs_hf.cost.shapes import LayerInfo
 from fliqs_hf.errors import CheckpointError, ConfigError, FormatError
@@ -214,10 +215,11 @@ def _read(file: Path, name: str) -> Profile:
         data = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"cannot read the hardware profile {str(file)!r}: {error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict) or node is None:
         raise ConfigError(f"{file}, line 1: a profile is 'key: value' lines, with {', '.join(_REQUIRED)}")
+    names = [key.value for key, _ in node.value]
     lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
 
     def refuse(key: str, problem: str) -> ConfigError:
@@ -228,12 +230,16 @@ def _read(file: Path, name: str) -> Profile:
             raise refuse(str(key), f"unknown key {key!r}; known are {', '.join(_KEYS)}")
         if not isinstance(value, _KEYS[key]) or isinstance(value, bool):  # type: ignore[arg-type]
             raise refuse(key, f"{key} has the value {value!r}, which is of another type")
+        if names.count(key) > 1:
+            raise refuse(key, f"{key} is there more than once; leave one")
     for key in _REQUIRED:
         if key not in data:
             raise ConfigError(f"{file}, line 1: {key} is missing; add it")
     if data.get("largest_weight_code", 64) not in (64, 127):
         raise refuse("largest_weight_code", "largest_weight_code is 64 or 127")
     for figure, of in (("bandwidth_gb_s", "bandwidth_source"), ("bf16_tflops", "bf16_source")):
+        if figure in data and not _is_positive(data[figure]):
+            raise refuse(figure, f"{figure}={data[figure]!r} must be a positive number")
         if (figure in data) != (of in data):
             raise refuse(figure, f"{figure} and {of} go together; a figure needs its source")
     try:
@@ -252,9 +258,13 @@ def _pair(entry: Any) -> Pair:
     if not (isinstance(weights, list) and isinstance(inputs, list) and weights and inputs):
         raise ConfigError(f"pairs: {entry!r}: weights and inputs are lists of formats")
     rate = entry.get("rate")
-    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0):
+    if rate is not None and not _is_positive(rate):
         raise ConfigError(f"pairs: rate {rate!r} must be a positive number")
     return Pair(tuple(map(parse, weights)), tuple(map(parse, inputs)), rate)
+
+
+def _is_positive(value: object) -> bool:
+    return is_number(value, 0) and value != 0
 
 
 @cache

@@ -13,6 +13,7 @@ from fliqs_hf.cost import LayerInfo, example_image, trace_layers
 from fliqs_hf.errors import ConfigError, FliqsError
 from fliqs_hf.hf.config import METHOD, FLIQSConfig
 from fliqs_hf.hf.export.runtime import exported_file, load_exported
+from fliqs_hf.training.loading import device_of as device_of
 from fliqs_hf.training.loading import load
 
 #: Of a text that goes with an image; CLIP reads so many.
@@ -105,18 +106,3 @@ def traced(model: Any) -> tuple[tuple[LayerInfo, ...], str]:
         raise ConfigError(
             f"{type(model).__name__} cannot be run on an {on} ({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
-
-
-def device_of(name: str | None) -> torch.device:
-    """Raises: ConfigError: no such device, or this machine has none."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        torch.zeros(1, device=device).item()  # of the meta device nothing can be read
-    except Exception as error:  # what a missing backend raises depends on the backend
-        text = " ".join(str(error).split()).partition(". ")[0]
-        raise ConfigError(f"device={name!r} is not available here: {text}") from error
-    if device.type == "cpu" and device.index:
-        raise ConfigError(f"device={name!r} does not exist: there is one CPU device, 'cpu'")
-    return device

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from fliqs_hf.errors import ConfigError, DataError
@@ -43,7 +43,7 @@ def pixels(image: Any, processor: Any, name: object, mode: str = "RGB") -> Tenso
 
 
 def decoded(image: Any, name: object, mode: str = "RGB") -> Image.Image:
-    """`image` with 8 bits per channel, in `mode`.
+    """`image` with 8 bits per channel, in `mode`, the right way up where its EXIF data say which that is.
 
     Args:
         image: a PIL image; an undecoded one, {"bytes": …, "path": …}; or an array [height, width] or [height, width,
@@ -61,6 +61,8 @@ def decoded(image: Any, name: object, mode: str = "RGB") -> Image.Image:
             image = _of_array(image)
         if isinstance(image, Image.Image):
             image.load()  # PIL opens files lazily: a truncated one shows only here
+            if image.getexif().get(ExifTags.Base.Orientation) is not None:  # `datasets` has turned its own already
+                image = ImageOps.exif_transpose(image)
             return eight_bits(image).convert(mode)
     except Exception as error:  # a damaged file leads Pillow's decoders into whatever error there is
         raise DataError(f"{name} cannot be read: {str(error) or type(error).__name__}") from error

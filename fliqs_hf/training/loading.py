@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
@@ -121,3 +122,18 @@ def hub_token(token: str | None) -> Iterator[None]:
                 del os.environ["HF_TOKEN"]
             else:
                 os.environ["HF_TOKEN"] = before
+
+
+def device_of(name: str | torch.device | None) -> torch.device:
+    """Default: CUDA where there is it. Raises: ConfigError: no such device, or this machine has none."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # of the meta device nothing can be read
+    except Exception as error:  # what a missing backend raises depends on the backend
+        text = " ".join(str(error).split()).partition(". ")[0]
+        raise ConfigError(f"device={str(name)!r} is not available here: {text}") from error
+    if device.type == "cpu" and device.index:
+        raise ConfigError(f"device={str(name)!r} does not exist: there is one CPU device, 'cpu'")
+    return device

@@ -126,7 +126,7 @@ def compare(
     clock = device_clock(device)
     with evaluation(original), evaluation(quantized), torch.inference_mode():
         for number, batch in enumerate(batches):
-            pixels = image_processor(batch.images, return_tensors="pt")["pixel_values"].to(device)
+            pixels = _pixels(image_processor, batch).to(device)
             full = len(batch.images) == batch_size
             predictions: list[Tensor] = [pixels, pixels]
             elapsed = [0.0, 0.0]
@@ -160,6 +160,17 @@ class Outputs:
     confidences: NDArray[np.float64] | None = None
     in_top5: NDArray[np.bool_] | None = None
     classes: int | None = None
+
+
+def _pixels(image_processor: Callable[..., Any], batch: Batch) -> Tensor:
+    try:
+        values: Tensor = image_processor(batch.images, return_tensors="pt")["pixel_values"]
+    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"images {batch.rows[0]} to {batch.rows[-1]} are not taken by {type(image_processor).__name__}: "
+            f"{str(error) or type(error).__name__}"
+        ) from error
+    return values
 
 
 def _prediction(model: nn.Module, pixels: Tensor, task: Task) -> Tensor:

@@ -20,11 +20,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from fliqs_hf.allocation import Allocation
+from fliqs_hf.checks import check_fields
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.hf.gate import NOT_ASKED, Gate
 from fliqs_hf.hf.private import last_part
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, find_task
 from fliqs_hf.training.labels import MatchLabels
+from fliqs_hf.training.loading import device_of
 from fliqs_hf.validation import page, statistics
 from fliqs_hf.validation.comparison import WARM_UP_BATCHES, Example, PairedPredictions, compare
 from fliqs_hf.validation.data import check_match, read
@@ -209,14 +211,14 @@ def validate(
         warnings: what is known against the result, such as images that the model was trained on; shown with it.
         task: the name of a registered one. One without one class per image reads the data set itself, which is then a
             `datasets.Dataset`, and has neither top-5, calibration nor classes.
-    Raises: ConfigError: a setting out of range. DataError: no images, or images, labels or label sets that do not fit.
-        CheckpointError: a model returns NaN or infinities.
+    Raises: ConfigError: a setting out of range, or a device that is not here. DataError: no images, or images, labels
+        or label sets that do not fit. CheckpointError: a model returns NaN or infinities.
     """
     settings = _Settings(batch_size, max_drop, confidence, resamples, seed, examples_per_class, match_labels)
     kind, columns = find_task(task), (image_column, label_column)
     check_match(kind, match_labels)
     reading = read(kind, (original, quantized), dataset, image_processor, batch_size, columns, match_labels)
-    place = torch.device(device) if device is not None else next(original.parameters()).device
+    place = device_of(device) if device is not None else next(original.parameters()).device
     length = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Sized) else None
     found = compare(
         original.to(place), quantized.to(place), tqdm(reading.batches, total=length, desc="validate", unit="batch"),
@@ -241,11 +243,13 @@ class _Settings:
     match_labels: MatchLabels
 
     def __post_init__(self) -> None:
+        own = ("max_drop", "confidence", "batch_size", "resamples", "seed", "examples_per_class")
+        check_fields(self, ConfigError, own)
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise ConfigError(f"max_drop={self.max_drop!r}: give percentage points between 0 and 100, such as 0.5")
         if not 0.5 < self.confidence < 1:
             raise ConfigError(f"confidence={self.confidence!r}: give a fraction above 0.5 and below 1, such as 0.95")
-        for name, least in (("batch_size", 1), ("resamples", 100), ("examples_per_class", 0)):
+        for name, least in (("batch_size", 1), ("resamples", 100), ("seed", 0), ("examples_per_class", 0)):
             if (value := getattr(self, name)) < least:
                 raise ConfigError(f"{name}={value!r}: give {least} or more")
         if self.match_labels not in get_args(MatchLabels):

@@ -10,6 +10,7 @@ import torch
 
 from fliqs_hf.baselines import sensitivity_front
 from fliqs_hf.cost import CostTable, trace_layers
+from fliqs_hf.cost.models import Cost
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.selection import SearchProblem, SearchSpace
 from tests.helpers.models import tiny
@@ -62,3 +63,22 @@ def test_one_format_is_one_point_and_one_budget_none() -> None:
     assert len(sensitivity_front(problem, scores)) == 1
     with pytest.raises(ConfigError, match="points=1"):
         sensitivity_front(problem, scores, points=1)
+
+
+def test_a_space_of_one_cost_is_one_point_whatever_the_rounding() -> None:
+    """Budgets between two equal costs, spaced by factors, come out a little below them."""
+    for kind, fixed in (("memory_bytes", 12345.678), ("weight_bytes", 0.1), ("energy_uj", 12345.678)):
+        space = SearchSpace(LAYERS, ["int8"])
+        problem = SearchProblem(space, CostTable(LAYERS, space.formats, kind, fixed_cost=fixed))
+        (point,) = sensitivity_front(problem, torch.ones(len(space.decisions), 1))
+        assert (point.cost, point.cost) == problem.reachable
+
+
+def test_a_cheapest_allocation_that_costs_nothing() -> None:
+    """Of which there is no multiple."""
+    free = Cost("free_of", "wide weights", lambda layer, formats: float(formats is None or formats.weight.bits > 4))
+    space = SearchSpace(LAYERS, ["int4", "int8"])
+    problem = SearchProblem(space, CostTable(LAYERS, space.formats, free))
+    front = sensitivity_front(problem, random_scores(space), points=4)
+    assert all(point.cost <= budget for point, budget in zip(front, (0, 14 / 3, 28 / 3, 14), strict=True))
+    assert (front[0].cost, front[-1].cost) == problem.reachable == (0, 14)

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import ViTImageProcessorPil as ViTImageProcessor
 
 import fliqs_hf_cli
 from fliqs_hf import Allocation, LayerFormats, quantize
-from fliqs_hf.cost import LayerInfo
+from fliqs_hf.cost import LayerInfo, trace_layers
 from fliqs_hf.cost import hardware as module
 from fliqs_hf.cost.hardware import fits, load_profile, native_share, profile_names, restricted, run_anywhere
 from fliqs_hf.errors import ConfigError
@@ -132,6 +133,17 @@ def test_a_search_space_is_restricted() -> None:
         (VALID + "bandwidth_gb_s: 100\n", "line 6: .*a figure needs its source"),
         (VALID + "bf16_tflops: 100\n", "line 6: bf16_tflops and bf16_source .*a figure needs its source"),
         (VALID.replace("inputs", "input"), "line 4: pairs: .*needs weights and inputs"),
+        (VALID + "title: yours\n", "line 6: title is there more than once"),
+        *(
+            (VALID + f"{name}: {value}\n{name.split('_')[0]}_source: x\n", f"line 6: {name}=.* must be a positive")
+            for name in ("bandwidth_gb_s", "bf16_tflops")
+            for value in (".nan", ".inf", "-3", "0", "1" + "0" * 400)
+        ),
+        *(
+            (VALID.replace("[int8]}", f"[int8], rate: {rate}}}"), "line 4: pairs: rate .* must be a positive")
+            for rate in (".nan", ".inf", "0", "fast", "true")
+        ),
+        ("a: " + "[" * 5000 + "]" * 5000, "is no YAML: maximum recursion depth"),
         ("- a\n", "line 1: a profile is 'key: value' lines"),
         ("a: [", "is no YAML"),
     ],
@@ -145,6 +157,28 @@ def test_profiles_of_ones_own_are_checked(tmp_path: Path, text: str, message: st
     assert load_profile(str(file)).runs(LayerFormats.of("int4", "int8")).state == "native"
     with pytest.raises(ConfigError, match="'tpu' does not exist; choose from auto, a100"):
         load_profile("tpu")
+
+
+@pytest.mark.parametrize("name", ["vit", "clip"])
+def test_the_share_of_a_checkpoint_counts_its_fp32_layers(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As its card does: a model that is quantized in one layer is not native as a whole."""
+    model = tiny(name)
+    packed = quantize(model, Allocation({"classifier": LayerFormats.of("int8", "int8")}))
+    packed.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    macs = {layer.name: layer.macs for layer in trace_layers(tiny(name))}
+    quantized, rest = 64 * macs["classifier"], 1024 * (sum(macs.values()) - macs["classifier"])
+    share = {"native": quantized / (quantized + rest), "carried": 0, "nowhere known": 0}
+    share["simulated"] = 1 - share["native"]
+    capsys.readouterr()
+    for command in ("hardware", "check"), ("inspect",):
+        assert fliqs_hf_cli.main([*command, str(tmp_path), "--hardware", "x86-amx", "--json"]) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert data.get("share", data["hardware"]["share"] if command == ("inspect",) else None) == pytest.approx(
+            share
+        )
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

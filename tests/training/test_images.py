@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.training.images import decoded, mode_of, pixels
@@ -30,6 +30,21 @@ def test_every_16_bit_grey_is_rounded_to_the_nearest_of_8_bits(kind: str) -> Non
     assert image.mode == "RGB"
     expected = np.rint(values / 257).astype(np.uint8)  # 65535 / 255; an odd number, so there are no ties
     assert (np.asarray(image) == expected[..., None]).all()
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_photographs_are_turned_as_their_exif_data_say(turn: int, kind: type) -> None:
+    """However they come: `datasets` turns what it decodes, Pillow does not."""
+    values = np.arange(6, dtype=kind).reshape(2, 3) * kind(np.iinfo(kind).max // 5)
+    picture, exif, buffer = Image.fromarray(values), Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = turn
+    picture.save(buffer, "PNG", exif=exif)
+    flipped = values if turn in (1, 6, 8, 3) else values[:, ::-1]  # the mirrored ones are 2, 4, 5 and 7
+    quarters = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: -1, 7: -1, 8: 1}[turn]
+    expected = np.rot90(flipped, quarters).astype(int) * 255 // np.iinfo(kind).max
+    for image in ({"bytes": buffer.getvalue(), "path": None}, Image.open(buffer)):
+        assert (np.asarray(decoded(image, "it"))[..., 0] == expected).all()
 
 
 def test_big_endian_grey() -> None:

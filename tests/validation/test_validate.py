@@ -245,12 +245,25 @@ def test_result_is_the_same_again() -> None:
 @pytest.mark.parametrize(
     "settings",
     [{"max_drop": -0.1}, {"max_drop": math.nan}, {"max_drop": 101}, {"confidence": 1.0}, {"confidence": 95},
-     {"batch_size": 0}, {"resamples": 10}, {"examples_per_class": -1}, {"match_labels": "order"}],
+     {"batch_size": 0}, {"resamples": 10}, {"examples_per_class": -1}, {"match_labels": "order"},
+     {"max_drop": "0.5"}, {"max_drop": True}, {"confidence": None}, {"batch_size": 2.5}, {"batch_size": True},
+     {"resamples": 150.5}, {"seed": -1}, {"seed": 1.5}, {"examples_per_class": "a"},
+     {"device": "nowhere"}, {"device": torch.device("meta")}],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(settings: dict[str, Any]) -> None:
     (name,) = settings
     with pytest.raises(ConfigError, match=f"{name}="):
         outcome(1, 1, 1, **settings)
+
+
+def test_images_that_the_processor_does_not_take_are_named() -> None:
+    def refuse(images: list[Image.Image], return_tensors: str) -> dict[str, torch.Tensor]:
+        raise ValueError("too narrow")
+
+    model = Scripted(torch.zeros(3, CLASSES))
+    for processor, message in ((refuse, "too narrow"), (lambda images, return_tensors: {}, "pixel_values")):
+        with pytest.raises(DataError, match=f"images 0 to 2 are not taken by .*{message}"):
+            validate(model, model, data([0, 1, 2]), image_processor=processor)
 
 
 def test_too_few_images() -> None:
