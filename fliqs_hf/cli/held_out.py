@@ -14,6 +14,7 @@ from fliqs_hf.cli.calibration import CalibrationImages
 from fliqs_hf.cli.data import TO_VALIDATE, columns
 from fliqs_hf.errors import ConfigError, DataError
 from fliqs_hf.training.data import Images
+from fliqs_hf.training.evaluation import check_finite
 from fliqs_hf.training.images import mode_of, pixels
 from fliqs_hf.training.splits import ROW, check_column, load_split, numbered, sample
 from fliqs_hf.validation.data import targets
@@ -65,12 +66,13 @@ class HeldOutImages:
 
     @torch.no_grad()
     def right(self, model: Any, name: str) -> NDArray[np.bool_]:
-        """Which images `model` gets right, bool [images]."""
+        """Which images `model` gets right, bool [images]. Raises: CheckpointError: see `check_finite`."""
         device = next(iter([*model.parameters(), *model.buffers()])).device
         answers = []
         for first in tqdm(range(0, len(self), self._size), desc=name):
             batch = [self._pixels(index) for index in range(first, min(first + self._size, len(self)))]
             prediction = self._task.prediction(model(torch.stack(batch).to(device)))
+            check_finite(bool(prediction.isfinite().all()), name)
             answers.append(self._task.answers(prediction).cpu())
         found: NDArray[np.bool_] = self._task.right(torch.cat(answers), self._targets).numpy()
         return found

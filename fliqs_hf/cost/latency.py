@@ -14,8 +14,9 @@ from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.checks import is_number, is_whole
 from fliqs_hf.cost.models import Cost, register, registered, unregister
 from fliqs_hf.cost.shapes import LayerInfo
-from fliqs_hf.errors import CheckpointError, ConfigError
+from fliqs_hf.errors import CheckpointError, ConfigError, FormatError
 from fliqs_hf.files import write_text
+from fliqs_hf.formats import parse
 from fliqs_hf.json_file import parse_object, read_text
 from fliqs_hf.wording import short
 
@@ -67,13 +68,20 @@ class LatencyTable:
     Attributes:
         conditions: device, batch_size, whether it is `estimated`, and what else is known of how it was made.
 
-    Raises: ConfigError: no rows, two of one layer and formats, or none of what is between the layers.
+    Raises: ConfigError: no rows, two of one layer and formats, none of what is between the layers, or conditions that
+        are none.
     """
 
     rows: tuple[LatencyRow, ...]
     conditions: Mapping[str, Any]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.conditions, Mapping):
+            raise ConfigError(f"the conditions of a latency table are an object, not {self.conditions!r:.60}")
+        if not is_whole(batch := self.conditions.get("batch_size", 1), 1):
+            raise ConfigError(f"batch_size={batch!r} of a latency table must be a whole number, at least 1")
+        if not isinstance(estimated := self.conditions.get("estimated", False), bool):
+            raise ConfigError(f"estimated={estimated!r} of a latency table must be true or false")
         keys = [(row.layer, row.weight, row.activation) for row in self.rows]
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
@@ -143,11 +151,12 @@ class LatencyTable:
         try:
             text = read_text(path)
             if Path(path).suffix == ".csv":
-                rows = list(csv.DictReader(io.StringIO(text)))
+                rows = list(csv.DictReader(io.StringIO(text.removeprefix("\ufeff"))))  # with which Excel begins
                 first = rows[0] if rows else {}
                 conditions: dict[str, Any] = {"device": first.get("device")}
                 conditions["batch_size"] = int(first.get("batch_size") or 1)
-                conditions["estimated"] = first.get("estimated") == "True"
+                said = (first.get("estimated") or "False").strip().lower()
+                conditions["estimated"] = {"true": True, "false": False}.get(said, said)
             else:
                 data = parse_object(text, path)
                 rows, conditions = data["latencies"], data["conditions"]
@@ -161,13 +170,18 @@ _COLUMNS = tuple(field.name for field in fields(LatencyRow))
 
 def _rows(rows: Iterable[Mapping[str, Any]]) -> Iterable[LatencyRow]:
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise ConfigError(f"row {number} is {row!r:.60}, not an object")
         if missing := [name for name in ("layer", "weight", "activation", "ms") if row.get(name) in (None, "")]:
             raise ConfigError(f"row {number} has no {missing[0]}")
         ms, low, high = (float(row.get(name) or row["ms"]) for name in ("ms", "low_ms", "high_ms"))
         shape = [int(row.get(name) or 0) for name in ("macs", "weight_numel", "out_channels")]
+        try:
+            weight, inputs = (FP32 if row[s] == FP32 else parse(row[s]).name for s in ("weight", "activation"))
+        except FormatError as error:
+            raise ConfigError(f"row {number}: {error}") from error
         yield LatencyRow(
-            str(row["layer"]), str(row["weight"]), str(row["activation"]), ms, low, high, str(row.get("kernel") or ""),
-            *shape,
+            str(row["layer"]), weight, inputs, ms, low, high, str(row.get("kernel") or ""), *shape,
         )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Args:
         batches: images as `model` takes them, [batch, ...], without augmentation, as inference sees none.
-    Raises: DataError: no images. The model is as it was then.
+    Raises: DataError: no images, or a batch of one where a norm sees one value of each. The model is as it was then.
     Source: precise batch norm, Wu and Johnson 2021 (arXiv 2105.07576), section 3.
     """
     norms = tracking_norms(model)
@@ -52,7 +52,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
                 norm.momentum = 1.0  # the running statistics are then the batch's
                 norm.reset_running_stats()
             for images in batches:
-                model(images)
+                _run(model, images)
                 count += len(images)
                 for name, norm in norms.items():
                     mean, var = norm.running_mean.double().cpu(), norm.running_var.double().cpu()  # type: ignore[union-attr]
@@ -60,6 +60,10 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
         if not count:
             raise DataError("there are no images to estimate the statistics of batch norms from")
         for name, norm in norms.items():
+            if norm.num_batches_tracked == 0:  # the pass does not reach it: what it remembers is all that is known
+                for buffer, old in zip(norm.buffers(), before[name], strict=True):
+                    buffer.copy_(old)
+                continue
             mean, square = sums[name] / count
             norm.running_mean.copy_(mean)  # type: ignore[union-attr]
             norm.running_var.copy_(square - mean * mean)  # type: ignore[union-attr]
@@ -71,3 +75,15 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     finally:
         for name, norm in norms.items():
             norm.momentum = momenta[name]
+
+
+def _run(model: nn.Module, images: Tensor) -> None:
+    try:
+        model(images)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            f"a batch norm cannot be measured on a batch of {len(images)}, of which it sees one value per channel: "
+            "take batches of two images or more"
+        ) from error

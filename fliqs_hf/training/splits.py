@@ -13,6 +13,7 @@ import numpy as np
 
 from fliqs_hf.errors import CheckpointError, DataError
 from fliqs_hf.json_file import read_object
+from fliqs_hf.limits import SEED
 from fliqs_hf.optional import needed_for
 
 logger = logging.getLogger(__name__)

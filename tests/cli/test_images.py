@@ -143,6 +143,24 @@ def test_held_out_images_may_have_a_column_that_those_of_the_calibration_lack(
     assert "the calibration data have no column 'fine': the model's own answers serve" in capsys.readouterr().err
 
 
+def test_a_model_whose_answers_are_not_finite_meets_no_floor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fp32 model would have some images right, and the packed one would be no worse."""
+    source = tmp_path / "fp32"
+    save(source)
+    model = hf.ViTForImageClassification.from_pretrained(source)
+    model.classifier.weight.data.fill_(3e38)
+    model.classifier.bias.data.fill_(3e38)
+    model.save_pretrained(source)
+    data = photos(tmp_path / "photos", dict.fromkeys(NUMBERS, 4))
+    run = ["quantize", str(source), str(tmp_path / "run"), "--weight_format", "int8", "--calibration", data]
+    capsys.readouterr()
+    assert main([*run, "--calibration_images", "8", "--max_drop", "50"]) == 1
+    assert "held-out images, fp32: the model returns NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_only_so_many_bytes_of_held_out_images_are_kept(
     fp32: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,6 +164,29 @@ def test_tables_are_checked(tmp_path: Path, text: str, message: str) -> None:
         LatencyTable.load(tmp_path / "t.csv")
 
 
+@pytest.mark.parametrize(("data", "message"), [
+    ({"latencies": [1]}, "row 1 is 1, not an object"), ({"latencies": "ab"}, "row 1 is 'a', not an object"),
+    ({"conditions": []}, "conditions .* are an object"), ({"conditions": {"batch_size": 0}}, "batch_size=0"),
+    ({"conditions": {"batch_size": "8"}}, "batch_size='8'"), ({"conditions": {"estimated": "yes"}}, "estimated='yes'"),
+    ({"latencies": [{"layer": "a", "weight": "int99", "activation": "int8", "ms": 1}]}, "row 1: .*int99"),
+    ({"latencies": [{"layer": "a", "weight": 8, "activation": "int8", "ms": 1}]}, "row 1: a format is given by its"),
+])  # fmt: skip
+def test_tables_in_json_are_checked(tmp_path: Path, data: dict[str, Any], message: str) -> None:
+    table = made({(0, "int8"): 1.0})
+    table.save(tmp_path / "t.json")
+    (tmp_path / "t.json").write_text(json.dumps(json.loads((tmp_path / "t.json").read_text()) | data))
+    with pytest.raises(ConfigError, match=message):
+        LatencyTable.load(tmp_path / "t.json")
+
+
+def test_a_table_that_went_through_a_spreadsheet(tmp_path: Path) -> None:
+    """Which begins it with a byte order mark, and writes TRUE."""
+    rows = f"a,INT8,int8,1,8,TRUE\n{BETWEEN},fp32,fp32,0.5,8,TRUE\n"
+    (tmp_path / "t.csv").write_text(f"\ufefflayer,weight,activation,ms,batch_size,estimated\n{rows}", "utf-8")
+    table = LatencyTable.load(tmp_path / "t.csv")
+    assert table.label == "ms, batch 8, estimated" and table.pairs == {("int8", "int8")}
+
+
 def test_a_search_by_time(forgotten: None) -> None:
     use(made({(0, "int4"): 1.0}))
     cost = use(made(TIMES))  # in the place of the first

@@ -97,3 +97,30 @@ def test_the_statistics_are_those_of_the_formats_in_force() -> None:
         assert format_switch(net) is switch and len(quantizable_layers(net)) == len(switch.names)
     name = "resnet.embedder.embedder.normalization.running_var"
     assert not torch.allclose(found[0][name], found[1][name], rtol=0.01)
+
+
+def test_a_norm_that_the_pass_does_not_reach_keeps_what_it_knows() -> None:
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = model(), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    net = Aside().eval()
+    net.unused.running_mean.fill_(3.0)  # type: ignore[union-attr]
+    net.unused.num_batches_tracked.fill_(7)  # type: ignore[union-attr]
+    before = copy.deepcopy(net.unused.state_dict())
+    reestimate_batchnorm(net, batches())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.unused.state_dict().items())
+    assert net.used[1].num_batches_tracked == 3
+
+
+def test_a_batch_of_one_value_per_channel_is_refused_and_nothing_changes() -> None:
+    """As the last norms of a small MobileNet see."""
+    net = tiny("mobilenet_v2")
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(DataError, match="a batch of 1, of which it sees one value per channel"):
+        reestimate_batchnorm(net, [images(3), images(1)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fliqs_hf.training.state as state_module
-from fliqs_hf.errors import CheckpointError, ConfigError, TrainingError
+from fliqs_hf.errors import CheckpointError, ConfigError, DataError, TrainingError
 from fliqs_hf.training import TrainConfig, evaluate, train
 from fliqs_hf.training.optimizer import decay_groups
 from fliqs_hf.training.state import states
@@ -85,6 +85,17 @@ class Wrong(evaluate.Metric):
     def _compute(self, predictions, references):
         return {"wrong": sum(p != r for p, r in zip(predictions, references))}
 """
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_answers_that_are_not_finite_are_not_counted(accelerator: Accelerator, value: float) -> None:
+    """The first NaN would pass for the highest logit: some images would be right."""
+    model = tiny("vit")
+    model.classifier.bias.data[2] = value
+    with pytest.raises(CheckpointError, match="evaluation: the model returns NaN or infinity"):
+        evaluate(model, Blobs(7), accelerator, batch_size=3)
+    with pytest.raises(DataError, match="holds no image"):
+        evaluate(model, Blobs(0), accelerator)
 
 
 def test_metrics_of_the_evaluate_library(accelerator: Accelerator, tmp_path: Path) -> None:
