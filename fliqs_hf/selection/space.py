@@ -183,7 +183,7 @@ class SearchSpace:
                 forbidden = self._forbidden(setting, pattern, value)
                 for decision in (self.weight_decision[rows], self.activation_decision[rows]):
                     allowed[decision] &= ~forbidden
-        given = " and ".join(setting for setting, patterns in rules.items() if patterns)
+        given = " and ".join(setting for setting, patterns in rules.items() if patterns) or "a space for inputs only"
         for name, some in zip((decision.name for decision in self.decisions), allowed.any(-1).tolist(), strict=True):
             if not some:
                 raise ConfigError(f"{given} leaves {name!r} without a format; exclude fewer, or tie less")

@@ -99,7 +99,9 @@ def load_all(
 
     if is_digits(name):
         _check_no_config(name, config_name)
-        digits = _digits(int(name.partition(":")[2] or 0))
+        if (seed := int(name.partition(":")[2] or 0)) > SEED.high:
+            raise DataError(f"the data set {name!r} does not exist: other splits of digits are 1 to {SEED.high:.0f}")
+        digits = _digits(seed)
         return {key: split.to_iterable_dataset() for key, split in digits.items()} if streaming else digits
     folder = _checked_path(name)
     try:

@@ -160,6 +160,24 @@ def test_hessian_traces_of_one_linear_layer_have_a_closed_form() -> None:
     assert abs(found.item() / expected.item() - 1) < 0.03
 
 
+def test_loss_deltas_of_formats_for_inputs() -> None:
+    """Which no weight can have: an input is measured in them, whatever stands first in the space."""
+    model, labels = tiny("vit"), torch.arange(4) % 5
+    space = SearchSpace(trace_layers(model), ["int4_zp", "int4", "int8_zp"], "separate")
+    found = loss_delta_scores(model, [(images(4), labels)], lambda x: model(x).logits, space).decision_scores
+    weights = torch.tensor([decision.kind == "weight" for decision in space.decisions])
+    assert not found[weights][:, [0, 2]].any() and found[weights][:, 1].all() and found[~weights].all()
+    other = copy.deepcopy(model)
+    row = int((~weights).nonzero()[-1])
+    (name,) = space.decisions[row].layers
+    layer = other.get_submodule(name)
+    layer.register_forward_pre_hook(lambda _, args: quantize_activation(args[0], space.formats[2], ROW))
+    with torch.no_grad():
+        expected = functional.cross_entropy(other(images(4)).logits, labels)
+        expected = expected - functional.cross_entropy(model(images(4)).logits, labels)
+    assert torch.isclose(found[row, 2], expected, atol=1e-6)  # sums of losses in another order
+
+
 def test_hessian_trace_scores_are_mean_traces_times_squared_errors() -> None:
     model, space, batches = mlp()
     traces = hessian_traces(ScorePass(model, batches, model, space), probes=8)[0]

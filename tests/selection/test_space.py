@@ -169,6 +169,8 @@ def test_mistakes_are_named(arguments: dict[str, object], message: str) -> None:
 def test_no_layers_and_bad_formats() -> None:
     with pytest.raises(ConfigError, match="at least one layer"):
         SearchSpace((), "mixed")
+    with pytest.raises(ConfigError, match=r"a space for inputs only leaves .*:weight' without a format"):
+        SearchSpace(BLOCKS, ["int4_zp"], "separate")
     with pytest.raises(FormatError, match="fliqs-m-int"):
         SearchSpace(BLOCKS, "fliqs-m-int")
 

@@ -179,7 +179,7 @@ def test_names_that_nothing_would_be_read_by(tmp_path: Path, given: dict[str, st
         load_splits(**{name: value.format(photos) for name, value in given.items()})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["", " ", "./photos", "a/b/photos", "photos/", "~/photos"])
+@pytest.mark.parametrize("name", ["", " ", "./photos", "a/b/photos", "photos/", "~/photos", "digits:4294967296"])
 def test_names_that_can_be_no_data_set(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"does not exist|is no name"):

@@ -18,8 +18,8 @@ from fliqs_hf.selection.scores.score import FormatScore, ScorePass
 class LossDelta(FormatScore):
     """Increase of the mean loss for each choice of each decision, all else in fp32.
 
-    One evaluation of all batches per decision and format: D·K + 1 passes, where the Fisher score needs one. The
-    batches are held meanwhile.
+    0 where a weight would have a format for inputs, which no choice takes. One evaluation of all batches per decision
+    and format: D·K + 1 passes, where the Fisher score needs one. The batches are held meanwhile.
     """
 
     name, most_images = "loss-delta", 512
@@ -38,6 +38,7 @@ class LossDelta(FormatScore):
             return float(total) / images, images
 
         names = [layer.name for layer in space.layers]
+        for_weights = next(fmt for fmt in space.formats if not fmt.for_inputs_only)
         switch = make_searchable(on.model, space.formats, names=names, settings=on.settings)
         try:
             with evaluation(on.model):
@@ -46,7 +47,10 @@ class LossDelta(FormatScore):
                 scores = torch.zeros(len(space.decisions), len(space.formats))
                 for row, decision in enumerate(tqdm(space.decisions, desc="loss deltas")):
                     for column, fmt in enumerate(space.formats):
-                        formats = LayerFormats(fmt, None if decision.kind == "weight" else fmt)
+                        if fmt.for_inputs_only and decision.kind == "weight":
+                            continue  # no weight can have it
+                        weight = for_weights if decision.kind == "activation" else fmt
+                        formats = LayerFormats(weight, None if decision.kind == "weight" else fmt)
                         switch.set_allocation(Allocation(dict.fromkeys(decision.layers, formats)))
                         if decision.kind == "activation":
                             switch.leave_weights()
