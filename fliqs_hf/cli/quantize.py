@@ -14,7 +14,7 @@ from fliqs_hf.cli.calibration import CalibrationImages, check, input_format, pac
 from fliqs_hf.cli.floor import floor_of, meeting, missed, summary
 from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer
-from fliqs_hf.cli.targets import rules, settle, targets
+from fliqs_hf.cli.targets import settle, targets
 from fliqs_hf.cost import LayerInfo, Target, unlisted_bytes
 from fliqs_hf.cost.hardware import HardwareShare, load_profile, profile_here
 from fliqs_hf.cost.latency import NAME as LATENCY
@@ -31,6 +31,7 @@ from fliqs_hf.pipeline.post_training import AllocationResult, allocate
 from fliqs_hf.records import RunResults
 from fliqs_hf.runs.folder import RunFolder, cost_lines, cost_summary, layer_table
 from fliqs_hf.selection import find_score
+from fliqs_hf.selection.rules import parse_rules
 from fliqs_hf.tasks import find_task
 
 
@@ -157,7 +158,6 @@ def _cost(
 def _allocated(
     args: argparse.Namespace, model: Any, images: CalibrationImages, aim: list[Target] | str
 ) -> AllocationResult:
-    require, min_bits = rules(args)
     return allocate(
         model,
         images.labelled,
@@ -165,8 +165,7 @@ def _allocated(
         search_space=args.search_space,
         activation=args.activation,
         modules_to_not_convert=args.modules_to_not_convert,
-        require=require,
-        min_bits=min_bits,
+        **parse_rules(args.require, args.min_bits),
         score=args.score or ("fisher" if isinstance(aim, str) else "two-pass"),
         **rounded(args),
         task=images.task,
@@ -226,7 +225,7 @@ def _targets(args: argparse.Namespace) -> list[Target]:
     for name in ("require", "min_bits", "score"):
         if getattr(args, name) and not given:
             raise ConfigError(f"--{name} is about formats that are chosen: give a target, such as --target_bits 4")
-    rules(args)
+    parse_rules(args.require, args.min_bits)
     if args.score is not None:
         find_score(args.score)
     check(args)

@@ -75,25 +75,3 @@ def _timed(args: argparse.Namespace, formats: Sequence[Format], asked: str | Non
 def zero_points(args: argparse.Namespace) -> bool:
     """Whether integer inputs may have one: where there are images and nothing else is asked for."""
     return bool(args.calibration) and args.zero_points != "false" and args.activations in (None, "dynamic")
-
-
-def rules(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, float]]:
-    """`require` and `min_bits` of layers by pattern, as `SearchSpace` takes them.
-
-    Raises: ConfigError: no PATTERN=VALUE, or no number.
-    """
-    require = {pattern: value.split(",") for pattern, value in _pairs("require", args.require)}
-    min_bits = {}
-    for pattern, value in _pairs("min_bits", args.min_bits):
-        try:
-            min_bits[pattern] = float(value)
-        except ValueError as error:
-            raise ConfigError(f"--min_bits {pattern}={value}: {value!r} is no number of bits") from error
-    return require, min_bits
-
-
-def _pairs(name: str, texts: Sequence[str] | None) -> list[tuple[str, str]]:
-    found = [text.rpartition("=")[::2] for text in texts or ()]
-    if wrong := [value for pattern, value in found if not (pattern and value)]:
-        raise ConfigError(f"--{name} {wrong[0]!r}: give PATTERN=VALUE, such as 'classifier=8'")
-    return found

@@ -19,6 +19,7 @@ from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.limits import check_distinct
 from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.pipeline.outputs import data_source
+from fliqs_hf.selection.rules import parse_rules
 from fliqs_hf.tasks import find_task
 from fliqs_hf.training import TrainConfig
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
@@ -66,6 +67,7 @@ def check_settings(args: TrainingArguments, search_args: SearchArguments) -> Non
     targets = targets_of(search_args)
     limits_of(search_args)
     settled(search_args)
+    parse_rules(search_args.require, search_args.min_bits)
     uniform_formats(search_args)
     if args.max_steps is not None and args.num_train_epochs is not None:
         raise ConfigError(f"give max_steps={args.max_steps} or num_train_epochs={args.num_train_epochs}, not both")

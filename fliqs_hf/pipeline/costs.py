@@ -15,6 +15,15 @@ from fliqs_hf.cost.models import find
 from fliqs_hf.hf import FLIQSConfig, quantize
 from fliqs_hf.nn import QuantizerSettings, make_searchable
 from fliqs_hf.selection import CostLimit, SearchProblem, SearchSpace
+from fliqs_hf.selection.rules import parse_rules
+from fliqs_hf.training.arguments import SearchArguments
+
+
+def search_space(args: SearchArguments, layers: Sequence[LayerInfo]) -> SearchSpace:
+    """Args: args: of `settled`. Raises: ConfigError: rules that leave a layer without a format."""
+    assert args.search_space and args.activation, "`settled` sets them"
+    named = args.search_space[0] if len(args.search_space) == 1 else args.search_space
+    return SearchSpace(layers, named, args.activation, args.tie or (), **parse_rules(args.require, args.min_bits))
 
 
 def search_problem(

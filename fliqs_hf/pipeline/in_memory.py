@@ -29,6 +29,7 @@ from fliqs_hf.pipeline.search import carry_out, searched
 from fliqs_hf.pipeline.search_floor import floor_of
 from fliqs_hf.runs.finished import FinishedRun
 from fliqs_hf.runs.folder import RunFolder
+from fliqs_hf.selection.rules import texts
 from fliqs_hf.selection.space import ActivationMode
 from fliqs_hf.tasks import Task, find_task
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, typed
@@ -59,6 +60,8 @@ def search(
     confidence: float = 0.95,
     modules_to_not_convert: Sequence[str] | None = None,
     tie: Sequence[str] = (),
+    require: Mapping[str, Sequence[str | Format]] | None = None,
+    min_bits: Mapping[str, float] | None = None,
     activation_granularity: Literal["per_token", "per_token_clipped"] = "per_token",
     image_column: str | None = None,
     label_column: str | None = None,
@@ -77,12 +80,12 @@ def search(
         processor: the model's image processor; default: that of the checkpoint the model was loaded from.
         max_drop, min_accuracy, confidence: a floor of accuracy on `eval_data`, see docs/search.md.
         search_space, hardware, activation: see `cost.choices`; by default formats that this machine runs.
-        output_dir: run folder to write, with report and card; default: "search_output" in the working directory, as
-            `Trainer` has its "trainer_output". It holds what `resume=True` goes on with.
+        tie, require, min_bits: see `SearchSpace`.
+        output_dir: run folder to write, with report and card, and what `resume=True` goes on with; default:
+            "search_output" in the working directory, as `Trainer` has its "trainer_output".
         training: settings of the recipe by name, such as `max_steps`, `learning_rate`, `finetune_steps`, `resume`.
     Returns: the packed model, as it is loaded from its files; its allocation, costs and accuracies.
-    Raises: ConfigError, TargetError, FormatError, DataError: what cannot work, before any training. FloorError: no
-        allocation met the floor.
+    Raises: ConfigError, TargetError, FormatError, DataError: before any training. FloorError: no allocation met it.
     """
     parts = (
         ModelArguments(model_name_or_path=getattr(model, "name_or_path", None) or None, task=task),
@@ -91,9 +94,10 @@ def search(
         SearchArguments(
             **_chosen(choices(search_space, hardware, activation)),
             **_aim(target, max_drop, min_accuracy, confidence),
+            **_patterns(modules_to_not_convert=modules_to_not_convert, tie=tie),
+            require=texts(require),
+            min_bits=texts(min_bits),
             activation_granularity=activation_granularity,
-            modules_to_not_convert=_listed("modules_to_not_convert", modules_to_not_convert),
-            tie=_listed("tie", tie),
             search_overrides=_changes(config or SearchConfig()),
         ),
     )
@@ -162,10 +166,11 @@ def _aim(target: Target, max_drop: float | None, min_accuracy: float | None, con
     return {"target": [f"{target.kind}={target.value!r}"], "cap": target.cap, **floor}
 
 
-def _listed(name: str, patterns: Sequence[str] | None) -> list[str] | None:
-    if isinstance(patterns, str):
-        raise ConfigError(f"{name}={patterns!r}: give a list of patterns")
-    return list(patterns or ()) or None
+def _patterns(**given: Sequence[str] | None) -> dict[str, Any]:
+    for name, patterns in given.items():
+        if isinstance(patterns, str):
+            raise ConfigError(f"{name}={patterns!r}: give a list of patterns")
+    return {name: list(patterns or ()) or None for name, patterns in given.items()}
 
 
 def _changes(config: SearchConfig) -> dict[str, Any]:

@@ -96,6 +96,8 @@ class Search:
         activation: ActivationMode | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
         tie: Sequence[str] = (),
+        require: Mapping[str, Sequence[str | Format]] | None = None,
+        min_bits: Mapping[str, float] | None = None,
         activation_granularity: str = "per_token",
         seed: int = 0,
         task: str | Task = IMAGE_CLASSIFICATION,
@@ -110,7 +112,7 @@ class Search:
                 first `config.prior_images` images of it are used, to measure sensitivities. Not needed with
                 `SearchConfig(prior="none")`.
             search_space, hardware, activation: see `cost.choices`; by default formats that this machine runs.
-            tie: see `SearchSpace`.
+            tie, require, min_bits: see `SearchSpace`.
             task: what the output and the labels mean: an object, or the name of a registered one.
         Raises: ConfigError: settings or a model that cannot work. TargetError: out of reach. DataError: no images, or
             labels without a meaning. The model is as it was then.
@@ -129,7 +131,7 @@ class Search:
         names = quantizable_layers(model, modules_to_not_convert)
         self.model, self.layers, self.steps_done = model, trace_layers(model), 0
         searched = [layer for layer in self.layers if layer.name in names]
-        space = SearchSpace(searched, chosen.formats, chosen.activation, tie)
+        space = SearchSpace(searched, chosen.formats, chosen.activation, tie, require=require, min_bits=min_bits)
         problem = search_problem(model, self.layers, space, target, self.settings)
         self._search = OneShotSearch(problem, self.config, steps, seed=seed, device=model.device)
         if self.config.prior != "none":

@@ -26,7 +26,7 @@ from fliqs_hf.oneshot import FinalChoice, OneShotSearch
 from fliqs_hf.oneshot.hook import FixedFormats, SearchHook
 from fliqs_hf.pipeline.checks import check_arguments, limits_of, settled, sources_of, targets_of, uniform_formats
 from fliqs_hf.pipeline.completion import complete
-from fliqs_hf.pipeline.costs import search_problem
+from fliqs_hf.pipeline.costs import search_problem, search_space
 from fliqs_hf.pipeline.finetuning import finetune
 from fliqs_hf.pipeline.floor import Floor, FloorTest, record
 from fliqs_hf.pipeline.job import Job, load
@@ -190,14 +190,7 @@ def searched(
     layers = trace_layers(job.model, job.eval_data[0][0][None].to(job.accelerator.device))
     if search_args.latency_table is not None:
         LatencyTable.load(search_args.latency_table).check(layers)
-    assert search_args.search_space and search_args.activation, "`settled` sets them"
-    named = search_args.search_space
-    space = SearchSpace(
-        [layer for layer in layers if layer.name in wanted],
-        named[0] if len(named) == 1 else named,
-        search_args.activation,
-        search_args.tie or (),
-    )
+    space = search_space(search_args, [layer for layer in layers if layer.name in wanted])
     limits = limits_of(search_args)
     first = search_problem(job.model, layers, space, targets[0], job.quantizers, limits)
     problems = {target: replace(first, target=target) for target in targets}  # of one kind of cost

@@ -178,6 +178,12 @@ class SearchArguments:
     limits: list[str] | None = field(
         default=None, metadata={"help": "NAME=VALUE: other costs, named as targets, that are never exceeded either"}
     )
+    require: list[str] | None = field(
+        default=None, metadata={"help": "PATTERN=FORMAT: what matching layers may have, e.g. classifier=int8,e4m3"}
+    )
+    min_bits: list[str] | None = field(
+        default=None, metadata={"help": "PATTERN=BITS: what matching layers must have at least, e.g. *embed*=6"}
+    )
     cap: bool = field(default=False, metadata={"help": "the target is a limit, never exceeded"})
     warm_start: bool = field(
         default=False,

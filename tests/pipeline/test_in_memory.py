@@ -82,6 +82,19 @@ def test_a_search_that_names_no_folder_has_one_that_can_be_found(
     assert again.allocation == result.allocation and again.metrics == result.metrics
 
 
+def test_layers_keep_to_rules_and_the_report_says_so(tmp_path: Path) -> None:
+    given = {"eval_data": pairs(8), "processor": processor(), "output_dir": tmp_path / "run", **SETTINGS}
+    found = fliqs_hf.search(
+        tiny("vit"), pairs(8), BITS, require={"classifier": ["int8"]}, min_bits={"*patch_embeddings*": 4}, **given
+    ).allocation
+    assert found["classifier"].weight.name == found["classifier"].activation.name == "int8"
+    (name,) = (name for name in found if "patch_embeddings" in name)
+    assert min(found[name].weight.bits, found[name].activation.bits) >= 4
+    assert "held by --require classifier=int8" in (tmp_path / "run/fliqs/report.html").read_text(encoding="utf-8")
+    with pytest.raises(CheckpointError, match="was started with require="):
+        fliqs_hf.search(tiny("vit"), pairs(8), BITS, **given, resume=True)
+
+
 @pytest.mark.parametrize("floor", [{"min_accuracy": 78}, {"max_drop": -1}, {"max_drop": 1, "confidence": 95}], ids=str)
 def test_a_floor_that_means_nothing_is_refused(floor: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=list(floor)[-1]):
@@ -133,6 +146,10 @@ def test_data_of_all_kinds_give_the_same_search(tmp_path: Path) -> None:
     ({"run_name": "pilot"}, ConfigError, "run_name='pilot' is for trackers"),
     ({"hub_model_id": "a/b/c"}, HubError, "hub_model_id"),
     ({"bf16": True, "mixed_precision": "no"}, ConfigError, "bf16=True contradicts"),
+    ({"require": {"classifier": "int5"}}, ConfigError, "'classifier' has int5, which is not in the search space"),
+    ({"require": {"classifier": ["int3"]}, "min_bits": {"*": 4}}, ConfigError, "require and min_bits leaves"),
+    ({"require": ["int8"]}, ConfigError, "give patterns of layer names"),
+    ({"min_bits": {"nothing": 4}}, ConfigError, "min_bits: 'nothing' matches none of"),
     ({"tie": "qkv"}, ConfigError, "tie='qkv'"),
     ({"modules_to_not_convert": "classifier"}, ConfigError, "modules_to_not_convert='classifier': give a list"),
     ({"label_column": " "}, ConfigError, "label_column_name=' ' is empty"),
