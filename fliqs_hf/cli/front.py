@@ -19,7 +19,7 @@ from fliqs_hf.cost import LayerInfo, unlisted_bytes
 from fliqs_hf.cost.latency import LatencyTable, use
 from fliqs_hf.cost.models import Cost, find, known_costs
 from fliqs_hf.errors import ConfigError
-from fliqs_hf.files import write_text
+from fliqs_hf.files import replacing, write_text
 from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config, traced
 from fliqs_hf.pipeline.costs import search_problem
 from fliqs_hf.pipeline.outputs import check_apart, check_writable, data_source
@@ -82,7 +82,9 @@ def front(args: argparse.Namespace) -> int:
         for cost in costs
     }
     measured = {} if held_out is None else _measured(args, model, images, held_out, list(points.values()))
-    rows = _write(folder, points, found.layers, unlisted_bytes(model, found.layers), measured)
+    with replacing(folder) as draft:
+        draft.mkdir()
+        rows = _write(draft, points, found.layers, unlisted_bytes(model, found.layers), measured)
     lines = [(row.by, row.name, *(find(name).shown(row.costs[name]) for name in (c.name for c in costs)),
               f"{row.increase:.3g}", "–" if row.measured is None else percent(row.measured["accuracy"]),
               row.summary[:60]) for row in rows]  # fmt: skip
@@ -132,7 +134,6 @@ def _write(
     """front.csv, front.png and front.html, and an allocation for each point that `quantize --allocation` takes."""
     shown: dict[Cost, list[Point]] = {cost: [] for cost in points}
     rows = []
-    folder.mkdir(parents=True, exist_ok=True)
     for cost, found in points.items():
         for number, point in enumerate(found, 1):
             name = f"{cost.name}-{number:02d}"

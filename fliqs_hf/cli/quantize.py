@@ -222,9 +222,12 @@ def _targets(args: argparse.Namespace) -> list[Target]:
         raise ConfigError(
             f"--{given[0]} chooses formats by their effect on images: give some with --calibration DATASET"
         )
-    for name in ("require", "min_bits", "score"):
-        if getattr(args, name) and not given:
-            raise ConfigError(f"--{name} is about formats that are chosen: give a target, such as --target_bits 4")
+    chosen = [name for name in ("require", "min_bits", "score", "search_space", "activation") if getattr(args, name)]
+    if chosen and _aim(args, found) is None:
+        remedy = "give a target or a floor, such as --target_bits 4 or --max_drop 0.5"
+        if ways:
+            remedy = f"leave it out, or --{ways[0]}, which says all formats"
+        raise ConfigError(f"--{chosen[0]} is about formats that are chosen: {remedy}")
     parse_rules(args.require, args.min_bits)
     if args.score is not None:
         find_score(args.score)

@@ -59,6 +59,41 @@ COMMANDS: list[tuple[list[str], str]] = [
     ([*QUANTIZE, "--batch_size", "0"], "batch_size=0 must be at least 1"),
     ([*QUANTIZE, "--batch_size", "-1"], "batch_size=-1"),
     ([*QUANTIZE, "--calibration", ""], "calibration='' is empty"),
+    *(
+        ([*QUANTIZE, *option, *more], f"{option[0]} is about formats that are chosen: {named}")
+        for option in (
+            ["--require", "*=int8"],
+            ["--min_bits", "*=4"],
+            ["--score", "fisher"],
+            ["--search_space", "int4", "int8"],
+            ["--activation", "same"],
+        )
+        for more, named in (
+            ([], "give a target or a floor, such as --target_bits 4 or --max_drop 0.5"),
+            (["--calibration", "digits"], "give a target or a floor"),
+            (["--weight_format", "int4"], "leave it out, or --weight_format, which says all formats"),
+            (["--activation_format", "none"], "leave it out, or --activation_format, which says all"),
+            (["--allocation", "a.json"], "leave it out, or --allocation, which says all"),
+            (
+                ["--weight_format", "int4", "--max_drop", "1", "--calibration", "digits"],
+                "leave it out, or --weight_format, which",
+            ),
+        )
+    ),
+    *(
+        ([*QUANTIZE, *option, *floor], "a floor is met with the help of images: give some with --calibration")
+        for option in ([], ["--require", "*=int8"], ["--min_bits", "*=4"], ["--score", "fisher"])
+        for floor in (["--max_drop", "1"], ["--min_accuracy", "0.5"])
+    ),
+    (
+        [*QUANTIZE, "--score", "fisher", "--target_bits", "4"],
+        "--target_bits chooses formats by their effect on images",
+    ),
+    ([*QUANTIZE, "--score", "x", "--max_drop", "1", "--calibration", "digits"], "'x'"),
+    (
+        [*QUANTIZE, "--zero_points", "true", "--activations", "mse", "--calibration", "digits"],
+        "leave it out, or --activ",
+    ),
     ([*QUANTIZE, "--calibration_split", "train"], "--calibration_split is about images: give them with --calibration"),
     ([*QUANTIZE, "--label_column", "fine"], "--label_column is about images"),
     ([*QUANTIZE, "--image_column", "img"], "--image_column is about images"),

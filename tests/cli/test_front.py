@@ -49,6 +49,29 @@ def test_files_of_a_front(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert fliqs_hf_cli.main(unknown) == 2 and "unknown kind of cost 'watts'" in capsys.readouterr().err
 
 
+def test_a_front_that_breaks_off_leaves_nothing_and_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny("vit").save_pretrained(tmp_path / "fp32")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "fp32")
+    out = tmp_path / "made" / "front"
+    command = ["front", str(tmp_path / "fp32"), str(out), "--calibration", "digits", "--calibration_images", "8",
+               "--label_column", "none", "--search_space", "int4", "int8", "--points", "3"]  # fmt: skip
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fliqs_hf.cli.front.write_png", interrupted)
+        assert fliqs_hf_cli.main(command) == 130
+    assert not out.exists() and list(out.parent.iterdir()) == []
+    # One that is killed at the same place cannot clear up: what it left is in nobody's way.
+    (out.parent / ".tmp.front").mkdir()
+    (out.parent / ".tmp.front" / "bops-01.json").write_text("{}")
+    assert fliqs_hf_cli.main(command) == 0
+    assert (out / "front.html").exists() and [path.name for path in out.parent.iterdir()] == ["front"]
+
+
 def test_chosen_points_are_packed_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     config = ViTConfig(
