@@ -35,22 +35,25 @@ def meeting(
     floor: Floor,
     held_out: HeldOutImages,
     calibration: CalibrationImages,
-) -> tuple[Any, list[FloorTest]]:
+) -> tuple[dict[int, Any], list[FloorTest]]:
     """Pack and test copies of `model`, the most precise first, until one misses the floor.
 
-    Returns: the last one that met it, None where none did; and what was tested.
+    Returns: the last three, by their numbers; and what was tested.
     """
     kept: list[Any] = []
 
     def judge(allocation: Allocation) -> NDArray[np.bool_]:
         packed = pack(args, copy.deepcopy(model), allocation, calibration)
-        kept[:] = [*kept[-1:], packed]
+        kept[:] = [*kept[-2:], packed]
         return held_out.right(packed, "held-out images")
 
     trials = descend(allocations, held_out.right(model, "held-out images, fp32"), judge, floor)
-    if trials[-1].met:
-        return kept[-1], trials
-    return (kept[0] if len(trials) > 1 else None), trials
+    return dict(enumerate(kept, len(trials) - len(kept))), trials
+
+
+def taken(trials: Sequence[FloorTest]) -> int | None:
+    """The number of the last one that met the floor, None where none did."""
+    return max((number for number, trial in enumerate(trials) if trial.met), default=None)
 
 
 def missed(trials: Sequence[FloorTest], floor: Floor, limited: bool) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.calibration import CalibrationImages, check, input_format, pack, rounded, turn
-from fliqs_hf.cli.floor import floor_of, meeting, missed, summary
+from fliqs_hf.cli.floor import floor_of, meeting, missed, summary, taken
 from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer
 from fliqs_hf.cli.targets import settle, targets
@@ -30,6 +30,7 @@ from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_sour
 from fliqs_hf.pipeline.post_training import AllocationResult, allocate
 from fliqs_hf.records import RunResults
 from fliqs_hf.runs.folder import RunFolder, cost_lines, cost_summary, layer_table
+from fliqs_hf.runs.replacement import replacing_run
 from fliqs_hf.selection import find_score
 from fliqs_hf.selection.rules import parse_rules
 from fliqs_hf.tasks import find_task
@@ -49,17 +50,22 @@ class Outcome(NamedTuple):
     text: str
 
 
-def quantized(args: argparse.Namespace) -> Outcome:
+#: What else a command has to say of a run: it is given the run before it takes its place, what is said of it so far,
+#: and of a floor the last three models that were tested, by their numbers.
+More = Callable[[RunFolder, dict[str, Any], Mapping[int, Any]], None]
+
+
+def quantized(args: argparse.Namespace, more: More | None = None) -> Outcome:
     """Write the run, or say why there is none."""
     output = RunFolder(args.output)
     sources = {"MODEL": args.model, "--calibration": data_source(args.calibration), "--allocation": args.allocation}
     sources["--latency_table"] = args.latency_table
     check_places([output], sources)
     with locked(output.path):
-        return _quantized(args, output)
+        return _quantized(args, output, more)
 
 
-def _quantized(args: argparse.Namespace, output: RunFolder) -> Outcome:
+def _quantized(args: argparse.Namespace, output: RunFolder, more: More | None) -> Outcome:
     latency = None if args.latency_table is None else LatencyTable.load(args.latency_table)
     if latency is not None:
         use(latency)
@@ -72,6 +78,7 @@ def _quantized(args: argparse.Namespace, output: RunFolder) -> Outcome:
     model, processor = _loaded(args)
     if latency is not None:
         latency.check(traced(model)[0])
+    fp32_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     start = time.perf_counter()
     calibration = None if args.calibration is None else CalibrationImages(args, model, processor)
     held_out = None if calibration is None or floor is None else HeldOutImages(args, model, processor, calibration)
@@ -84,38 +91,36 @@ def _quantized(args: argparse.Namespace, output: RunFolder) -> Outcome:
     else:
         allocation = _config(args).resolve(model)
         layers = _costed(model)
-    state = model.state_dict().values()
-    fp32_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state)
     other_bytes = unlisted_bytes(model, layers)
     trials: list[FloorTest] = []
+    packed: dict[int, Any] = {}
     if floor is not None and held_out is not None and calibration is not None:
-        tested = (
-            [allocation]
-            if found is None
-            else candidates(found.problem, found.sensitivity.decision_scores, args.floor_steps)
-        )
-        model, trials = meeting(args, model, tested, floor, held_out, calibration)
-        if model is None:
+        tested = _to_test(args, allocation, found)
+        packed, trials = meeting(args, model, tested, floor, held_out, calibration)
+        if (number := taken(trials)) is None:
             message = missed(trials, floor, len(tested) == 1)
             return Outcome(1, {"floor": record(trials, floor), "error": message}, message)
-        allocation = [trial for trial in trials if trial.met][-1].allocation
+        model, allocation = packed[number], trials[number].allocation
         found = None if found is None else found.at(allocation)
     else:
         pack(args, model, allocation, calibration)
     cost = _cost(layers, allocation, other_bytes, found)
     if calibration is not None:
         args.calibration_split = calibration.split
-    run = _save(args, output, model, processor, layers, allocation, found)
     result: dict[str, Any] = {
         "target": {one.kind: one.value for one in target},
         "cost": cost,
         "fp32_bytes": fp32_bytes,
-        "checkpoint_bytes": run.model_bytes(),
         **({} if shown is None or not layers else {"hardware": asdict(HardwareShare.of(shown, layers, allocation))}),
         **({} if floor is None else {"floor": record(trials, floor)}),
     }
-    run.write_record(RunResults(**result))
-    write_card(run.path)
+    with replacing_run(output.files) as draft:
+        run = _save(args, RunFolder(draft), model, processor, layers, allocation, found)
+        result["checkpoint_bytes"] = run.model_bytes()
+        run.write_record(RunResults(**result))
+        if more is not None:
+            more(run, result, packed)
+        write_card(run.path)
     result["seconds"] = time.perf_counter() - start
     text = _text(args, result, layers, allocation, "" if floor is None else summary(trials, floor))
     return Outcome(0, {**result, "allocation": allocation.to_dict(), "output": args.output}, text)
@@ -143,6 +148,13 @@ def _aim(args: argparse.Namespace, target: list[Target]) -> list[Target] | str |
     if target or not floor or given:
         return target or None
     return BOPS.name if args.latency_table is None else LATENCY
+
+
+def _to_test(args: argparse.Namespace, allocation: Allocation, found: AllocationResult | None) -> list[Allocation]:
+    """Against a floor, the most precise first."""
+    if found is None:
+        return [allocation]
+    return candidates(found.problem, found.sensitivity.decision_scores, args.floor_steps)
 
 
 def _cost(
@@ -265,7 +277,6 @@ def _save(
     found: AllocationResult | None,
 ) -> RunFolder:
     """Write the run folder of the packed model, but for its results."""
-    run.files.clear()
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "fliqs_command", "func")}
     settings |= {"model_name_or_path": args.model, "dataset_name": args.calibration}
     run.configure(settings)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
+import tempfile
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.output import answer, table
 from fliqs_hf.cli.quantize import quantized
-from fliqs_hf.cost import example_image, trace_layers, unlisted_bytes, weight_bytes
-from fliqs_hf.hf import FLIQSConfig
-from fliqs_hf.hf import quantize as pack
+from fliqs_hf.cost import example_image
 from fliqs_hf.pipeline.checkpoints import device_of, load_model
 from fliqs_hf.runs.folder import RunFolder
 from fliqs_hf.timing import device_clock, interleaved
@@ -33,38 +31,47 @@ def recommend(args: argparse.Namespace) -> int:
     """One checkpoint that meets a floor of accuracy, with what speaks for it and for two others."""
     if args.max_drop is None and args.min_accuracy is None:
         args.max_drop = DEFAULT_DROP
-    outcome = quantized(args)
+    found: dict[str, dict[str, Any]] = {}
+
+    def more(run: RunFolder, result: dict[str, Any], tested: Mapping[int, Any]) -> None:
+        found.update(_figures(args, run, result, tested))
+        run.write(FILE, found)
+
+    outcome = quantized(args, more)
     if outcome.status:
         answer(args.json, outcome.data, outcome.text)
         return outcome.status
-    found = _figures(args, _chosen(outcome.data["floor"]["trials"]))
-    run = RunFolder(args.output)
-    run.write(FILE, found)
     answer(args.json, {**outcome.data, "recommendation": found}, f"{outcome.text}\n\n{_text(args, found)}")
     return 0
 
 
-def _chosen(tests: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The model that was written, and its neighbours among those that were tested, where it has them."""
-    taken = max(number for number, test in enumerate(tests) if test["met"])
-    names = {"safer": taken - 1, "recommended": taken, "faster": taken + 1}
-    return {name: tests[number] for name, number in names.items() if 0 <= number < len(tests)}
-
-
-def _figures(args: argparse.Namespace, chosen: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Size, time of a pass over one image on this device, and accuracy as tested, of fp32 and of each model."""
-    model = load_model(args.model, args.revision).to(device_of(args.device))
-    layers = trace_layers(model)
-    other = unlisted_bytes(model, layers)
-    models = {"fp32": model}
-    found: dict[str, dict[str, Any]] = {"fp32": {"bytes": weight_bytes(layers, {}, other_bytes=other)}}
-    for name, test in chosen.items():
-        allocation = Allocation.from_dict(test["allocation"])
-        models[name] = pack(copy.deepcopy(model), FLIQSConfig(allocation=allocation))
-        found[name] = {**test, "bytes": weight_bytes(layers, allocation, other_bytes=other)}
+def _figures(
+    args: argparse.Namespace, run: RunFolder, result: Mapping[str, Any], tested: Mapping[int, Any]
+) -> dict[str, dict[str, Any]]:
+    """Size, time of a pass over one image on this device, and accuracy as tested: of fp32, of the model that is
+    written, and of its neighbours among those that were tested, where it has them; all as loaded from their files."""
+    trials, device = result["floor"]["trials"], device_of(args.device)
+    taken = max(number for number, trial in enumerate(trials) if trial["met"])
+    models = {"fp32": load_model(args.model, args.revision).to(device)}
+    found: dict[str, dict[str, Any]] = {"fp32": {"bytes": result["fp32_bytes"]}}
+    for name, number in {"safer": taken - 1, "recommended": taken, "faster": taken + 1}.items():
+        if number not in tested:
+            continue
+        if number == taken:
+            model, size_bytes = load_model(str(run.path)), run.model_bytes()
+        else:
+            model, size_bytes = _saved_and_loaded(tested[number])
+        models[name], found[name] = model.to(device), {**trials[number], "bytes": size_bytes}
     for name, ms in _times(models).items():
         found[name]["ms"] = ms
     return found
+
+
+def _saved_and_loaded(model: Any) -> tuple[Any, int]:
+    """A packed model as a user would have it, and the bytes of its weight files."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_model(folder), sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
 @torch.no_grad()

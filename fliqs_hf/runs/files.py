@@ -21,6 +21,8 @@ from fliqs_hf.training.state import states
 RUN = "fliqs"
 #: In it, the record: every file, as a path in the run folder, before it is written.
 RECORD = "written.json"
+#: While a run is made that will replace the one that is there.
+DRAFT = f"{RUN}/.tmp.run"
 VERSION = 2
 #: The model card.
 CARD = "README.md"
@@ -57,7 +59,7 @@ def kind_of(root: str) -> Kind | None:
     name = root.removeprefix(f"{RUN}/")
     inside = name != root
     if name.startswith(_DRAFTS):
-        known = inside and name[5:] in (RECORD, "model")
+        known = inside and name[5:] in (RECORD, "model", "run")
         return "draft" if known or kind_of(root.replace(name, name[5:])) else None
     if not inside:
         return "file" if _MODEL_FILE.fullmatch(name) else None
@@ -133,6 +135,8 @@ class RunFiles:
     @property
     def holds_work(self) -> bool:
         """Whether something is here that took training or choosing: finished, or to be resumed."""
+        # By a `runs.replacement`, between two runs: what came before the configuration is no model.
+        broken_off = (self.path / DRAFT).exists() and not (self.path / MODEL_CONFIG).is_file()
         for entry in self.listed():
             root, rest = _parts(entry)
             name = root.removeprefix(f"{RUN}/")
@@ -142,6 +146,7 @@ class RunFiles:
                 found = name == root or (rest != "" and name != "figures")
                 found = found or name in RESULTS or name.startswith("uniform_")
                 found = found and (self.path / entry).is_file()
+                found = found and not (broken_off and (name == root or name in RESULTS))
             if found:
                 return True
         return any(run.holds_work for run in self.runs())
@@ -280,8 +285,8 @@ class RunFiles:
         path, kind = self.path / name, kind_of(name)
         if not os.path.lexists(path) or (kind is None and not _TARGET.fullmatch(name)):
             return None
-        if kind == "draft":  # there was none when the record was begun
-            return None if listed else path
+        if kind == "draft":  # there was none when the record was begun, but its own
+            return None if listed or (name == f"{RUN}/.tmp.{RECORD}" and _is_begun(path)) else path
         if path.is_symlink() or path.is_file() != (kind == "file") or path.is_dir() == (kind == "file"):
             return path  # links we make none
         if kind == "file":
@@ -330,6 +335,14 @@ def _parts(entry: str) -> tuple[str, str]:
         return head, rest
     name, _, rest = rest.partition("/")
     return f"{RUN}/{name}", rest
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether a file is a record of which the first part, or nothing, has been written."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        return False
+    start, found = record_text(())[:20].encode(), path.read_bytes()[:20]
+    return start.startswith(found)
 
 
 def is_entry(entry: Any) -> bool:

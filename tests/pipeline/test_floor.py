@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import fliqs_hf_cli
 from fliqs_hf.allocation import Allocation
+from fliqs_hf.cli import recommend
 from fliqs_hf.cost import CostTable, Target
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.pipeline.floor import STEPS, Floor, FloorTest, candidates, descend
@@ -108,6 +110,7 @@ def test_the_command(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     met = json.loads(capsys.readouterr().out)
     recorded = json.loads((run / "fliqs/results.json").read_text())["floor"]
     assert recorded["trials"] == met["floor"]["trials"] and recorded["max_drop"] == 0.99
+    command = [word for word in command if word not in ("--search_space", "int2", "int8")]  # nothing is chosen
     given = ["--overwrite", "--weight_format", "int8", "--activation_format", "none", "--min_accuracy", "0.99"]
     assert fliqs_hf_cli.main([*command, *given]) == 1
     assert "the only allocation that is allowed" in json.loads(capsys.readouterr().out)["error"]
@@ -129,10 +132,24 @@ def test_the_command(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert fliqs_hf_cli.main(uncalibrated) == 2 and "give some with --calibration" in capsys.readouterr().err
 
 
-def test_recommend(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recommend(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     command = ["recommend", model, str(run), "--calibration", "digits", "--calibration_images", "16", "--match_labels",
                "index", "--search_space", "int4", "int8", "--held_out_images", "100"]  # fmt: skip
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recommend, "_times", interrupted)
+        assert fliqs_hf_cli.main([*command, "--max_drop", "99"]) == 130
+    assert not run.exists()
+    capsys.readouterr()
+    timed: dict[str, Any] = {}
+    times = recommend._times
+    monkeypatch.setattr(recommend, "_times", lambda models: timed.update(models) or times(models))
     assert fliqs_hf_cli.main([*command, "--max_drop", "99"]) == 0
     text = capsys.readouterr().out
     assert "safer" in text and "no faster model: nothing cheaper was tested" in text
@@ -140,6 +157,11 @@ def test_recommend(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert set(found) == {"fp32", "safer", "recommended"}
     assert found["fp32"]["bytes"] > found["safer"]["bytes"] > found["recommended"]["bytes"]
     assert all(entry["ms"] > 0 for entry in found.values())
+    # What is timed and counted is what is on the disk: rotated, rounded by GPTQ.
+    assert found["recommended"]["bytes"] == (run / "model.safetensors").stat().st_size
+    written = ViTForImageClassification.from_pretrained(run).state_dict()
+    of_timed = timed["recommended"].state_dict()
+    assert list(of_timed) == list(written) and all(torch.equal(of_timed[name], written[name]) for name in written)
     assert (
         fliqs_hf_cli.main(["report", str(run)]) == 0
         and "recommendation.json" in (run / "fliqs/written.json").read_text()
