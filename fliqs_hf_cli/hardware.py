@@ -13,6 +13,6 @@ EXAMPLES = """  fliqs-hf hardware list
 def arguments(parser: Parser) -> None:
     parser.add_argument("what", choices=("list", "show", "check"))
     parser.add_argument("name", nargs="?", help="of a profile to show, or of a quantized checkpoint to check")
-    parser.add_argument("--hardware", metavar="NAME", default="auto",
-                        help="to check for: a profile, auto (this machine), or a .yaml file")  # fmt: skip
+    parser.add_argument("--hardware", metavar="NAME",
+                        help="to check for: a profile, auto (this machine; default), or a .yaml file")  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")

@@ -22,11 +22,17 @@ PACKAGES = ("optimum-onnx==0.1.0", "transformers<4.58", "onnxruntime==1.32.0", "
 
 
 def make(environment: Path, torch: str) -> Path:
-    """The environment's Python, made where there is none."""
+    """The environment's Python; made, or made whole, where it cannot import what it is for."""
     python = environment / "bin" / "python"
-    if not python.exists():
-        venv.create(environment, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", f"torch=={torch}", *PACKAGES], check=True)
+    check = [python, "-c", "import onnxruntime, optimum.onnxruntime, PIL"]
+    if python.exists() and not subprocess.run(check, check=False, capture_output=True).returncode:
+        return python
+    if environment.exists() and not (environment / "pyvenv.cfg").exists():
+        sys.exit(f"{environment} is no virtual environment: name another with --environment")
+    venv.create(environment, with_pip=True)
+    install = [python, "-m", "pip", "install", "--quiet", f"torch=={torch}", *PACKAGES]
+    if subprocess.run(install, check=False).returncode:
+        sys.exit(f"pip cannot install torch {torch} and {', '.join(PACKAGES)}; the same command tries again")
     return python
 
 

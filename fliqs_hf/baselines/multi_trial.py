@@ -64,7 +64,7 @@ def multi_trial(
     *,
     seed: int = 0,
     sampler: Sampler = "random",
-    journal: Path | None = None,
+    journal: str | Path | None = None,
 ) -> MultiTrialResult:
     """Score `trials` allocations that all meet the target, and keep the best. For one process.
 
@@ -86,6 +86,7 @@ def multi_trial(
         raise ConfigError(f"trials={trials!r} must be a whole number of at least 1")
     if sampler not in get_args(Sampler):
         raise ConfigError(f"sampler={sampler!r} does not exist; choose from {', '.join(get_args(Sampler))}")
+    journal = None if journal is None else Path(journal)
     space = problem.space
     propose = _Random(space, seed) if sampler == "random" else _Optuna(space, seed)
     header = {

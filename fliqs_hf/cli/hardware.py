@@ -15,9 +15,14 @@ from fliqs_hf.pipeline.checkpoints import empty_model, read_config, traced
 
 
 def hardware(args: argparse.Namespace) -> int:
-    """Raises: ConfigError: a profile or checkpoint that does not exist, or one that is not quantized."""
+    """Raises: ConfigError: a profile or checkpoint that does not exist, one that is not quantized, or arguments that
+    mean nothing here."""
     if args.what != "list" and args.name is None:
         raise ConfigError(f"hardware {args.what}: name a {'profile' if args.what == 'show' else 'checkpoint'}")
+    given = {"name": args.what == "list" and args.name, "--hardware": args.hardware, "--revision": args.revision}
+    odd = [f"{name} {value!r}" for name, value in given.items() if args.what != "check" and value]
+    if odd:
+        raise ConfigError(f"hardware {args.what} does not take {odd[0]}: leave it out, or use hardware check")
     if args.what == "list":
         return _list(args)
     return _show(args, load_profile(args.name)) if args.what == "show" else _check(args)
@@ -61,7 +66,7 @@ def _show(args: argparse.Namespace, profile: Profile) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    profile = load_profile(args.hardware)
+    profile = load_profile(args.hardware or "auto")
     config, quantization = read_config(args.name, args.revision)
     if quantization is None:
         raise ConfigError(f"{args.name} is not quantized: there is nothing to check")

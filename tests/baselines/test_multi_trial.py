@@ -131,7 +131,7 @@ def test_a_foreign_file_is_no_journal(tmp_path: Path, text: str) -> None:
 
 def test_a_journal_cut_off_in_its_first_line_is_begun_again(tmp_path: Path) -> None:
     journal = tmp_path / "trials.jsonl"
-    search(2, journal=journal)
+    search(2, journal=str(journal))
     whole = journal.read_text()
     for length in (20, len(whole.splitlines()[0]) + 1):  # within the header, and just after it
         journal.write_text(whole[:length])
