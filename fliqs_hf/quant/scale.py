@@ -28,6 +28,8 @@ def absmax(x: Tensor, dims: Sequence[int] | None) -> Tensor:
     dims = tuple(range(x.dim())) if dims is None else tuple(dims)
     if torch.compiler.is_compiling():  # which makes no temporary, and fuses one reduction with what reads it
         return x.abs().amax(dims, keepdim=True).float()
+    if not x.numel():  # an empty batch, of which nothing is largest
+        return x.sum(dims, keepdim=True).float()
     return torch.maximum(x.amax(dims, keepdim=True), x.amin(dims, keepdim=True).neg_()).float()
 
 

@@ -27,7 +27,7 @@ from fliqs_hf.nn import (
 from fliqs_hf.nn.kernels import kernels_of, set_kernels
 from fliqs_hf.nn.kinds import CONV2D, find_kind, kind_of, kinds
 from fliqs_hf.nn.packed import PackedLayer
-from fliqs_hf.nn.searchable import SearchableLayer
+from fliqs_hf.nn.searchable import QuantizerSettings, SearchableLayer
 from fliqs_hf.nn.select import left_out
 from fliqs_hf.ptq.gptq import input_hessian
 
@@ -35,6 +35,7 @@ from fliqs_hf.ptq.gptq import input_hessian
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (2, 5, 12)),
     "transposed-linear": (lambda: Conv1D(8, 12), (2, 5, 12)),
+    "transposed-linear-short": (lambda: Conv1D(5, 3), (1, 4, 3)),
     "conv1d": (lambda: nn.Conv1d(4, 8, 3, padding=1, stride=2), (2, 4, 9)),
     "conv1d-groups": (lambda: nn.Conv1d(4, 8, 2, groups=2, dilation=2, bias=False), (2, 4, 9)),
     "conv1d-patches": (lambda: nn.Conv1d(4, 8, 3, stride=3), (2, 4, 10)),
@@ -164,6 +165,20 @@ def test_batches_do_not_change_results(case: tuple[nn.Module, Tensor]) -> None:
     pack_model(model, Allocation.uniform(["0"], "int4"))
     # A product of fewer rows may sum in another order; inputs of another batch would differ in the third digit.
     assert torch.allclose(model(x)[1:], model(x[1:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["per_token", "per_tensor"])
+def test_an_empty_batch_gives_an_empty_output(case: tuple[nn.Module, Tensor], granularity: Any) -> None:
+    model, x = case
+    settings = QuantizerSettings(activation_granularity=granularity)
+    shape = model(x[:0]).shape
+    switch = make_searchable(model, ["int8", "nvfp4"], settings=settings)
+    for activation in ("int8", "nvfp4"):
+        switch.set_allocation(Allocation.uniform(["0"], "int8", activation))
+        assert model(x[:0]).shape == shape
+    pack_model(model, Allocation.uniform(["0"], "int8"), settings)
+    set_kernels(model, "auto")
+    assert model(x[:0]).shape == shape
 
 
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.name)

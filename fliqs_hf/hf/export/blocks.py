@@ -49,8 +49,7 @@ class BlockInputs:
         fmt, op, matrix = layer.formats.activation, self.writer.op, layer.kind.matrix
         assert isinstance(fmt, BlockFormat)
         if fmt.block is None:
-            axes = (-1,) if matrix else tuple(range(-len(layer.kind.tokens.dims), 0))
-            return self._one_sided(x, fmt, axes)
+            return op("Mul", *self.one_sided_codes(x, fmt, layer.kind.tokens.dims))
         rank, features = len(x.shape), layer.weight_shape[1] * layer.geometry.get("groups", 1)
         last = [0, *range(2, rank), 1]
         if not matrix:
@@ -58,7 +57,10 @@ class BlockInputs:
         missing = -features % fmt.block
         filled = op("Pad", x, self.writer.integers(*[0] * (2 * rank - 1), missing)) if missing else x
         blocks = op("Reshape", filled, self.writer.integers(*[0] * (rank - 1), -1, fmt.block))
-        values = self._one_sided(blocks, fmt, (-1,)) if fmt.zero_point else self._two_sided(blocks, fmt, layer)
+        if fmt.zero_point:
+            values = op("Mul", *self.one_sided_codes(blocks, fmt, (-1,)))
+        else:
+            values = self._two_sided(blocks, fmt, layer)
         values = op("Reshape", values, self.writer.integers(*[0] * (rank - 1), -1))
         if missing:
             values = op("Slice", values, *(self.writer.integers(n) for n in (0, features, -1)))
@@ -82,7 +84,8 @@ class BlockInputs:
         y = op("Clip", op("Div", blocks, scale), -element.max_value, element.max_value)
         return op("Mul", self.on_grid(y, element), scale)
 
-    def _one_sided(self, x: Any, fmt: BlockFormat, axes: tuple[int, ...]) -> Any:
+    def one_sided_codes(self, x: Any, fmt: BlockFormat, axes: tuple[int, ...]) -> tuple[Any, Any]:
+        """`quant.block.one_sided_codes` of what shares a scale along `axes`, both float32."""
         op, where = self.writer.op, self.writer.integers(*axes)
         low = op("Min", op("ReduceMin", x, where, keepdims=1), 0.0)
         high = op("Max", op("ReduceMax", x, where, keepdims=1), 0.0)
@@ -91,7 +94,7 @@ class BlockInputs:
         scale = op("Mul", scale, 2.0)
         zero = op("Clip", op("Round", op("Div", op("Neg", low), scale)), 0.0, fmt.max_value)
         codes = op("Clip", op("Add", op("Round", op("Div", x, scale)), zero), 0.0, fmt.max_value)
-        return op("Mul", op("Sub", codes, zero), scale)
+        return op("Sub", codes, zero), scale
 
     def _binade(self, x: Any) -> Any:
         """The largest power of two that is not above `x`. The logarithm may be one off next to one."""

@@ -49,13 +49,9 @@ class InputWriter:
         assert shift is not None
         key = ("codes", x.name, *self._kind(layer))
         if key not in self._written:
-            scale, scalar = self._scale(x, layer)
-            y = self._in_range(x, layer, scale)
+            y, scale, scalar = self._scaled(x, layer)
             zero = self.writer.constant(np.uint8(ZERO_POINT))
-            if fmt.is_integer:
-                values = self.writer.op("QuantizeLinear", y, 1.0, zero)
-            else:
-                values = self.writer.op("QuantizeLinear", self._on_grid(y, fmt), 2.0**-shift, zero)
+            values = self.writer.op("QuantizeLinear", y, 2.0**-shift, zero)
             self._written[key] = Codes(values, scale, zero, shift, scalar)
         found: Codes = self._written[key]
         return found
@@ -87,6 +83,16 @@ class InputWriter:
         scale, _ = self._scale(x, layer)
         return self.writer.op("Mul", self._on_grid(self._in_range(x, layer, scale), fmt), scale)
 
+    def _scaled(self, x: Any, layer: PackedLayer) -> tuple[Any, Any, bool]:
+        """What QuantizeLinear rounds to codes; their scale; and whether that is one number."""
+        fmt = layer.formats.activation
+        assert fmt is not None
+        if isinstance(fmt, BlockFormat):  # one with a zero point for each token, which has no other scale
+            return *BlockInputs(self.writer, self._on_grid).one_sided_codes(x, fmt, layer.kind.tokens.dims), False
+        scale, scalar = self._scale(x, layer)
+        y = self._in_range(x, layer, scale)
+        return (y if fmt.is_integer else self._on_grid(y, fmt)), scale, scalar
+
     def _in_range(self, x: Any, layer: PackedLayer, scale: Any) -> Any:
         """x / scale, cut off at the format's largest value where the scale is not that of the largest input."""
         y, fmt = self.writer.op("Div", x, scale), layer.formats.activation
@@ -105,15 +111,14 @@ class InputWriter:
     def _dequantize(self, x: Any, layer: PackedLayer) -> tuple[Any, Any]:
         writer, zero, fmt = self.writer, self.writer.constant(np.int8(0)), layer.formats.activation
         assert fmt is not None
-        scale, _ = self._scale(x, layer)
-        if layer.settings.activation_granularity == "static" and fmt.is_integer:
-            assert layer.input_scale is not None
+        if layer.settings.activation_granularity == "static" and layer.input_scale is not None and fmt.is_integer:
+            scale, _ = self._scale(x, layer)
             limit = fmt.max_value * float(layer.input_scale)  # by itself QuantizeLinear saturates at -128 and 127
             codes = writer.op("QuantizeLinear", writer.op("Clip", x, -limit, limit), scale, zero)
             return writer.op("DequantizeLinear", codes, scale, zero), None
         step = 2.0 ** -(int8_shift(fmt) or 0)
-        y = self._in_range(x, layer, scale)
-        codes = writer.op("QuantizeLinear", y if fmt.is_integer else self._on_grid(y, fmt), step, zero)
+        y, scale, _ = self._scaled(x, layer)
+        codes = writer.op("QuantizeLinear", y, step, zero)
         return writer.op("DequantizeLinear", codes, step, zero), scale
 
     def _kind(self, layer: PackedLayer) -> tuple[Any, ...]:

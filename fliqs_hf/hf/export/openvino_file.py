@@ -26,6 +26,7 @@ _OPSET = 21
 _RUNTIMES_BITS = 8
 #: Inputs of OpenVINO's dynamic quantization share a scale in groups of so many: its own default.
 _GROUP = 32
+_PER_BYTE = {"INT2": 4, "INT4": 2, "FLOAT4E2M1": 2}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,16 @@ def layer_form(name: str, layer: PackedLayer, settings: OpenVinoSettings) -> Lay
         changed = (
             f"inputs are left to OpenVINO: bf16, or fp32 in 8 bits by groups of {_GROUP}, instead of {activation}"
         )
-    return LayerForm(name, str(weight), str(activation or "fp32"), kind, stored_as(weight), changed)
+    return LayerForm(name, str(weight), str(activation or "fp32"), kind, _stored(layer), changed)
+
+
+def _stored(layer: PackedLayer) -> str:
+    fmt, row = layer.formats.weight, layer.weight_shape[1:].numel()
+    stored = stored_as(fmt)
+    # OpenVINO's product for several inputs reads another number from rows that end within a byte. Those of blocks are
+    # filled up, and convolutions are decoded before they run.
+    inside = layer.kind.matrix and not isinstance(fmt, BlockFormat) and row % _PER_BYTE.get(stored, 1)
+    return "INT8" if inside else stored
 
 
 def stored_as(fmt: Format) -> str:

@@ -72,10 +72,14 @@ def _program(model: Any, image: Tensor) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1, max=2**16)
     images = image.repeat(2, 1, 1, 1)  # compilers keep strides: those of an expanded batch say that all are one image
     try:
-        return torch.export.export(_Logits(model).eval(), (images,), dynamic_shapes=({0: batch},))
+        program = torch.export.export(_Logits(model).eval(), (images,), dynamic_shapes=({0: batch},))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # TorchDynamo's own are of these
         text = " ".join(str(error).split())[:400]
         raise ConfigError(f"torch.export cannot trace {type(model).__name__}: {text}") from error
+    for name, value in program.state_dict.items():  # a graph of inference, which would fail where gradients are on
+        if isinstance(value, nn.Parameter):
+            program.state_dict[name] = nn.Parameter(value.detach(), requires_grad=False)
+    return program
 
 
 def _forms(model: Any) -> tuple[LayerForm, ...]:

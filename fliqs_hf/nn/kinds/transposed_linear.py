@@ -18,6 +18,10 @@ class TransposedLinear(Linear):
     plain = Conv1D
     arguments = ("nf", "nx")
 
+    def multiply(self, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # In the layout of the plain layer's product: sums may depend on it.
+        return super().multiply(layer, x, self.parameter(layer, weight).t(), bias)
+
     def rows(self, layer: Any, weight: Tensor) -> Tensor:
         return weight.t()
 

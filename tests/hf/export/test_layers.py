@@ -121,6 +121,17 @@ def test_every_way_of_scaling_inputs(granularity: str, form: str, activation: st
     assert_equal(linear("int8", activation, granularity), INPUTS, form)
 
 
+@pytest.mark.parametrize("granularity", ["per_token", "per_tensor", "static"])
+@pytest.mark.parametrize("form", ["auto", "integer", "qdq"])
+@pytest.mark.parametrize("activation", ["int4_zp", "int6_zp"])
+def test_zero_points_of_tokens_are_part_of_integer_products(activation: str, form: str, granularity: str) -> None:
+    """Such formats have scales of their own, whatever the granularity of others."""
+    x = INPUTS + INPUTS.abs().amax(-1, keepdim=True) / 3  # of which the larger part is positive
+    model = assert_equal(linear("int8", activation, granularity), x, form)
+    assert "QuantizeLinear" in [node.op_type for node in model.graph]
+    assert_equal(convolution("int8", activation, granularity, stride=3), IMAGES + 1, form)
+
+
 @pytest.mark.parametrize("formats", [("e4m3", "e4m3"), ("e5m2", "int8"), ("e3m4", "e3m3"), ("int12", "int12"),
                                      ("bf16", "bf16"), ("int4", None), ("e4m3", "e5m10"),
                                      ("e5m1", "e4m2")])  # fmt: skip

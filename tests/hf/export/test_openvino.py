@@ -19,7 +19,7 @@ from fliqs_hf.hf.export.openvino_file import OpenVinoSettings, layer_form, store
 from fliqs_hf.hf.export.runtime import OpenVinoClassifier
 from fliqs_hf.nn.kernels import set_kernels
 from tests.helpers.models import images, tiny
-from tests.hf.export.test_layers import OTHERS, convolution, linear, other
+from tests.hf.export.test_layers import OTHERS, convolution, linear, other, packed
 
 openvino = pytest.importorskip("openvino")
 pytest.importorskip("onnx_ir")
@@ -72,6 +72,18 @@ def test_weights_are_the_packed_ones(fmt: str, make: Any) -> None:
     else:
         found = run(layer, torch.eye(72).view(72, 8, 3, 3)).view(72, 16).T.reshape(16, 8, 3, 3)
     assert torch.equal(found, layer.decoded_weight())
+
+
+@pytest.mark.parametrize(("fmt", "features", "stored"), [
+    ("int4", 33, "INT8"), ("int4", 34, "INT4"), ("int2", 34, "INT8"), ("int2", 36, "INT2"), ("e2m1", 35, "INT8"),
+    ("e2m1", 34, "FLOAT4E2M1"), ("int4_g32", 33, "INT4"), ("mxfp4", 33, "FLOAT4E2M1"),
+])  # fmt: skip
+def test_rows_that_would_end_within_a_byte_are_stored_in_bytes(fmt: str, features: int, stored: str) -> None:
+    """OpenVINO reads other numbers from them where it multiplies several inputs."""
+    torch.manual_seed(0)
+    layer = packed(nn.Linear(features, 17, bias=False), fmt, None)
+    assert layer_form("layer", layer, OpenVinoSettings()).stored == stored
+    assert torch.equal(run(layer, torch.eye(features)).T, layer.decoded_weight())
 
 
 @pytest.mark.parametrize("geometry", [

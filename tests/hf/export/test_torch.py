@@ -29,6 +29,9 @@ def test_answers_are_the_packed_models(architecture: str, tmp_path: Path) -> Non
     for count in (1, 5):
         with torch.no_grad():
             assert torch.equal(program(images(count)).logits, model(images(count)).logits)
+    plain = torch.export.load(tmp_path / "model.pt2").module()
+    assert torch.equal(plain(images(2)), model(images(2)).logits)  # also where gradients are on
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.slow
