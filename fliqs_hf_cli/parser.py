@@ -10,7 +10,10 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Accepts no abbreviations, which a typo could be. With `pass_through` it leaves every argument to the command."""
+    """Accepts no abbreviations, which a typo could be. With `pass_through` it leaves every argument to the command.
+
+    `given` of a command's arguments are the names of those that were given, whatever their values.
+    """
 
     def __init__(self, *args: Any, pass_through: bool = False, **kwargs: Any) -> None:
         settings: dict[str, Any] = {"add_help": not pass_through, "allow_abbrev": False, **kwargs}
@@ -24,7 +27,12 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.as_json = "--json" in (sys.argv[1:] if args is None else args)
         if not self.pass_through:
-            return super().parse_known_args(args, namespace)
+            found, unknown = super().parse_known_args(args, namespace)
+            if self._subparsers is None:
+                names = [action.dest for action in self._actions]
+                again, _ = super().parse_known_args(args, argparse.Namespace(**dict.fromkeys(names)))  # no defaults
+                found.given = frozenset(name for name in names if getattr(again, name) is not None)
+            return found, unknown
         namespace = namespace or argparse.Namespace()
         vars(namespace).update(self._defaults, rest=list(args))
         return namespace, []

@@ -118,7 +118,15 @@ class CalibrationImages:
 
 def check(args: argparse.Namespace) -> None:
     """Raises: ConfigError: an option that needs calibration images, without them."""
-    check_meant(args, "calibration", "calibration_split", "image_column", "label_column")
+    of_images = (
+        "calibration_split",
+        "calibration_images",
+        "image_column",
+        "label_column",
+        "match_labels",
+        "batch_size",
+    )
+    check_meant(args, "calibration", *of_images)
     columns(args)  # refuses what does not fit the task
     options = {"rounding": "nearest", "bias_correction": "false", "activations": "dynamic", "rotation": "false"}
     for name, without in {**options, "zero_points": "false"}.items():

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fliqs_hf.errors import CheckpointError, ConfigError, DataError
+from fliqs_hf.cli.unused import check_unused
+from fliqs_hf.errors import CheckpointError, DataError
 from fliqs_hf.json_file import read_object
 from fliqs_hf.records import RunSettings
 from fliqs_hf.runs.files import RUN
@@ -37,9 +38,8 @@ def check_meant(args: argparse.Namespace, source: str, *names: str) -> None:
         names: arguments about the images that the argument `source` names.
     Raises: ConfigError: one of them is given, and there are no such images.
     """
-    given = [name for name in names if getattr(args, name) is not None]
-    if given and not getattr(args, source):
-        raise ConfigError(f"--{given[0]} is about images: give them with --{source} DATASET, or leave it out")
+    if not getattr(args, source):
+        check_unused(args, f"is about images: give them with --{source} DATASET, or leave it out", *names)
 
 
 def to_validate(run: str, name: str, split: str | None) -> tuple[Any, list[str]]:

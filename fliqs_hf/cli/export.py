@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fliqs_hf.cli.data import check_meant, columns, to_validate
 from fliqs_hf.cli.output import answer, table
+from fliqs_hf.cli.unused import check_unused
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf.export.configs.counterpart import Counterpart
 from fliqs_hf.hf.export.forms import LayerForm
@@ -27,9 +28,9 @@ from fliqs_hf.training.splits import sample
 
 
 def export(args: argparse.Namespace) -> int:
-    check_meant(args, "dataset_name", "split", "image_column")
     if args.to in LIBRARIES:
         return _export_config(args)
+    check_meant(args, "dataset_name", "split", "image_column", "max_samples", "batch_size")
     result = export_model(
         args.run,
         args.output,
@@ -48,9 +49,9 @@ def export(args: argparse.Namespace) -> int:
 def _export_config(args: argparse.Namespace) -> int:
     """Raises: ConfigError: an option that is of models alone."""
     of_files = [field.name for target in TARGETS.values() if target.settings for field in fields(target.settings)]
-    for name in (*of_files, "dataset_name", "min_agreement", "include_preprocessing"):
-        if getattr(args, name) not in (None, False):
-            raise ConfigError(f"--{name} is no setting of --to {args.to}, which writes no model: leave it out")
+    of_images = ("dataset_name", "split", "image_column", "max_samples", "batch_size", "task", "min_agreement")
+    why = f"is no setting of --to {args.to}, which writes no model: leave it out"
+    check_unused(args, why, *of_files, *of_images, "include_preprocessing")
     result = export_config(args.run, args.output, to=args.to, overwrite=args.overwrite)
     kinds = Counter((layer.weight, layer.activation, layer.became) for layer in result.layers)
     rows = [(*kind, count) for kind, count in kinds.most_common()]

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.calibration import CalibrationImages, pack
-from fliqs_hf.cli.held_out import HeldOutImages, check_no_held_out
+from fliqs_hf.cli.held_out import HeldOutImages
+from fliqs_hf.cli.unused import check_unused
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.pipeline.floor import Floor, FloorTest, descend
 from fliqs_hf.wording import count
@@ -21,7 +22,8 @@ from fliqs_hf.wording import count
 def floor_of(args: argparse.Namespace) -> Floor | None:
     """Raises: ConfigError: one without calibration images, or what belongs to one without it."""
     if args.max_drop is None and args.min_accuracy is None:
-        check_no_held_out(args, "a floor: give --max_drop or --min_accuracy")
+        of_floor = ("held_out", "held_out_split", "held_out_images", "confidence", "floor_steps")
+        check_unused(args, "is for a floor: give --max_drop or --min_accuracy", *of_floor)
         return None
     if not args.calibration:
         raise ConfigError("a floor is met with the help of images: give some with --calibration DATASET")

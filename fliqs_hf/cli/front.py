@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from fliqs_hf.baselines.front import FrontPoint, sensitivity_front
 from fliqs_hf.cli.calibration import CalibrationImages, pack, rounded, turn
-from fliqs_hf.cli.held_out import HeldOutImages, check_no_held_out
+from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer, table
 from fliqs_hf.cli.targets import settle
+from fliqs_hf.cli.unused import check_unused
 from fliqs_hf.cost import LayerInfo, unlisted_bytes
 from fliqs_hf.cost.latency import LatencyTable, use
 from fliqs_hf.cost.models import Cost, find, known_costs
@@ -47,7 +48,8 @@ class FrontRow(NamedTuple):
 def front(args: argparse.Namespace) -> int:
     """Raises: ConfigError: a folder with something in it, an unknown cost, a model that cannot be searched."""
     if not args.measure:
-        check_no_held_out(args, "measuring: give --measure POINTS")
+        of_measuring = ("held_out", "held_out_split", "held_out_images")
+        check_unused(args, "is for measuring: give --measure POINTS", *of_measuring)
     folder = Path(args.output)
     check_apart(folder, {"MODEL": args.model, "--calibration": data_source(args.calibration)})
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -24,13 +24,6 @@ FEWEST = 20
 KEPT_BYTES = 600_000_000
 
 
-def check_no_held_out(args: argparse.Namespace, use: str) -> None:
-    """Raises: ConfigError: images are named for a use that is not asked for."""
-    for name in ("held_out", "held_out_split"):
-        if getattr(args, name) is not None:
-            raise ConfigError(f"--{name} is for {use}")
-
-
 class HeldOutImages:
     """Random labelled images of a split without those of the calibration."""
 

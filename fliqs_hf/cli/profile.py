@@ -9,6 +9,7 @@ import torch
 
 from fliqs_hf.allocation import LayerFormats
 from fliqs_hf.cli.output import answer, table
+from fliqs_hf.cli.unused import check_unused
 from fliqs_hf.cost.choices import choices
 from fliqs_hf.cost.hardware import load_profile
 from fliqs_hf.cost.latency import BETWEEN, LatencyTable
@@ -26,7 +27,11 @@ _OURS = ('{\n "conditions"', "layer,weight,activation,ms")
 
 
 def profile(args: argparse.Namespace) -> int:
-    """Raises: ConfigError: an output that is none, a quantized model, formats that cannot be paired."""
+    """Raises: ConfigError: an output that is none, a quantized model, formats that cannot be paired, or an option
+    without effect."""
+    if args.estimate is not None:
+        why = "is for measuring, and --estimate measures nothing: leave it out"
+        check_unused(args, why, "rounds", "threads", "device")
     output = Path(args.output)
     if output.suffix not in ENDINGS:
         raise ConfigError(f"{args.output}: the ending says the form, one of {', '.join(ENDINGS)}")

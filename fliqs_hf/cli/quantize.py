@@ -15,6 +15,7 @@ from fliqs_hf.cli.floor import floor_of, meeting, missed, summary, taken
 from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer
 from fliqs_hf.cli.targets import settle, targets
+from fliqs_hf.cli.unused import check_quantize
 from fliqs_hf.cost import LayerInfo, Target, unlisted_bytes
 from fliqs_hf.cost.hardware import HardwareShare, load_profile, profile_here
 from fliqs_hf.cost.latency import NAME as LATENCY
@@ -142,10 +143,15 @@ def _loaded(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _aim(args: argparse.Namespace, target: list[Target]) -> list[Target] | str | None:
-    """What formats are chosen for, None where they are given: a floor alone asks for the cheapest that meet it."""
+    """What formats are chosen for, None where they are given: a floor alone asks for the cheapest that meet it.
+
+    Raises: ConfigError: an option that has no effect then.
+    """
     floor = args.max_drop is not None or args.min_accuracy is not None
     given = args.allocation or args.weight_format or args.activation_format
-    if target or not floor or given:
+    cheapest = floor and not target and not given
+    check_quantize(args, chosen=bool(target) or bool(cheapest), floor=floor)
+    if not cheapest:
         return target or None
     return BOPS.name if args.latency_table is None else LATENCY
 
@@ -277,7 +283,9 @@ def _save(
     found: AllocationResult | None,
 ) -> RunFolder:
     """Write the run folder of the packed model, but for its results."""
-    settings = {key: value for key, value in vars(args).items() if key not in ("json", "fliqs_command", "func")}
+    settings = {
+        key: value for key, value in vars(args).items() if key not in ("json", "fliqs_command", "func", "given")
+    }
     settings |= {"model_name_or_path": args.model, "dataset_name": args.calibration}
     run.configure(settings)
     if found is not None:

@@ -66,6 +66,7 @@ def check_settings(args: TrainingArguments, search_args: SearchArguments) -> Non
         use(LatencyTable.load(search_args.latency_table))
     targets = targets_of(search_args)
     limits_of(search_args)
+    check_effects(args, search_args)
     settled(search_args)
     parse_rules(search_args.require, search_args.min_bits)
     uniform_formats(search_args)
@@ -77,6 +78,19 @@ def check_settings(args: TrainingArguments, search_args: SearchArguments) -> Non
         train_config(args, args.finetune_steps, args.finetune_learning_rate or args.learning_rate, search.quality)
     check_run_name(args.run_name, trackers_of(args.report_to))
     _check_hub_name(args, targets)
+
+
+def check_effects(args: TrainingArguments, search_args: SearchArguments) -> None:
+    """Raises: ConfigError: a setting that differs from its default and has no effect beside the others."""
+    floor = search_args.max_drop is not None or search_args.min_accuracy is not None
+    if search_args.confidence != SearchArguments.confidence and not floor:
+        raise ConfigError(
+            f"confidence={search_args.confidence} is of a floor: give max_drop or min_accuracy, or leave it out"
+        )
+    if args.lr_scheduler_type == "constant" and args.warmup_ratio not in (0, TrainingArguments.warmup_ratio):
+        raise ConfigError(
+            f"a constant learning rate has no warmup_ratio={args.warmup_ratio}: use constant_with_warmup"
+        )
 
 
 def model_settings(model_args: ModelArguments) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fliqs_hf.errors import ConfigError, did_you_mean
 from fliqs_hf.limits import check_values
 from fliqs_hf.training.foreign import ForeignArguments, advice, fold
 from fliqs_hf.training.schedule import Schedule
+from fliqs_hf.training.splits import TRAIN_VAL_SPLIT
 
 
 @dataclass
@@ -48,7 +49,7 @@ class DataArguments:
     validation_dir: str | None = None
     validation_split: str | None = None
     train_val_split: float = field(
-        default=0.15, metadata={"help": "share held out where there is no validation split"}
+        default=TRAIN_VAL_SPLIT, metadata={"help": "share held out where there is no validation split"}
     )
     image_column_name: str | None = field(default=None, metadata={"help": "default: the task's, such as image"})
     label_column_name: str | None = field(default=None, metadata={"help": "default: the task's, such as label"})

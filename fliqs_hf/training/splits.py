@@ -19,6 +19,8 @@ from fliqs_hf.optional import needed_for
 logger = logging.getLogger(__name__)
 
 DIGITS = "digits"
+#: Share of the training images that is held out where there is no validation split.
+TRAIN_VAL_SPLIT = 0.15
 #: Column with the row that an image has in the data set, where a view shows rows in another order. A number, or a
 #: text with the split, where several are joined.
 ROW = "__row__"
@@ -35,7 +37,7 @@ def load_splits(
     validation_dir: str | None = None,
     train_split: str = "train",
     validation_split: str | None = None,
-    train_val_split: float = 0.15,
+    train_val_split: float = TRAIN_VAL_SPLIT,
     streaming: bool = False,
     seed: int = 0,
     cache_dir: str | None = None,
@@ -71,19 +73,29 @@ def load_splits(
     if other is None:
         if streaming:
             raise DataError(f"a stream cannot be split: name a validation_split; the dataset has {', '.join(splits)}")
-        if not 0 < train_val_split < 1:
-            raise DataError(f"train_val_split={train_val_split} must be between 0 and 1")
-        try:
-            parts = numbered(train).train_test_split(train_val_split, seed=seed)
-        except ValueError as error:
-            raise DataError(
-                f"the split {train_split!r} holds {len(train)} images, too few to hold out "
-                f"train_val_split={train_val_split} of them: add images, or give a validation split"
-            ) from error
-        return parts["train"], parts["test"]
+        return _held_out(train, train_split, train_val_split, seed)
+    if train_val_split != TRAIN_VAL_SPLIT:
+        raise DataError(
+            f"train_val_split={train_val_split} is for data without a validation split, and {other!r} is one here: "
+            "leave it out"
+        )
     if not streaming:
         train = _without(splits, train_split, other)
     return train, select(splits, other)
+
+
+def _held_out(train: Any, name: str, share: float, seed: int) -> tuple[Any, Any]:
+    """The rest of the training images, and a share of them. Raises: DataError: there are too few."""
+    if not 0 < share < 1:
+        raise DataError(f"train_val_split={share} must be between 0 and 1")
+    try:
+        parts = numbered(train).train_test_split(share, seed=seed)
+    except ValueError as error:
+        raise DataError(
+            f"the split {name!r} holds {len(train)} images, too few to hold out train_val_split={share} of them: add "
+            "images, or give a validation split"
+        ) from error
+    return parts["train"], parts["test"]
 
 
 def load_all(

@@ -81,6 +81,14 @@ def test_validation_images_are_not_trained_with(tmp_path: Path, caplog: pytest.L
         load_splits(name, validation_split="train[:5]", streaming=True)
 
 
+def test_a_share_to_hold_out_is_for_data_without_a_validation_split(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        folder(tmp_path / name, "cat", "dog")
+    with pytest.raises(DataError, match=r"train_val_split=0\.2 is for data without a validation split, and 'test' is"):
+        load_splits(str(tmp_path), train_val_split=0.2)
+    assert [len(split) for split in load_splits(str(tmp_path))] == [20, 20]
+
+
 def broken(path: Path) -> Path:
     """Image 13, `dog/03.png`, cannot be decoded."""
     (folder(path, "cat", "dog") / "dog" / "03.png").write_bytes(png(13)[:40])
