@@ -115,7 +115,7 @@ def validated_and_exported(run: Path, folder: Path) -> None:
     for text in (run / "README.md", run / "fliqs/validation.html"):
         assert "hare of digits read right" in text.read_text() and "top-1" not in text.read_text()
     model = AutoModelForImageClassification.from_pretrained(run)
-    with pytest.raises(ConfigError, match="match_labels is for tasks with one class per image"):
+    with pytest.raises(ConfigError, match="match_labels='index' is for tasks with one class per image"):
         validate(model, model, None, image_processor=None, task="image-regression", match_labels="index")
     exported = export(run, folder / "exported", to="torch", task="image-regression")
     assert exported.agreement.percent == 100 and exported.agreement.rms == 0

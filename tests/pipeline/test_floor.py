@@ -92,21 +92,21 @@ def model(tmp_path: Path) -> str:
 def test_the_command(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     command = ["quantize", model, str(run), "--calibration", "digits", "--calibration_images", "16", "--json",
-               "--match_labels", "index", "--search_space", "int2", "int8", "--held_out_images", "100",
-               "--rounding", "nearest"]  # fmt: skip
-    assert fliqs_hf_cli.main([*command, "--max_drop", "0"]) == 1  # no images can prove that nothing is lost
+               "--match_labels", "index", "--held_out_images", "100", "--rounding", "nearest"]  # fmt: skip
+    chosen = [*command, "--search_space", "int2", "int8"]
+    assert fliqs_hf_cli.main([*chosen, "--max_drop", "0"]) == 1  # no images can prove that nothing is lost
     out = capsys.readouterr().out
     refused = json.loads(out[out.index("{\n") :])
     assert "no model is written" in refused["error"] and len(refused["floor"]["trials"]) == 1
     assert not (run / "config.json").exists()
-    assert fliqs_hf_cli.main([*command, "--max_drop", "99"]) == 0  # which any model meets: the cheapest is taken
+    assert fliqs_hf_cli.main([*chosen, "--max_drop", "99"]) == 0  # which any model meets: the cheapest is taken
     met = json.loads(capsys.readouterr().out)
     assert {entry["weight"] for entry in met["allocation"].values()} == {"int2"}
     assert all(trial["met"] and trial["images"] == 100 for trial in met["floor"]["trials"])
     assert len(met["floor"]["trials"]) > 1
-    assert fliqs_hf_cli.main([*command, "--max_drop", "99", "--overwrite", "--floor_steps", "2"]) == 0
+    assert fliqs_hf_cli.main([*chosen, "--max_drop", "99", "--overwrite", "--floor_steps", "2"]) == 0
     assert len(json.loads(capsys.readouterr().out)["floor"]["trials"]) == 2  # the most and the least precise
-    assert fliqs_hf_cli.main([*command, "--max_drop", "99", "--overwrite"]) == 0
+    assert fliqs_hf_cli.main([*chosen, "--max_drop", "99", "--overwrite"]) == 0
     met = json.loads(capsys.readouterr().out)
     recorded = json.loads((run / "fliqs/results.json").read_text())["floor"]
     assert recorded["trials"] == met["floor"]["trials"] and recorded["max_drop"] == 0.99
@@ -126,7 +126,7 @@ def test_the_command(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
             "train[:40]",
         ): "images are held out",
     }.items():
-        assert fliqs_hf_cli.main([*command, "--overwrite", *more]) == 2
+        assert fliqs_hf_cli.main([*chosen, "--overwrite", *more]) == 2
         assert message in capsys.readouterr().err
     uncalibrated = ["quantize", model, str(run), "--overwrite", "--max_drop", "1"]
     assert fliqs_hf_cli.main(uncalibrated) == 2 and "give some with --calibration" in capsys.readouterr().err

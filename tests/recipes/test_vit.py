@@ -259,7 +259,7 @@ def test_epochs_are_steps(epochs: float, processes: int, steps: int) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"preset": "paper"},
+        {"preset": "paper", "search_overrides": None},
         {"activation": "separate"},
         {"search_overrides": {"prior_images": 64, "samples_per_step": 2, "explore_fraction": 0.5}},
         {"search_overrides": {"prior_images": 64, "explore_fraction": 0.0}},
