@@ -157,8 +157,7 @@ def read(
         classes = len(names) if names else getattr(config, "num_labels", None)
         labels = label_reader(dataset, columns[1], names, classes, match)
         return Reading(read_batches(dataset, batch_size, *columns, labels, mode_of(config)), processor, names, labels)
-    if match != "name":
-        raise ConfigError(f"match_labels is for tasks with one class per image, not for {task.name!r}: leave it out")
+    check_match(task, match)
     task.check_right()
     if not hasattr(dataset, "column_names"):
         raise DataError(f"the task {task.name!r} reads a datasets.Dataset, not a {type(dataset).__name__}")

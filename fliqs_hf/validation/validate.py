@@ -29,7 +29,7 @@ from fliqs_hf.training.labels import MatchLabels
 from fliqs_hf.training.loading import device_of
 from fliqs_hf.validation import page, statistics
 from fliqs_hf.validation.comparison import WARM_UP_BATCHES, Example, PairedPredictions, compare
-from fliqs_hf.validation.data import check_match, read
+from fliqs_hf.validation.data import read
 from fliqs_hf.validation.statistics import ClassChange, ConfidenceCalibration, Proportion
 from fliqs_hf.version import __version__
 
@@ -216,7 +216,6 @@ def validate(
     """
     settings = _Settings(batch_size, max_drop, confidence, resamples, seed, examples_per_class, match_labels)
     kind, columns = find_task(task), (image_column, label_column)
-    check_match(kind, match_labels)
     reading = read(kind, (original, quantized), dataset, image_processor, batch_size, columns, match_labels)
     place = device_of(device) if device is not None else next(original.parameters()).device
     length = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Sized) else None
