@@ -8,6 +8,7 @@ from typing import Any
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cli.output import answer, table
+from fliqs_hf.cli.unused import check_unused
 from fliqs_hf.cost import LayerInfo
 from fliqs_hf.cost.hardware import Profile, load_profile, native_share, profile_names, run_anywhere
 from fliqs_hf.errors import ConfigError
@@ -19,10 +20,10 @@ def hardware(args: argparse.Namespace) -> int:
     mean nothing here."""
     if args.what != "list" and args.name is None:
         raise ConfigError(f"hardware {args.what}: name a {'profile' if args.what == 'show' else 'checkpoint'}")
-    given = {"name": args.what == "list" and args.name, "--hardware": args.hardware, "--revision": args.revision}
-    odd = [f"{name} {value!r}" for name, value in given.items() if args.what != "check" and value]
-    if odd:
-        raise ConfigError(f"hardware {args.what} does not take {odd[0]}: leave it out, or use hardware check")
+    if args.what == "list" and args.name is not None:
+        raise ConfigError(f"hardware list takes no name: leave {args.name!r} out, or say show or check")
+    if args.what != "check":
+        check_unused(args, f"is for hardware check, not for hardware {args.what}", "hardware", "revision")
     if args.what == "list":
         return _list(args)
     return _show(args, load_profile(args.name)) if args.what == "show" else _check(args)

@@ -72,6 +72,7 @@ def _quantized(args: argparse.Namespace, output: RunFolder, more: More | None) -
         use(latency)
     target, floor = _targets(args), floor_of(args)
     aim = _aim(args, target)
+    check_quantize(args, chosen=aim is not None, floor=floor is not None)
     if aim is not None:
         settle(args, "separate")
     shown = profile_here() if args.hardware is None else load_profile(args.hardware)
@@ -143,14 +144,10 @@ def _loaded(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _aim(args: argparse.Namespace, target: list[Target]) -> list[Target] | str | None:
-    """What formats are chosen for, None where they are given: a floor alone asks for the cheapest that meet it.
-
-    Raises: ConfigError: an option that has no effect then.
-    """
+    """What formats are chosen for, None where they are given: a floor alone asks for the cheapest that meet it."""
     floor = args.max_drop is not None or args.min_accuracy is not None
     given = args.allocation or args.weight_format or args.activation_format
     cheapest = floor and not target and not given
-    check_quantize(args, chosen=bool(target) or bool(cheapest), floor=floor)
     if not cheapest:
         return target or None
     return BOPS.name if args.latency_table is None else LATENCY

@@ -26,9 +26,6 @@ def check_quantize(args: argparse.Namespace, chosen: bool, floor: bool) -> None:
         chosen: formats are chosen, not given. floor: of accuracy.
     Raises: ConfigError: an option of `fliqs-hf quantize` that would have no effect.
     """
-    if not chosen:
-        is_for = "is about formats that are chosen: give a target, such as --target_bits 4"
-        check_unused(args, is_for, "search_space", "activation")
     if floor and not chosen:
         check_unused(args, "is about formats that are chosen: those that are given are tested alone", "floor_steps")
     if not (chosen or floor):
@@ -42,8 +39,6 @@ def check_quantize(args: argparse.Namespace, chosen: bool, floor: bool) -> None:
 
 def _no_zero_points(args: argparse.Namespace, chosen: bool) -> str | None:
     """Why no input would have one."""
-    if args.activations not in (None, "dynamic"):
-        return f"with --activations {args.activations}: they are for dynamic input scales"
     if chosen:
         return "with --activation same: weights have none" if args.activation == "same" else None
     if args.allocation is not None:

@@ -39,11 +39,6 @@ UNUSED: list[tuple[list[str], str]] = [
         for option, value in (("calibration_images", "512"), ("match_labels", "name"), ("batch_size", "32"))
     ),
     *(
-        ([*command, f"--{option}", value], f"--{option} is about formats that are chosen: give a target")
-        for command in (QUANTIZE, IMAGES, [*IMAGES, "--max_drop", "1", "--weight_format", "int8"])
-        for option, value in (("search_space", "int4"), ("activation", "same"))
-    ),
-    *(
         ([*IMAGES, f"--{option}", value], f"--{option} is for a floor: give --max_drop or --min_accuracy")
         for option, value in (
             ("held_out", "digits"), ("held_out_split", "train"), ("held_out_images", "1000"), ("confidence", "0.95"),
@@ -57,7 +52,6 @@ UNUSED: list[tuple[list[str], str]] = [
     *(
         ([*IMAGES, "--zero_points", "true", *more], f"--zero_points true has no effect with --{named}")
         for more, named in (
-            (["--activation_format", "int4", "--activations", "mse"], "activations mse"),
             (["--activation_format", "int8"], "activation_format int8"),
             (["--activation_format", "e2m1"], "activation_format e2m1"),
             (["--activation_format", "none"], "activation_format none"),

@@ -200,7 +200,3 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert fliqs_hf_cli.main(["inspect", str(tmp_path / "run"), "--hardware", "h100"]) == 0
     assert "bit operations on h100: " in capsys.readouterr().out
     assert fliqs_hf_cli.main(["hardware", "show"]) == 2
-    capsys.readouterr()
-    for ignored in ("list a100", "list --hardware h100", "show a100 --hardware h100", "show a100 --revision main"):
-        assert fliqs_hf_cli.main(["hardware", *ignored.split()]) == 2
-        assert f"does not take {'name' if ignored == 'list a100' else '--'}" in capsys.readouterr().err
