@@ -101,4 +101,7 @@ def _text(args: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) -> s
     text += "".join(f"\nno {name} model: {why[name]}" for name in missing)
     if found["recommended"]["ms"] >= fp32["ms"]:
         text += f"\nit is not faster than fp32 here ({change(found['recommended']['ms'] / fp32['ms'] - 1)} % of time)"
+    if "faster" in found and found["faster"]["ms"] >= found["recommended"]["ms"]:
+        slower = change(found["faster"]["ms"] / found["recommended"]["ms"] - 1)
+        text += f"\nthe one that should be faster is not, on this device ({slower} % of time)"
     return text + f"\nallocations of all are in {args.output}/fliqs/{FILE}"

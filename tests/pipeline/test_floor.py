@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,13 @@ def test_recommend(
     assert found["recommended"]["allocation"] == json.loads((run / "fliqs/allocation.json").read_text())
     assert fliqs_hf_cli.main([*command, "--overwrite", "--min_accuracy", "1", "--json"]) == 1
     assert "no model is written" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_a_recommendation_says_what_is_not_faster() -> None:
+    tested = {"bytes": 10**6, "accuracy": 0.8, "drop": 0.0, "highest_drop": 0.01, "met": True}
+    found = {name: {**tested, "ms": ms} for name, ms in (("fp32", 9.0), ("recommended", 10.0), ("faster", 11.0))}
+    said = recommend._text(Namespace(output="out"), found)
+    assert "it is not faster than fp32 here" in said and "should be faster is not, on this device (+10.00 %" in said
+    found["recommended"]["ms"] = 8.0
+    found["faster"]["ms"] = 7.0
+    assert "not faster" not in (said := recommend._text(Namespace(output="out"), found)) and "should be" not in said
