@@ -133,10 +133,6 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value not in (None, without) and not args.calibration:
             raise ConfigError(f"--{name} {value} needs images: give some with --calibration DATASET")
-    if args.zero_points == "true" and args.activations not in (None, "dynamic"):
-        raise ConfigError(
-            f"--zero_points true is for dynamic input scales: leave it out, or --activations {args.activations}"
-        )
     if args.weight_scale == "output" and (not args.calibration or args.rounding == "nearest"):
         raise ConfigError("--weight_scale output is found by GPTQ: give --calibration DATASET and --rounding gptq")
 

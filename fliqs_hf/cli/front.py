@@ -21,12 +21,13 @@ from fliqs_hf.cost.latency import LatencyTable, use
 from fliqs_hf.cost.models import Cost, find, known_costs
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.files import replacing, write_text
-from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config, traced
+from fliqs_hf.pipeline.checkpoints import load_model, load_processor, read_config, traced
 from fliqs_hf.pipeline.costs import search_problem
 from fliqs_hf.pipeline.outputs import check_apart, check_writable, data_source
 from fliqs_hf.pipeline.post_training import allocate
 from fliqs_hf.report.front_page import Point, front_figure, page
 from fliqs_hf.report.run_figures import write_png
+from fliqs_hf.training.loading import device_of
 from fliqs_hf.validation.statistics import proportion
 from fliqs_hf.wording import percent
 

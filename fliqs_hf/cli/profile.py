@@ -16,9 +16,10 @@ from fliqs_hf.cost.latency import BETWEEN, LatencyTable
 from fliqs_hf.cost.roofline import roofline
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
-from fliqs_hf.pipeline.checkpoints import device_of, empty_model, load_model, read_config, traced
+from fliqs_hf.pipeline.checkpoints import empty_model, load_model, read_config, traced
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file
 from fliqs_hf.pipeline.profiling import profile as measure
+from fliqs_hf.training.loading import device_of
 from fliqs_hf.wording import change, short
 
 ENDINGS = (".json", ".csv")

@@ -15,7 +15,7 @@ from fliqs_hf.cli.floor import floor_of, meeting, missed, summary, taken
 from fliqs_hf.cli.held_out import HeldOutImages
 from fliqs_hf.cli.output import answer
 from fliqs_hf.cli.targets import settle, targets
-from fliqs_hf.cli.unused import check_quantize
+from fliqs_hf.cli.unused import check_quantize, check_unused
 from fliqs_hf.cost import LayerInfo, Target, unlisted_bytes
 from fliqs_hf.cost.hardware import HardwareShare, load_profile, profile_here
 from fliqs_hf.cost.latency import NAME as LATENCY
@@ -25,7 +25,7 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.hf import FLIQSConfig
 from fliqs_hf.hf.card import write_card
 from fliqs_hf.lock import locked
-from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config, traced
+from fliqs_hf.pipeline.checkpoints import load_model, load_processor, read_config, traced
 from fliqs_hf.pipeline.floor import FloorTest, candidates, record
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders, data_source
 from fliqs_hf.pipeline.post_training import AllocationResult, allocate
@@ -35,6 +35,7 @@ from fliqs_hf.runs.replacement import replacing_run
 from fliqs_hf.selection import find_score
 from fliqs_hf.selection.rules import parse_rules
 from fliqs_hf.tasks import find_task
+from fliqs_hf.training.loading import device_of
 
 
 def quantize(args: argparse.Namespace) -> int:
@@ -237,12 +238,12 @@ def _targets(args: argparse.Namespace) -> list[Target]:
         raise ConfigError(
             f"--{given[0]} chooses formats by their effect on images: give some with --calibration DATASET"
         )
-    chosen = [name for name in ("require", "min_bits", "score", "search_space", "activation") if getattr(args, name)]
-    if chosen and _aim(args, found) is None:
+    if _aim(args, found) is None:
         remedy = "give a target or a floor, such as --target_bits 4 or --max_drop 0.5"
         if ways:
             remedy = f"leave it out, or --{ways[0]}, which says all formats"
-        raise ConfigError(f"--{chosen[0]} is about formats that are chosen: {remedy}")
+        of_choice = ("require", "min_bits", "score", "search_space", "activation")
+        check_unused(args, f"is about formats that are chosen: {remedy}", *of_choice)
     parse_rules(args.require, args.min_bits)
     if args.score is not None:
         find_score(args.score)

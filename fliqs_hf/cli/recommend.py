@@ -15,9 +15,10 @@ import torch
 from fliqs_hf.cli.output import answer, table
 from fliqs_hf.cli.quantize import quantized
 from fliqs_hf.cost import example_image
-from fliqs_hf.pipeline.checkpoints import device_of, load_model
+from fliqs_hf.pipeline.checkpoints import load_model
 from fliqs_hf.runs.folder import RunFolder
 from fliqs_hf.timing import device_clock, interleaved
+from fliqs_hf.training.loading import device_of
 from fliqs_hf.wording import change, factor, milliseconds, percent, points, size
 
 #: Passes of each model whose median is given, after one that prepares it.

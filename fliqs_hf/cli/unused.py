@@ -39,6 +39,8 @@ def check_quantize(args: argparse.Namespace, chosen: bool, floor: bool) -> None:
 
 def _no_zero_points(args: argparse.Namespace, chosen: bool) -> str | None:
     """Why no input would have one."""
+    if args.activations not in (None, "dynamic"):
+        return f"with --activations {args.activations}: they are for dynamic input scales"
     if chosen:
         return "with --activation same: weights have none" if args.activation == "same" else None
     if args.allocation is not None:

@@ -11,10 +11,11 @@ from fliqs_hf.cli.output import answer
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.files import write_text
 from fliqs_hf.hf.card import write_card
-from fliqs_hf.pipeline.checkpoints import device_of, load_model, load_processor, read_config
+from fliqs_hf.pipeline.checkpoints import load_model, load_processor, read_config
 from fliqs_hf.pipeline.outputs import check_apart, check_result_file, check_writable, data_source
 from fliqs_hf.report.run_report import PAGE, WRITTEN, write_report
 from fliqs_hf.runs.files import CARD, RUN, RunFiles, is_run, locked_run
+from fliqs_hf.training.loading import device_of
 from fliqs_hf.training.splits import sample
 from fliqs_hf.validation.validate import ValidationResult
 from fliqs_hf.validation.validate import validate as compare

@@ -13,7 +13,6 @@ from fliqs_hf.cost import LayerInfo, example_image, trace_layers
 from fliqs_hf.errors import ConfigError, FliqsError
 from fliqs_hf.hf.config import METHOD, FLIQSConfig
 from fliqs_hf.hf.export.runtime import exported_file, load_exported
-from fliqs_hf.training.loading import device_of as device_of
 from fliqs_hf.training.loading import load
 
 #: Of a text that goes with an image; CLIP reads so many.

@@ -66,7 +66,7 @@ def check_settings(args: TrainingArguments, search_args: SearchArguments) -> Non
         use(LatencyTable.load(search_args.latency_table))
     targets = targets_of(search_args)
     limits_of(search_args)
-    check_effects(args, search_args)
+    _check_effects(args, search_args)
     settled(search_args)
     parse_rules(search_args.require, search_args.min_bits)
     uniform_formats(search_args)
@@ -80,7 +80,7 @@ def check_settings(args: TrainingArguments, search_args: SearchArguments) -> Non
     _check_hub_name(args, targets)
 
 
-def check_effects(args: TrainingArguments, search_args: SearchArguments) -> None:
+def _check_effects(args: TrainingArguments, search_args: SearchArguments) -> None:
     """Raises: ConfigError: a setting that differs from its default and has no effect beside the others."""
     floor = search_args.max_drop is not None or search_args.min_accuracy is not None
     if search_args.confidence != SearchArguments.confidence and not floor:

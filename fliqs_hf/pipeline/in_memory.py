@@ -29,7 +29,7 @@ from fliqs_hf.pipeline.search import carry_out, searched
 from fliqs_hf.pipeline.search_floor import floor_of
 from fliqs_hf.runs.finished import FinishedRun
 from fliqs_hf.runs.folder import RunFolder
-from fliqs_hf.selection.rules import texts
+from fliqs_hf.selection.rules import rule_texts
 from fliqs_hf.selection.space import ActivationMode
 from fliqs_hf.tasks import Task, find_task
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments, typed
@@ -95,8 +95,8 @@ def search(
             **_chosen(choices(search_space, hardware, activation)),
             **_aim(target, max_drop, min_accuracy, confidence),
             **_patterns(modules_to_not_convert=modules_to_not_convert, tie=tie),
-            require=texts(require),
-            min_bits=texts(min_bits),
+            require=rule_texts(require),
+            min_bits=rule_texts(min_bits),
             activation_granularity=activation_granularity,
             search_overrides=_changes(config or SearchConfig()),
         ),
@@ -118,6 +118,8 @@ def _run(model: Any, splits: tuple[Any, Any], target: Target, parts: Parts, proc
     model_args, data_args, args, search_args = parts
     kind = find_task(model_args.task)
     kind.check(model.config)
+    if _is_prepared(splits[0]) and (column := data_args.image_column_name or data_args.label_column_name):
+        raise ConfigError(f"the column {column!r} is of a datasets.Dataset with images, and data holds pixel values")
     data_args = with_columns(data_args, kind)
     with ExitStack() as stack:
         folder = RunFolder(args.output_dir)
@@ -219,11 +221,16 @@ def _splits(data: Any, eval_data: Any) -> tuple[Any, Any]:
     return data, eval_data
 
 
+def _is_prepared(data: Any) -> bool:
+    """Whether its items are pixel values and labels already."""
+    return not hasattr(data, "column_names") or "pixel_values" in data.column_names or data.format["type"] == "custom"
+
+
 def _tensors(
     task: Task, train: Any, held_out: Any, processor: Any, model: Any, args: DataArguments
 ) -> tuple[Any, Any]:
     """Both as pixel values and labels. Raises: DataError: other items, or labels that are no classes of the model."""
-    if not hasattr(train, "column_names") or "pixel_values" in train.column_names or train.format["type"] == "custom":
+    if _is_prepared(train):
         pairs = PixelData(train, model.num_labels, task), PixelData(held_out, model.num_labels, task)
         for data in pairs:
             data.first()

@@ -24,7 +24,7 @@ def parse_rules(require: Sequence[str] | None, min_bits: Sequence[str] | None) -
     return {"require": named, "min_bits": bits}
 
 
-def texts(rules: Mapping[str, Any] | None) -> list[str] | None:
+def rule_texts(rules: Mapping[str, Any] | None) -> list[str] | None:
     """What `parse_rules` reads, of one argument of `SearchSpace`. Raises: ConfigError: it is no mapping."""
     if not rules:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,7 @@ NO_CLASS = 255
 
 
 class PixelLosses(Losses):
-    """Losses of batches, summed over images. Images with pixels of classes that the model does not have are counted,
-    and refused by `check`: on an accelerator, where looking at every batch would wait for it, only once."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.classes = 0
+    """Images with pixels of classes that the model does not have mean nothing."""
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """
@@ -40,10 +36,7 @@ class PixelLosses(Losses):
             )
         self.classes = prediction.shape[1]
         bad = _foreign(target, self.classes)
-        self.images += len(target)
-        self.invalid = self.invalid.to(target.device) + bad.flatten(1).any(1).sum()
-        if target.device.type == "cpu":
-            self.check(int(self.invalid), self.images)
+        self.count(bad.flatten(1).any(1))
         return self.task.loss(prediction, target.masked_fill(bad, NO_CLASS)) * len(target)
 
     def check(self, invalid: int, images: int) -> None:
@@ -134,7 +127,7 @@ class SemanticSegmentation(Task):
         from fliqs_hf.training.masks import MaskedImages
 
         options.pop("label_ids", None)  # None: numbers of pixels are the model's
-        return MaskedImages(split, processor, num_labels, no_class=NO_CLASS, **options)
+        return MaskedImages(split, processor, partial(self.target, num_labels=num_labels), **options)
 
 
 def _sized(prediction: Tensor, target: Tensor) -> Tensor:

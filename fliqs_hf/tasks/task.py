@@ -50,19 +50,29 @@ def recorded(entry: Mapping[str, Any]) -> tuple[str, float]:
 
 
 class Losses:
-    """Losses of batches, summed over images.
+    """Losses of batches, summed over images. Targets that mean nothing are counted, and refused by `check`: on an
+    accelerator, where looking at every batch would wait for it, only once.
 
     Attributes:
         images: targets seen. invalid: how many of them mean nothing, int64 [], on their device.
+        classes: that the last prediction chose from, where the task has any.
     """
 
     def __init__(self, task: Task) -> None:
         self.task, self.images, self.invalid = task, 0, torch.zeros((), dtype=torch.int64)
+        self.classes = 0
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Sum over the batch."""
-        self.images += len(target)
+        self.count(torch.zeros(len(target), dtype=torch.bool, device=target.device))
         return self.task.loss(prediction, target) * len(target)
+
+    def count(self, bad: Tensor) -> None:
+        """Args: bad: which targets of a batch mean nothing, bool [batch]. Raises: DataError: on a CPU, some."""
+        self.images += len(bad)
+        self.invalid = self.invalid.to(bad.device) + bad.sum()
+        if bad.device.type == "cpu":
+            self.check(int(self.invalid), self.images)
 
     def check(self, invalid: int, images: int) -> None:
         """Raises: DataError: `invalid` of the targets of `images` mean nothing."""

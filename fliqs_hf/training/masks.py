@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -25,15 +26,15 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         self,
         split: Any,
         processor: Any,
-        num_labels: int,
+        target: Callable[[Any], Tensor],
         *,
-        no_class: int,
         image_column: str = "image",
         label_column: str = "label",
         cache: bool = False,
     ) -> None:
         """
-        Args: as of `ImageData`; `processor` takes `segmentation_maps`; `no_class` is of pixels without one.
+        Args: as of `ImageData`; `processor` takes `segmentation_maps`; `target` makes a target of what it makes of
+            them, or raises a DataError that does not say which image it is.
         Raises: ConfigError: it does not. DataError: an empty split, or a column that does not exist.
         """
         if "segmentation_maps" not in inspect.signature(processor.preprocess).parameters:
@@ -44,7 +45,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         if len(split) == 0:
             raise DataError("the split is empty: it holds no image")
         self.images, self.masks = Images(split, image_column), Images(split, label_column)
-        self.processor, self.num_labels, self.no_class = processor, num_labels, no_class
+        self.processor, self.target = processor, target
         self._cache: dict[int, tuple[Tensor, Tensor]] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -58,14 +59,10 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
             return self._cache[index]
         (image, name), (mask, _) = self.images[index], self.masks[index]
         made = self.processor(decoded(image, name), segmentation_maps=classes_of(mask, name), return_tensors="pt")
-        classes = made["labels"][0].long()
-        foreign = (classes != self.no_class) & ((classes < 0) | (classes >= self.num_labels))
-        if foreign.any():
-            raise DataError(
-                f"{name} has pixels of class {int(classes[foreign][0])}, but the model has {self.num_labels} classes; "
-                f"{self.no_class} marks pixels without one"
-            )
-        found = torch.as_tensor(made["pixel_values"][0]), classes
+        try:
+            found = torch.as_tensor(made["pixel_values"][0]), self.target(made["labels"][0])
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
         if self._cache is not None:
             self._cache[index] = found
         return found

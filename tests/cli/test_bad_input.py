@@ -90,10 +90,6 @@ COMMANDS: list[tuple[list[str], str]] = [
         "--target_bits chooses formats by their effect on images",
     ),
     ([*QUANTIZE, "--score", "x", "--max_drop", "1", "--calibration", "digits"], "'x'"),
-    (
-        [*QUANTIZE, "--zero_points", "true", "--activations", "mse", "--calibration", "digits"],
-        "leave it out, or --activ",
-    ),
     ([*QUANTIZE, "--calibration_split", "train"], "--calibration_split is about images: give them with --calibration"),
     ([*QUANTIZE, "--label_column", "fine"], "--label_column is about images"),
     ([*QUANTIZE, "--image_column", "img"], "--image_column is about images"),

@@ -52,6 +52,7 @@ UNUSED: list[tuple[list[str], str]] = [
     *(
         ([*IMAGES, "--zero_points", "true", *more], f"--zero_points true has no effect with --{named}")
         for more, named in (
+            (["--activation_format", "int4", "--activations", "mse"], "activations mse"),
             (["--activation_format", "int8"], "activation_format int8"),
             (["--activation_format", "e2m1"], "activation_format e2m1"),
             (["--activation_format", "none"], "activation_format none"),

@@ -152,6 +152,7 @@ def test_data_of_all_kinds_give_the_same_search(tmp_path: Path) -> None:
     ({"min_bits": {"nothing": 4}}, ConfigError, "min_bits: 'nothing' matches none of"),
     ({"tie": "qkv"}, ConfigError, "tie='qkv'"),
     ({"modules_to_not_convert": "classifier"}, ConfigError, "modules_to_not_convert='classifier': give a list"),
+    ({"label_column": "fine"}, ConfigError, "the column 'fine' is of a datasets.Dataset with images"),
     ({"label_column": " "}, ConfigError, "label_column_name=' ' is empty"),
     ({"target": Target.of(target_bits=1)}, TargetError, "target"),
 ])  # fmt: skip

@@ -8,14 +8,14 @@ import pytest
 
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import parse
-from fliqs_hf.selection.rules import parse_rules, texts
+from fliqs_hf.selection.rules import parse_rules, rule_texts
 
 
 def test_rules_come_back_from_their_texts() -> None:
     require = {"classifier": ["int8", parse("e4m3")], "*=odd": "int4"}
-    assert texts(require) == ["classifier=int8,e4m3", "*=odd=int4"]
-    assert texts({"*embed*": 6}) == ["*embed*=6"] and texts({}) is None and texts(None) is None
-    found = parse_rules(texts(require), ["*embed*=6.5"])
+    assert rule_texts(require) == ["classifier=int8,e4m3", "*=odd=int4"]
+    assert rule_texts({"*embed*": 6}) == ["*embed*=6"] and rule_texts({}) is None and rule_texts(None) is None
+    found = parse_rules(rule_texts(require), ["*embed*=6.5"])
     assert found == {"require": {"classifier": ["int8", "e4m3"], "*=odd": ["int4"]}, "min_bits": {"*embed*": 6.5}}
     assert parse_rules(None, None) == {"require": {}, "min_bits": {}}
 

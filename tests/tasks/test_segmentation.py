@@ -19,7 +19,7 @@ from fliqs_hf.nn import packed_layers
 from fliqs_hf.pipeline.export import export
 from fliqs_hf.pipeline.search import main
 from fliqs_hf.tasks import SEMANTIC_SEGMENTATION as TASK
-from fliqs_hf.training.masks import MaskedImages, highest_class
+from fliqs_hf.training.masks import highest_class
 from fliqs_hf.training.pixels import PixelData
 from fliqs_hf_cli import main as command
 from tests.recipes.test_vit import write
@@ -85,21 +85,18 @@ def test_masks_are_read_as_numbers(case: Path) -> None:
     assert highest_class(split, "label", 255, processor) == 2
     reduces = SegformerImageProcessor(size={"height": 16, "width": 16}, do_reduce_labels=True)
     assert highest_class(split, "label", 255, reduces) == 1
-    assert {int(x) for i in range(16) for x in MaskedImages(split, reduces, 2, no_class=255)[i][1].unique()} == {
-        0,
-        1,
-        255,
-    }
-    pixels, classes = MaskedImages(split, processor, 3, no_class=255)[0]
+    found = {int(x) for i in range(16) for x in TASK.data(split, reduces, 2)[i][1].unique()}
+    assert found == {0, 1, 255}
+    pixels, classes = TASK.data(split, processor, 3)[0]
     assert pixels.shape == (3, 16, 16) and classes.shape == (16, 16) and classes[0].unique().tolist() == [255]
     colours = torch.stack([pixels[:, 4, 4], pixels[:, 12, 12]]).argmax(1)  # red, green, blue
     assert colours.tolist() == [int(classes[4, 4]), int(classes[12, 12])]
     with pytest.raises(DataError, match=r"has pixels of class .* but the model has 1 classes"):
-        [MaskedImages(split, processor, 1, no_class=255)[i] for i in range(4)]
+        [TASK.data(split, processor, 1)[i] for i in range(4)]
     with pytest.raises(DataError, match=r"are uint8 .*not numbers from 0 to 255 for each pixel"):
-        MaskedImages(split, processor, 3, no_class=255, label_column="image")[0]
+        TASK.data(split, processor, 3, label_column="image")[0]
     with pytest.raises(ConfigError, match=r"ViTImageProcessor.* takes no segmentation_maps"):
-        MaskedImages(split, ViTImageProcessor(), 3, no_class=255)
+        TASK.data(split, ViTImageProcessor(), 3)
 
 
 def test_the_head_stays_where_the_processor_leaves_out_the_background(case: Path) -> None:
