@@ -53,6 +53,7 @@ LIMITS: Mapping[str, Limit] = {
     "calibration_images": COUNT,
     "prior_images": COUNT,
     "batchnorm_images": Limit(0),
+    "alternative_images": Limit(0),
     "max_samples": Limit(2),  # a validation says nothing about a single image
     "train_val_split": Limit(0, 1, above=True, below=True),
     # training

@@ -146,6 +146,21 @@ class SensitivityScores(Record):
 
 
 @dataclass(frozen=True)
+class MeasuredAlternatives(Record):
+    """What the mean loss of the delivered model changes by when one decision takes another format.
+
+    Attributes:
+        images: held-out ones that it was measured on, in pairs, in `seconds`.
+        changes: decision -> format -> the fields of a `selection.changes.Change`.
+    """
+
+    name = "alternatives.json"
+    images: int
+    seconds: float
+    changes: dict[str, dict[str, dict[str, float | bool]]]
+
+
+@dataclass(frozen=True)
 class PolicyStep(Record):
     """One line of the history of the policy: decision -> probability of each of its formats after `step` steps."""
 

@@ -10,8 +10,10 @@ import pytest
 
 from fliqs_hf import checksums
 from fliqs_hf.errors import CheckpointError
-from fliqs_hf.records import PolicyStep, Record, RunResults, RunSettings, SensitivityScores
+from fliqs_hf.hf.publication import PUBLISHED
+from fliqs_hf.records import MeasuredAlternatives, PolicyStep, Record, RunResults, RunSettings, SensitivityScores
 from fliqs_hf.runs import FinishedRun, RunFolder
+from fliqs_hf.runs.files import FILES
 from tests.helpers.runs import change, write_run
 
 RECORDS: list[Record] = [
@@ -19,6 +21,11 @@ RECORDS: list[Record] = [
     RunSettings(arguments={"calibration": "photos"}, command=["fliqs-hf", "quantize"]),
     RunResults(target={"bits": 4.0, "cap": None}, cost={"bops": 1e9}, accuracy={"fp32": {"top1": 0.5}}, repaired=True),
     SensitivityScores(method="fisher", images=8, passes=2, seconds=0.5, scores={"a": [0.0, 1.5]}),
+    MeasuredAlternatives(
+        images=8,
+        seconds=0.5,
+        changes={"a": {"int4": {"value": 0.5, "low": -1.0, "high": 2.0, "known": False}}, "b": {}},
+    ),
     PolicyStep(step=10, probabilities={"a": [0.25, 0.75]}),
 ]
 #: As folders have them that were written before there was a version.
@@ -28,6 +35,12 @@ EARLIER: list[tuple[type[Record], dict[str, Any]]] = [
     (SensitivityScores, {"method": "fisher", "images": 8, "passes": 1, "seconds": 1, "scores": {"a": [1, 2]}}),
     (PolicyStep, {"step": 1, "probabilities": {}}),
 ]
+
+
+def test_every_record_is_known_as_ours_and_published() -> None:
+    names = {record.name for record in Record.__subclasses__()}
+    assert names == {record.name for record in RECORDS}
+    assert names <= set(FILES) and names <= set(PUBLISHED)
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)

@@ -14,6 +14,7 @@ from fliqs_hf.runs.finished import INDEX, WEIGHTS, FinishedRun
 #: Records of a run that are published, beside its figures: no training state, no other model.
 PUBLISHED = (
     "settings.json", "results.json", "allocation.json", "layers.json", "search_space.json", "sensitivity.json",
+    "alternatives.json",
     "metrics.jsonl", "policy.jsonl", "validation.json", "report.html",
 )  # fmt: skip
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -119,16 +120,37 @@ def pack_model(model: nn.Module, allocation: Allocation, settings: QuantizerSett
     for name in allocation:
         if name not in layers:
             raise AllocationError(f"the allocation names {why_not(model, name)}")
-    replacements: dict[str, nn.Module] = {}
-    for name, formats in allocation.items():
-        layer = layers[name]
-        packed = packed_like(layer, formats, settings)
-        packed.pack_(packed.kind.rows(layer, layer.weight))  # type: ignore[arg-type]
-        if settings.clipped and packed.input_scale is not None:
-            packed.input_scale = layer.clip_factor().detach()  # type: ignore[operator]
-        replacements[name] = packed
-    replace(model, replacements)
+    replace(model, {name: packed_version(layers[name], formats, settings) for name, formats in allocation.items()})
     restore(model)
+
+
+def packed_version(layer: nn.Module, formats: LayerFormats, settings: QuantizerSettings) -> PackedLayer:
+    """A packed layer that computes what a plain or searchable `layer` would in these formats. `layer` stays as it is.
+
+    Raises: FormatError: a weight that is not finite.
+    """
+    packed = packed_like(layer, formats, settings)
+    packed.pack_(packed.kind.rows(layer, layer.weight))  # type: ignore[arg-type]
+    if settings.clipped and packed.input_scale is not None:
+        packed.input_scale = layer.clip_factor().detach()  # type: ignore[operator]
+    return packed
+
+
+@contextmanager
+def standing_in(pairs: Mapping[PackedLayer, PackedLayer]) -> Iterator[None]:
+    """Within this context each layer (a key) is what the other one is, wherever the model keeps it: buffers, formats,
+    kernels. Hooks of the layer do not run then.
+    """
+    _exchange(pairs)
+    try:
+        yield
+    finally:
+        _exchange(pairs)
+
+
+def _exchange(pairs: Mapping[PackedLayer, PackedLayer]) -> None:
+    for one, other in pairs.items():
+        one.__dict__, other.__dict__ = other.__dict__, one.__dict__
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:

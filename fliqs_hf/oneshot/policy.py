@@ -69,6 +69,10 @@ class Policy:
         """Exact expected cost of a sample, float64, with gradient."""
         return self.problem.expected_cost(self.log_probabilities.exp())
 
+    def signals(self) -> Tensor:
+        """−log π without the tilt, lower is better: what the final allocation goes by, on the CPU, [D, K]."""
+        return -torch.log_softmax(self.logits.detach(), dim=-1).cpu()
+
     def argmax(self) -> Tensor:
         """The most probable choice of every decision, int64 [D]."""
         return self.log_probabilities.argmax(-1)

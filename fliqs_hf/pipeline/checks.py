@@ -87,6 +87,8 @@ def _check_effects(args: TrainingArguments, search_args: SearchArguments) -> Non
         raise ConfigError(
             f"confidence={search_args.confidence} is of a floor: give max_drop or min_accuracy, or leave it out"
         )
+    if args.alternative_images == 1:
+        raise ConfigError("alternative_images=1: an interval needs at least 2 images; 0 measures no other formats")
     if args.lr_scheduler_type == "constant" and args.warmup_ratio not in (0, TrainingArguments.warmup_ratio):
         raise ConfigError(
             f"a constant learning rate has no warmup_ratio={args.warmup_ratio}: use constant_with_warmup"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,20 @@ from accelerate.utils import get_int_from_env
 
 from fliqs_hf.allocation import Allocation
 from fliqs_hf.cost import LayerInfo, Target, trace_layers, unlisted_bytes
-from fliqs_hf.cost.hardware import HardwareShare, load_profile, profile_here
+from fliqs_hf.cost.hardware import HardwareShare, Profile, load_profile, profile_here
 from fliqs_hf.cost.latency import LatencyTable
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.failures import status_of
 from fliqs_hf.formats import parse as parse_format
-from fliqs_hf.hf import FLIQSConfig, fold_batchnorm, quantize
 from fliqs_hf.lock import locked
-from fliqs_hf.nn import format_switch, make_searchable, quantizable_layers
+from fliqs_hf.nn import make_searchable, quantizable_layers
 from fliqs_hf.oneshot import FinalChoice, OneShotSearch
 from fliqs_hf.oneshot.hook import FixedFormats, SearchHook
+from fliqs_hf.pipeline.alternatives import measure_alternatives
 from fliqs_hf.pipeline.checks import check_arguments, limits_of, settled, sources_of, targets_of, uniform_formats
 from fliqs_hf.pipeline.completion import complete
 from fliqs_hf.pipeline.costs import search_problem, search_space
+from fliqs_hf.pipeline.delivery import deliver, packed_in
 from fliqs_hf.pipeline.finetuning import finetune
 from fliqs_hf.pipeline.floor import Floor, FloorTest, record
 from fliqs_hf.pipeline.job import Job, load
@@ -35,7 +37,6 @@ from fliqs_hf.pipeline.outputs import check_places, check_run_folders
 from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
 from fliqs_hf.pipeline.search_floor import floor_of, meet
-from fliqs_hf.pipeline.statistics import settle_batchnorm
 from fliqs_hf.records import RunResults
 from fliqs_hf.runs.folder import RunFolder, cost_summary, write_front
 from fliqs_hf.selection import SearchProblem, SearchSpace
@@ -259,8 +260,9 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
     if start.floor is not None:
         trained, trials = _meet_floor(job, run, start, start.floor, search, trained)
         final = FinalChoice.of(search.problem, start.space.choice(trials[-1].allocation), search.policy.argmax().cpu())
-    accuracy = deliver(job, run, trained, final.allocation, None, "searched evaluation")
-    accelerator.wait_for_everyone()
+    signals = search.policy.signals() if sensitivity is None else sensitivity.decision_scores
+    measure = partial(_measure, job, run, start.space, final.allocation, signals.tolist())
+    accuracy = deliver(job, run, trained, final.allocation, None, "searched evaluation", measure)
     track.log({"step": job.steps, f"eval/{accuracy.key}": accuracy.value, "eval/loss": accuracy.loss})
     others = {f"uniform_{name}": train_uniform(job, start, name) for name in start.uniform}
     seconds = run.seconds()
@@ -280,13 +282,26 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
     }  # fmt: skip
     if start.floor is not None:
         result["floor"] = record(trials, start.floor)
-    named = job.settings["hardware"]
-    if (profile := profile_here() if named is None else load_profile(named)) is not None:
+    if (profile := _profile(job.settings["hardware"])) is not None:
         result["hardware"] = asdict(HardwareShare.of(profile, start.layers, final.allocation))
     if accelerator.is_main_process:
         run.write_record(RunResults(**result), sealed=True)
     accelerator.wait_for_everyone()
     return result
+
+
+def _profile(named: str | None) -> Profile | None:
+    """The profile that the user names, else that of the machine at hand, if there is one."""
+    return profile_here() if named is None else load_profile(named)
+
+
+def _measure(
+    job: Job, run: RunFolder, space: SearchSpace, allocation: Allocation, signals: Any, packed: Any, layers: Any
+) -> None:
+    """Put the alternatives on record."""
+    found = measure_alternatives(job, packed, layers, space, allocation, signals)
+    if found is not None:
+        run.write_record(found)
 
 
 def _meet_floor(
@@ -331,35 +346,6 @@ def train_formats(
         job.accelerator, hook=hook(switch), augment=job.augment, teacher=teacher, score=job.score,
         state_folder=state, resume=job.args.resume, on_log=on_log, name=name, task=job.task,
     )  # fmt: skip
-
-
-def deliver(job: Job, run: RunFolder, trained: Any, allocation: Allocation, folder: str | None, name: str) -> Any:
-    """Evaluate a trained model as `packed_in` gives it. Args: as there."""
-    return job.evaluate(packed_in(job, run, trained, allocation, folder, name), name)
-
-
-def packed_in(job: Job, run: RunFolder, trained: Any, allocation: Allocation, folder: str | None, name: str) -> Any:
-    """Pack a trained model, and load it as a user would.
-
-    Args:
-        trained: searchable, and not needed any more: on the main process it is what becomes the packed one.
-        folder: of the records, where it goes; None where it is the run's own model.
-    """
-    if job.accelerator.is_main_process:
-        config = FLIQSConfig(allocation=allocation, activation_granularity=job.quantizers.activation_granularity)
-        format_switch(trained).set_allocation(allocation)
-        settle_batchnorm(job, trained, name)
-        packed = quantize(trained, config)
-        if job.args.fold_batchnorm:
-            fold_batchnorm(packed, {"pixel_values": job.eval_data[0][0][None].to(job.accelerator.device)})
-        with run.files.model() if folder is None else run.replacing(folder) as draft:
-            packed.save_pretrained(draft)
-            job.processor.save_pretrained(draft)
-        if folder is None:
-            run.write("allocation.json", allocation.to_dict())
-    job.accelerator.wait_for_everyone()
-    place = run.path if folder is None else run.records / folder
-    return job.task.auto_class().from_pretrained(place).to(job.accelerator.device)
 
 
 def train_uniform(job: Job, start: Start, fmt: str) -> dict[str, Any]:

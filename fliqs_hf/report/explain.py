@@ -14,6 +14,8 @@ from fliqs_hf.cost.models import registered
 from fliqs_hf.errors import CheckpointError
 from fliqs_hf.formats import Format, parse
 from fliqs_hf.json_file import read_objects
+from fliqs_hf.selection.changes import Change
+from fliqs_hf.selection.neighbours import neighbours
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Alternative:
 
     Attributes:
         signal: change of the accuracy signal, higher is worse; None where none was recorded (see `Explanation`).
+        measured: change of the loss of the delivered model, where that was measured.
         costs: change of every registered cost that is known, by its name.
     """
 
     format: Format
     signal: float | None
     costs: Mapping[str, float]
+    measured: Change | None = None
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,9 @@ class Explanation:
         score: expected increase of the loss by the chosen format, from the sensitivity pass; None without one.
         probability: of the chosen format in the last recorded policy; None without a record.
         down, up: the best of the formats with the next fewer and next more bits. same: the best other of equal bits.
-            "Best" is the least score or, without scores, the highest probability. Their `signal` is the change of the
-            score or, without scores, of −log-probability. None where the space has no such format.
+            "Best" is the least score or, without scores, the highest probability; where alternatives were measured, of
+            those that were. Their `signal` is the change of the score or, without scores, of −log-probability. None
+            where the space has no such format.
     """
 
     name: str
@@ -60,11 +65,13 @@ def explain(
     allocation: Mapping[str, LayerFormats],
     scores: Mapping[str, Sequence[float]],
     probabilities: Mapping[str, Sequence[float]],
+    measured: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Explanation]:
     """All decisions of a run.
 
     Args:
         space: as in `search_space.json`. scores: decision -> [K], may be empty. probabilities: likewise, the last.
+        measured: as in `alternatives.json`.
     Raises: CheckpointError: records that do not belong together.
     """
     by_name = {layer.name: layer for layer in layers}
@@ -84,6 +91,7 @@ def explain(
                     parts.pop(),
                     scores.get(entry["name"]),
                     probabilities.get(entry["name"]),
+                    (measured or {}).get(entry["name"], {}),
                 )
             )
     except (KeyError, TypeError, IndexError, ValueError) as error:
@@ -106,6 +114,7 @@ def _explanation(
     chosen: Format,
     scores: Sequence[float] | None,
     probabilities: Sequence[float] | None,
+    measured: Mapping[str, Any],
 ) -> Explanation:
     choices = [parse(name) for name in entry["choices"]]
     excluded = {parse(name) for name in entry.get("excluded", ())}
@@ -116,20 +125,16 @@ def _explanation(
     elif probabilities is not None:
         signals = [-math.log(max(p, 1e-5)) for p in probabilities]  # recorded to five places
 
-    def alternative(bits: int | None) -> Alternative | None:
-        rows = [
-            k for k, fmt in enumerate(choices) if fmt.bits == bits and fmt != chosen and fmt not in excluded
-        ]  # fmt: skip
-        if not rows:
-            return None
-        best = min(rows, key=lambda k: signals[k]) if signals else rows[0]
-        return Alternative(
-            choices[best],
-            signals[best] - signals[now] if signals else None,
-            changed_costs(every, layers, allocation, entry["kind"], chosen, choices[best]),
+    allowed = [fmt not in excluded and (not measured or fmt.name in measured) for fmt in choices]
+    others = {
+        way: Alternative(
+            choices[k],
+            signals[k] - signals[now] if signals else None,
+            changed_costs(every, layers, allocation, entry["kind"], chosen, choices[k]),
+            Change(**measured[choices[k].name]) if measured else None,
         )
-
-    widths = {fmt.bits for fmt in choices if fmt not in excluded}
+        for way, k in neighbours(choices, allowed, now, signals).items()
+    }
     return Explanation(
         name=entry["name"],
         kind=entry["kind"],
@@ -137,9 +142,9 @@ def _explanation(
         format=chosen,
         score=None if scores is None else float(scores[now]),
         probability=None if probabilities is None else float(probabilities[now]),
-        down=alternative(max((b for b in widths if b < chosen.bits), default=None)),
-        same=alternative(chosen.bits),
-        up=alternative(min((b for b in widths if b > chosen.bits), default=None)),
+        down=others.get("down"),
+        same=others.get("same"),
+        up=others.get("up"),
     )
 
 

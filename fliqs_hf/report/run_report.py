@@ -24,7 +24,7 @@ from fliqs_hf.hf.results import Result, hardware_of, measured_models, validation
 from fliqs_hf.hf.templating import environment
 from fliqs_hf.hf.validation_record import Validation
 from fliqs_hf.json_file import read_object
-from fliqs_hf.records import PolicyStep, SensitivityScores
+from fliqs_hf.records import MeasuredAlternatives, PolicyStep, SensitivityScores
 from fliqs_hf.report import run_figures as figures
 from fliqs_hf.report import run_summary as summary
 from fliqs_hf.report.explain import Explanation, explain, read_lines
@@ -71,6 +71,7 @@ class RunReport:
     policy: list[PolicyStep]
     choices: list[str]
     sensitivity: SensitivityScores | None
+    alternatives: MeasuredAlternatives | None
     why: dict[str, str]
 
     @property
@@ -90,11 +91,13 @@ class RunReport:
             )
         metrics, policy = read_lines(run.records / "metrics.jsonl"), PolicyStep.history(run.records)
         space, sensitivity = _read(run.records / "search_space.json"), SensitivityScores.read(run.records)
+        alternatives = MeasuredAlternatives.read(run.records)
         decisions, why = [], {}
         if space:
             last = policy[-1].probabilities if policy else {}
             scores = {} if sensitivity is None else sensitivity.scores
-            decisions = explain(space, run.layers, run.allocation, scores, last)
+            measured = None if alternatives is None else alternatives.changes
+            decisions = explain(space, run.layers, run.allocation, scores, last, measured)
             signals = scores or {
                 name: [-math.log(max(p, 1e-5)) for p in row] for name, row in last.items()
             }  # as `explain` takes them
@@ -115,6 +118,7 @@ class RunReport:
             policy=policy,
             choices=space.get("formats", []),
             sensitivity=sensitivity,
+            alternatives=alternatives,
             why=why,
         )
 

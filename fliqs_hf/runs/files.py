@@ -29,8 +29,8 @@ CARD = "README.md"
 MODEL_CONFIG = "config.json"
 FILES = (
     "settings.json", "results.json", "allocation.json", "metrics.jsonl", "policy.jsonl", "sensitivity.json",
-    "search_space.json", "layers.json", "validation.json", "validation.html", "report.html", "front.csv", "front.png",
-    "floor.json", "recommendation.json",
+    "alternatives.json", "search_space.json", "layers.json", "validation.json", "validation.html", "report.html",
+    "front.csv", "front.png", "floor.json", "recommendation.json",
 )  # fmt: skip
 RESULTS = ("results.json", "front.csv")
 #: Written as a whole, each file in them listed.

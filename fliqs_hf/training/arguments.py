@@ -100,6 +100,13 @@ class TrainingArguments:
     logging_steps: int = 10
     save_steps: int = 100
     eval_steps: int = field(default=0, metadata={"help": "evaluate as often while training; 0: only at the end"})
+    alternative_images: int | None = field(
+        default=None,
+        metadata={
+            "help": "held-out images on which the report's other formats of each layer are measured; 0: none; "
+            "default: as many as about a minute allows, 16 to 4096"
+        },
+    )
     load_best_model_at_end: bool = field(
         default=False, metadata={"help": "deliver the best weights of those evaluations, not the last"}
     )

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from fliqs_hf.errors import BusyError, CheckpointError
 from fliqs_hf.lock import locked
-from fliqs_hf.pipeline import search
+from fliqs_hf.pipeline import delivery, search
 from fliqs_hf.pipeline.search import main, script
 from fliqs_hf.report import run_figures
 from tests.recipes.test_vit import write
@@ -251,7 +251,8 @@ def test_records_of_an_unfinished_run_are_not_believed_if_damaged(finished: Path
 PHASES = {
     "fp32 evaluation": (search.Job, "evaluate"),
     "sensitivity": (search.Prior, "scores"),
-    "packing": (search, "quantize"),
+    "packing": (delivery, "quantize"),
+    "alternatives": (search, "measure_alternatives"),
     "result": (search, "RunResults"),
     "report": (search, "complete"),
 }

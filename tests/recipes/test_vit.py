@@ -52,6 +52,7 @@ SETTINGS: dict[str, Any] = {
     "max_eval_samples": 64,
     "save_steps": 5,
     "logging_steps": 5,
+    "alternative_images": 4,
     "search_overrides": {"prior_images": 64, "explore_fraction": 0.3},
     "search_space": ["mixed"],
     "target_bits": [4.0],

@@ -85,6 +85,9 @@ def test_records_that_do_not_belong_together_are_refused() -> None:
         explain(space, LAYERS[:2], allocation, {}, {})
     with pytest.raises(CheckpointError, match="do not belong together"):
         explain(space, LAYERS, Allocation.uniform([layer.name for layer in LAYERS], "int5"), {}, {})
+    unknown = {decision["name"]: {"int2": {"value": 1.0}} for decision in space["decisions"]}
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        explain(space, LAYERS, allocation, {}, {}, unknown)
     torn = Allocation({**allocation, "a.k": LayerFormats.of("int8", "int8")})
     with pytest.raises(CheckpointError, match="different formats"):
         explain(space, LAYERS, torn, {}, {})
