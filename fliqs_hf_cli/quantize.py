@@ -85,7 +85,7 @@ def _targets(parser: Parser) -> None:
                         help="of layers that match: at least so many, such as '*patch_embeddings*=6'")  # fmt: skip
     parser.add_argument("--score", metavar="NAME",
                         help="how sensitive the loss is to a format is found out: two-pass (default), fisher (half "
-                        "the time), elementwise, loss-delta, hessian, or one that is registered")  # fmt: skip
+                        "the time), elementwise, loss-delta, hessian, lampq, or one that is registered")  # fmt: skip
     parser.add_argument("--latency_table", metavar="FILE", help="times of layers, as fliqs-hf profile writes them")
 
 

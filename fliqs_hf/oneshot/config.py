@@ -133,7 +133,7 @@ def _check_prior(name: Any, passes: Any) -> None:
     if not isinstance(name, str) or name not in scores():
         raise ConfigError(f"prior={name!r} does not exist; choose from {', '.join(scores())}, none")
     if find_score(name).at_target:
-        raise ConfigError(f"prior={name!r} is what prior_passes=2 makes of another: use prior='fisher'")
+        raise ConfigError(f"prior={name!r} is measured at a target, as prior_passes=2 does: use prior='fisher'")
     if passes == 2 and not find_score(name).again:
         raise ConfigError(f"prior={name!r} is not defined in a quantized model: set prior_passes=1")
 

@@ -15,6 +15,7 @@ Methods (those with ptq- in front do the same without training):
     fisher                         sensitivity by the per-sample Fisher score, one backward pass for all
     elementwise                    sensitivity by element-wise squared gradients, as in ModelOpt
     hessian                        sensitivity by Hessian traces, as in HAWQ-V2
+    lampq                          sensitivity by Fisher traces, levelled between types of layers, after LampQ
     two-pass                       the Fisher score, measured again in the model as its allocation quantizes it
                                    (each with the integer program, then training; so is every registered score)
     differentiable, gumbel         mixtures over format branches, EdMIPS and DNAS

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from fliqs_hf.allocation import Allocation, LayerFormats
 from fliqs_hf.cost import CostTable, LayerInfo, Target, trace_layers
@@ -30,11 +31,15 @@ from fliqs_hf.selection import (
 )
 from fliqs_hf.selection.scores import (
     HessianTrace,
+    TypeAwareFisher,
     elementwise_scores,
+    fisher_traces,
     hessian_trace_scores,
     hessian_traces,
+    lampq_scores,
     loss_delta_scores,
 )
+from fliqs_hf.selection.scores.lampq import levelled
 from tests.helpers.models import images, tiny
 
 FORMATS = ("int2", "e2m1", "int8", "bf16")
@@ -191,6 +196,57 @@ def test_hessian_trace_scores_are_mean_traces_times_squared_errors() -> None:
             torch.testing.assert_close(scores[row, k].double(), expected.double(), rtol=1e-5, atol=0)
 
 
+def test_errors_of_transposed_weights_are_of_their_rows() -> None:
+    """Conv1D keeps [in, out], and has one scale per output channel all the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(3, 4), nn.Tanh(), Conv1D(5, 3))
+    other = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5))
+    for row in (0, 2):
+        other[row].load_state_dict({"weight": model[row].weight.detach().t(), "bias": model[row].bias.detach()})  # type: ignore[operator, union-attr]
+    layers = [LayerInfo("0", "linear", 12, 12, 3, 0), LayerInfo("2", "linear", 15, 15, 5, 1)]
+    one, same = (ScorePass(net, [], net, SearchSpace(layers, FORMATS)).weight_errors() for net in (model, other))
+    assert torch.equal(one, same) and len(set(one.flatten().tolist())) == 8
+
+
+def test_fisher_traces_of_one_linear_layer_have_a_closed_form() -> None:
+    """The gradient of an image's cross-entropy of W x is (p − e_y) xᵀ: its square is ‖p − e_y‖² ‖x‖²."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5))
+    space = SearchSpace([LayerInfo("0", "linear", 20, 20, 5, 0)], FORMATS)
+    x = torch.randn(5, 4)
+    residual = model(x).softmax(-1).detach() - functional.one_hot(LABELS, 5)
+    expected = (x.square().sum(-1) * residual.square().sum(-1)).double().mean() / 20
+    found, images = fisher_traces(ScorePass(model, [(x[:2], LABELS[:2]), (x[2:], LABELS[2:])], model, space))
+    assert images == 5
+    torch.testing.assert_close(found, expected[None], rtol=1e-5, atol=0)  # gradients are float32
+
+
+def test_levelled_traces_have_mean_1_in_every_type() -> None:
+    names = ["blocks.0.fc1", "blocks.10.fc1", "blocks.2.fc2", "head", "dead.0", "dead.1"]
+    found = levelled(torch.tensor([1.0, 3.0, 500.0, 7.0, 0.0, 0.0], dtype=torch.float64), names)
+    assert found.tolist() == [0.5, 1.5, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_lampq_scores_are_levelled_traces_times_squared_errors_measured_again_in_the_quantized_model() -> None:
+    model, space, batches = mlp()
+    space = SearchSpace(space.layers, [f"int{bits}" for bits in range(2, 9)])
+    problem = SearchProblem(space, CostTable(space.layers, space.formats), Target.of(target_bits=4, cap=True))
+    traces = fisher_traces(ScorePass(model, batches, model, space))[0]
+    errors = ScorePass(model, batches, model, space).weight_errors()
+    expected = levelled(traces, ["0", "2"])[:, None] * errors
+    first = TypeAwareFisher(updates=0)(model, batches, model, problem).decision_scores
+    torch.testing.assert_close(first.double(), expected, rtol=1e-6, atol=0)
+    assert levelled(traces, ["0", "2"]).tolist() != [1, 1]  # one type, whose traces differ
+
+    other = copy.deepcopy(model)
+    switch = make_searchable(other, space.formats, names=["0", "2"])
+    switch.set_allocation(space.allocation(problem.choice_at_target(-first)))
+    again = fisher_traces(ScorePass(other, batches, other, space))[0]
+    second = TypeAwareFisher(updates=1)(model, batches, model, problem).decision_scores
+    torch.testing.assert_close(second.double(), levelled(again, ["0", "2"])[:, None] * errors, rtol=1e-6, atol=0)
+    assert not torch.equal(first, second)
+
+
 @pytest.mark.parametrize("architecture", ["vit", "swin", "resnet"])
 def test_hessian_trace_scores_of_real_architectures(architecture: str) -> None:
     """Fused attention has no second derivative; layers of one decision add up; the model is left as it was."""
@@ -218,6 +274,10 @@ def test_errors() -> None:
         hessian_trace_scores(model, batches, model, SearchSpace(space.layers, FORMATS, "separate"))
     with pytest.raises(ConfigError, match="probes=0"):
         HessianTrace(probes=0)
+    with pytest.raises(ConfigError, match="updates=-1"):
+        TypeAwareFisher(updates=-1)
+    with pytest.raises(ConfigError, match="'lampq' is measured at a target"):
+        lampq_scores(model, batches, model, space)
     with pytest.raises(DataError, match="no images"):
         hessian_trace_scores(model, [], model, space)
     with torch.no_grad():

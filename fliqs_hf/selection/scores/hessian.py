@@ -36,13 +36,10 @@ class HessianTrace(FormatScore):
     def measure(self, on: ScorePass) -> tuple[Tensor, int]:
         space = on.space
         traces, images = hessian_traces(on, self.probes, self.seed)
+        numbers = torch.tensor([layer.get_parameter("weight").numel() for layer in on.layers().values()])
         scores = torch.zeros(len(space.decisions), len(space.formats), dtype=torch.float64)
-        for row, (info, index) in enumerate(zip(space.layers, space.weight_decision.tolist(), strict=True)):
-            weight = on.model.get_parameter(f"{info.name}.weight").detach()
-            for k, fmt in enumerate(space.formats):
-                error = float((on.settings.weights(weight, fmt) - weight).double().square().sum())
-                scores[index, k] += traces[row].clamp(min=0) / weight.numel() * error
-        return scores.float(), images
+        found = (traces.clamp(min=0) / numbers)[:, None] * on.weight_errors()
+        return scores.index_add_(0, space.weight_decision, found).float(), images
 
 
 def hessian_traces(on: ScorePass, probes: int = 1, seed: int = 0) -> tuple[Tensor, int]:

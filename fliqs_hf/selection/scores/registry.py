@@ -5,6 +5,7 @@ from __future__ import annotations
 from fliqs_hf.errors import ConfigError, did_you_mean
 from fliqs_hf.selection.scores.fisher import elementwise_scores, fisher_scores
 from fliqs_hf.selection.scores.hessian import hessian_trace_scores
+from fliqs_hf.selection.scores.lampq import lampq_scores
 from fliqs_hf.selection.scores.loss_delta import loss_delta_scores
 from fliqs_hf.selection.scores.score import FormatScore
 from fliqs_hf.selection.scores.two_pass import TwoPass
@@ -45,6 +46,6 @@ def find_score(name: str) -> FormatScore:
     return _SCORES[name]
 
 
-for _score in (loss_delta_scores, fisher_scores, elementwise_scores, hessian_trace_scores, TwoPass()):
+for _score in (loss_delta_scores, fisher_scores, elementwise_scores, hessian_trace_scores, lampq_scores, TwoPass()):
     register_score(_score)
 OWN = tuple(_SCORES)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fliqs_hf.errors import AllocationError, ConfigError, DataError
 from fliqs_hf.nn import QuantizerSettings
 from fliqs_hf.nn.evaluation import evaluation
+from fliqs_hf.nn.kinds import kind_of
 from fliqs_hf.selection.problem import SearchProblem
 from fliqs_hf.selection.space import SearchSpace
 from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
@@ -93,6 +94,16 @@ class ScorePass:
                 "trace_layers(model) of this model"
             )
         return {layer.name: modules[layer.name] for layer in self.space.layers}
+
+    @torch.no_grad()
+    def weight_errors(self) -> Tensor:
+        """‖Q(W) − W‖² of each layer in each format, float64 [L, K]."""
+        rows = []
+        for layer in self.layers().values():
+            weight = kind_of(layer).rows(layer, layer.get_parameter("weight"))
+            rounded = (self.settings.weights(weight, fmt) for fmt in self.space.formats)
+            rows.append([float((one - weight).double().square().sum()) for one in rounded])
+        return torch.tensor(rows, dtype=torch.float64)
 
     def summed(self, of_batch: OfBatch, fold: Callable[[Tensor], Tensor] = lambda total: total) -> tuple[Tensor, int]:
         """Go through the images once.
