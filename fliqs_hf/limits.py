@@ -74,6 +74,7 @@ LIMITS: Mapping[str, Limit] = {
     "ema_decay": Limit(0, 1, below=True),
     "label_smoothing_factor": SHARE,
     "distill": SHARE,
+    "distill_features": Limit(0),
     "dataloader_num_workers": Limit(0),
     "logging_steps": COUNT,
     "save_steps": COUNT,

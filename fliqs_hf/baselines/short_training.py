@@ -46,7 +46,7 @@ class ShortTraining:
             layers: the layers that allocations name.
             data: the training split; the evaluation split must stay unseen.
             holdout: the share of `data` that trials are scored on and not trained with.
-            teacher: what `config.distill_weight` of the loss imitates.
+            teacher: see `train`.
         Raises: ConfigError: a `holdout` that leaves no image to train with or to score on.
         """
         count = round(holdout * len(data)) if isinstance(holdout, float) and 0 < holdout < 1 else 0

@@ -9,7 +9,7 @@ import inspect
 import logging
 import re
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -41,6 +41,14 @@ def matches(name: str, pattern: str) -> bool:
         except re.error as error:
             raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from error
     return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
+
+
+def blocks_of(names: Sequence[str]) -> list[str]:
+    """Of each layer the innermost numbered module that holds several of them, or else its own name."""
+    numbered = [[name[: match.end()] for match in re.finditer(r"(?<=\.)\d+(?=\.)", name)] for name in names]
+    holds = Counter(prefix for prefixes in numbered for prefix in prefixes)
+    shared = [[prefix for prefix in prefixes if holds[prefix] > 1] for prefixes in numbered]
+    return [prefixes[-1] if prefixes else name for prefixes, name in zip(shared, names, strict=True)]
 
 
 def is_searchable(module: nn.Module) -> bool:

@@ -179,6 +179,7 @@ def train_config(args: TrainingArguments, steps: int, learning_rate: float, qual
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         label_smoothing=args.label_smoothing_factor,
         distill_weight=args.distill,
+        feature_weight=args.distill_features,
         quality=quality,  # type: ignore[arg-type]
         seed=args.seed,
         logging_steps=args.logging_steps,

@@ -338,7 +338,7 @@ def train_formats(
     Returns: the copy, searchable, for `deliver`.
     """
     model = copy.deepcopy(start.model if source is None else source)
-    teacher = copy.deepcopy(start.model) if job.args.distill else None
+    teacher = copy.deepcopy(start.model) if job.args.distill or job.args.distill_features else None
     groups = {layer.name: layer.input_group for layer in start.space.layers}
     switch = make_searchable(model, formats, names=list(groups), input_groups=groups, settings=job.quantizers)
     return train(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +16,7 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.formats import Format
 from fliqs_hf.formats.spaces import parse_formats
 from fliqs_hf.nn import FormatSwitch
-from fliqs_hf.nn.select import matches
+from fliqs_hf.nn.select import blocks_of, matches
 
 ActivationMode = Literal["same", "separate"]
 
@@ -219,7 +217,7 @@ class SearchSpace:
         if word == "qkv":
             return [("input", layer.input_group) for layer in self.layers]
         if word == "block":
-            return _blocks(names)
+            return blocks_of(names)
         if not any(matches(name, word) for name in names):
             raise ConfigError(f"tie: {word!r} matches none of the {len(names)} layers, such as {names[0]!r}")
         return [None if matches(name, word) else name for name in names]
@@ -234,14 +232,6 @@ def _check_formats(what: str, found: Sequence[Format], wanted: Sequence[Format])
     if tuple(found) != tuple(wanted):
         lists = [", ".join(map(str, formats)) for formats in (found, wanted)]
         raise ConfigError(f"{what} {lists[0]}, the search space has {lists[1]}: use one list of formats for both")
-
-
-def _blocks(names: Sequence[str]) -> list[str]:
-    """Of each layer the innermost numbered module that holds several layers, or else its own name."""
-    numbered = [[name[: match.end()] for match in re.finditer(r"(?<=\.)\d+(?=\.)", name)] for name in names]
-    holds = Counter(prefix for prefixes in numbered for prefix in prefixes)
-    shared = [[prefix for prefix in prefixes if holds[prefix] > 1] for prefixes in numbered]
-    return [prefixes[-1] if prefixes else name for prefixes, name in zip(shared, names, strict=True)]
 
 
 def _components(keys: Sequence[Sequence[Any]]) -> list[int]:

@@ -96,6 +96,10 @@ class TrainingArguments:
     ema_decay: float = field(default=0.0, metadata={"help": "deliver a moving average of the weights, e.g. 0.999"})
     label_smoothing_factor: float = 0.0
     distill: float = field(default=0.0, metadata={"help": "share of the loss that imitates the fp32 model, 0 to 1"})
+    distill_features: float = field(
+        default=0.0,
+        metadata={"help": "weight of what the outputs of blocks miss of the fp32 model's, added to the loss"},
+    )
     dataloader_num_workers: int = 0
     logging_steps: int = 10
     save_steps: int = 100

@@ -27,6 +27,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     label_smoothing: float = 0.0
     distill_weight: float = 0.0  # share of the loss that imitates the teacher
+    feature_weight: float = 0.0  # of what the outputs of blocks miss of the teacher's, added to the loss
     quality: Literal["loss", "accuracy"] = "loss"  # what the hook is told: "loss" (its negative) or "accuracy"
     seed: int = 0
     logging_steps: int = 10
@@ -51,7 +52,7 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}={getattr(self, name)} must be positive")
-        for name in ("weight_decay", "eval_steps", "workers"):
+        for name in ("weight_decay", "eval_steps", "workers", "feature_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
         if self.compile_backend is not None:

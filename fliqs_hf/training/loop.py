@@ -6,6 +6,7 @@ images one of (seed, epoch). A run that is interrupted and resumed therefore end
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fliqs_hf.training.checkpoint import Checkpoint
 from fliqs_hf.training.config import TrainConfig
 from fliqs_hf.training.data import ImageData, train_loader
 from fliqs_hf.training.ema import WeightAverage
+from fliqs_hf.training.imitation import Teacher
 from fliqs_hf.training.monitor import ModelScore, Monitor, OnLog, check_best
 from fliqs_hf.training.optimizer import adamw
 from fliqs_hf.training.step import Augment, StepHook, TrainingStep
@@ -46,6 +48,8 @@ def train(
     Args:
         model: takes `pixel_values`, returns what `task` understands.
         accelerator: an `accelerate.Accelerator`; mixed precision and distribution are its business.
+        teacher: what `distill_weight` and `feature_weight` of the config imitate, of the model's architecture for the
+            latter; moved to the device and frozen.
         score: evaluates the model, higher is better, the same on every process; called every `eval_steps` steps.
         state_folder: where states for `resume` go; none are written without it.
         on_log: gets the mean metrics since the last log, every `logging_steps` steps, on the main process; "seconds"
@@ -63,18 +67,27 @@ def train(
     checkpoint = Checkpoint(state_folder, backend, config, name, hook=hook, average=average, window=window)
     step, seconds = checkpoint.begin(resume)
     batches = iter(_loader(data, config, accelerator, step))
-    training = TrainingStep(backend, batches, config, hook=hook, augment=augment, teacher=teacher, average=average)
+    imitated = _teacher(teacher, model, config, accelerator, task)
+    training = TrainingStep(backend, batches, config, hook=hook, augment=augment, teacher=imitated, average=average)
     monitor = Monitor(
         model, backend, config, window, score=score, hook=hook, average=average, best=checkpoint.best, on_log=on_log,
         folder=state_folder,
     )  # fmt: skip
-    with monitor.begin(step, seconds, name):
+    with monitor.begin(step, seconds, name), imitated or nullcontext():
         _run(training, monitor, checkpoint, step)
     if average is not None:
         average.swap()
     accelerator.wait_for_everyone()
     checkpoint.load_best(model)
     return backend.finish()
+
+
+def _teacher(
+    teacher: nn.Module | None, student: nn.Module, config: TrainConfig, accelerator: Any, task: Task
+) -> Teacher | None:
+    if teacher is None or not (config.distill_weight or config.feature_weight):
+        return None
+    return Teacher(teacher, task, accelerator.device, student if config.feature_weight else None)
 
 
 def _run(training: TrainingStep, monitor: Monitor, checkpoint: Checkpoint, done: int) -> None:

@@ -6,14 +6,16 @@ Everything random in a step is a function of (seed, step, rank). Nothing here wa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fliqs_hf.training.backends import Backend
 from fliqs_hf.training.config import TrainConfig
 from fliqs_hf.training.ema import WeightAverage
+from fliqs_hf.training.imitation import Teacher
 from fliqs_hf.training.seeds import derived_seed
 
 #: (images, labels) -> (images, labels or class probabilities), on the device; randomness from the global generator
@@ -56,21 +58,18 @@ class TrainingStep:
         *,
         hook: StepHook | None,
         augment: Augment | None,
-        teacher: nn.Module | None,
+        teacher: Teacher | None,
         average: WeightAverage | None,
     ) -> None:
         """
         Args:
             batches: of one forward pass each: (images, labels), on any device.
-            teacher: moved to the backend's device, and frozen.
             average: takes the weights in after every step.
         """
         self.backend, self.batches, self.config = backend, batches, config
         self.hook, self.augment, self.average = hook, augment, average
-        self.teacher = teacher if config.distill_weight > 0 else None
+        self.teacher = teacher
         self.accelerator, self.task = backend.accelerator, backend.task
-        if teacher is not None:
-            teacher.to(self.accelerator.device).eval().requires_grad_(False)
 
     def take(self, step: int) -> dict[str, Tensor]:
         """Take step `step`, counted from 0. Returns: its metrics, scalars on the device."""
@@ -88,6 +87,11 @@ class TrainingStep:
             self.average.update()
         return {"loss": loss, "grad_norm": norm, **extra}
 
+    def _watching(self, index: int) -> AbstractContextManager[Callable[[], Tensor] | None]:
+        """Around a forward pass. Gives what its blocks have missed of the teacher's, where the weights learn it."""
+        wanted = self.teacher is not None and self.config.feature_weight > 0 and index == 0
+        return self.teacher.watching() if wanted and self.teacher is not None else nullcontext()
+
     def _batch(self, passes: list[Callable[[], None]], losses: Tensor, quality: Tensor, *, last: bool) -> None:
         """The passes over one batch.
 
@@ -100,19 +104,21 @@ class TrainingStep:
         images, targets = self.augment(images, labels) if self.augment is not None else (images, labels)
         imitated = None
         if self.teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                imitated = task.prediction(self.teacher(images)).float()
+            with self.accelerator.autocast():
+                imitated = self.teacher.prediction(images)
         for index, set_formats in enumerate(passes):
             set_formats()
             # The first pass trains; the others are there to be compared with it, and need no gradient.
             with self.backend.training_pass(last) if index == 0 else torch.no_grad():
-                prediction = self.backend.prediction(images)
+                with self._watching(index) as missed:
+                    prediction = self.backend.prediction(images)
                 loss = task.loss(prediction, targets, config.label_smoothing)
                 if imitated is not None:
                     imitation = task.imitation(prediction, imitated)
                     loss = (1 - config.distill_weight) * loss + config.distill_weight * imitation
                 if index == 0:
-                    self.backend.backward(loss / parts)
+                    total = loss if missed is None else loss + config.feature_weight * missed()
+                    self.backend.backward(total / parts)
             with torch.no_grad():
                 measured = -loss if config.quality == "loss" else task.quality(prediction, labels)
                 quality[index] += measured / parts
