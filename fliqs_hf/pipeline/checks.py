@@ -19,6 +19,7 @@ from fliqs_hf.formats import parse as parse_format
 from fliqs_hf.limits import check_distinct
 from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.pipeline.outputs import data_source
+from fliqs_hf.pipeline.recipe import PLAIN
 from fliqs_hf.selection.rules import parse_rules
 from fliqs_hf.tasks import find_task
 from fliqs_hf.training import TrainConfig
@@ -165,12 +166,12 @@ def uniform_formats(search_args: SearchArguments) -> list[str]:
         raise ConfigError(f"compare_uniform: {error}") from error
 
 
-def train_config(args: TrainingArguments, steps: int, learning_rate: float, quality: str) -> TrainConfig:
-    """How `steps` steps are trained. Raises: ConfigError: a value out of range."""
+def train_config(args: TrainingArguments, steps: int, learning_rate: float | None, quality: str) -> TrainConfig:
+    """How `steps` steps are trained; what is not given is as for fp32. Raises: ConfigError: a value out of range."""
     return TrainConfig(
         max_steps=steps,
         batch_size=args.per_device_train_batch_size,
-        learning_rate=learning_rate,
+        learning_rate=PLAIN.learning_rate if learning_rate is None else learning_rate,
         weight_decay=args.weight_decay,
         warmup_ratio=args.warmup_ratio,
         warmup_steps=args.warmup_steps,
@@ -178,8 +179,8 @@ def train_config(args: TrainingArguments, steps: int, learning_rate: float, qual
         max_grad_norm=args.max_grad_norm,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         label_smoothing=args.label_smoothing_factor,
-        distill_weight=args.distill,
-        feature_weight=args.distill_features,
+        distill_weight=args.distill or 0.0,
+        feature_weight=args.distill_features or 0.0,
         quality=quality,  # type: ignore[arg-type]
         seed=args.seed,
         logging_steps=args.logging_steps,

@@ -62,7 +62,7 @@ def search(
     tie: Sequence[str] = (),
     require: Mapping[str, Sequence[str | Format]] | None = None,
     min_bits: Mapping[str, float] | None = None,
-    activation_granularity: Literal["per_token", "per_token_clipped"] = "per_token",
+    activation_granularity: Literal["per_token", "per_token_clipped"] | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     task: str = "image-classification",
@@ -139,19 +139,20 @@ def _run(model: Any, splits: tuple[Any, Any], target: Target, parts: Parts, proc
 
 
 def _result(job: Job, folder: RunFolder, target: Target, search_args: SearchArguments) -> SearchResult:
-    layers, problems = searched(job, search_args, [target])
+    layers, planned = searched(job, [target])
+    own, problem = planned[target].job, planned[target].problem
     floor = floor_of(search_args, job.args, 1)
-    (found,) = carry_out(job, folder, {target: folder}, layers, problems, [], floor)
+    (found,) = carry_out(job, folder, {target: folder}, layers, planned, [], floor)
     allocation = FinishedRun.read(folder.path).allocation
     packed = job.task.auto_class().from_pretrained(folder.path).to(job.accelerator.device)
     return SearchResult(
         allocation=allocation,
         model=packed,
-        cost=problems[target].costs.of(allocation),
-        target_cost=problems[target].target_cost,
+        cost=problem.costs.of(allocation),
+        target_cost=problem.target_cost,
         repaired=found["repaired"],
         layers=layers,
-        activation_granularity=job.quantizers.activation_granularity,
+        activation_granularity=own.quantizers.activation_granularity,
         metrics={"accuracy": found["accuracy"], "cost": found["cost"]},
     )
 

@@ -16,6 +16,7 @@ from fliqs_hf.errors import ConfigError
 from fliqs_hf.nn import QuantizerSettings
 from fliqs_hf.oneshot import SearchConfig
 from fliqs_hf.pipeline.checks import RUN_NAMES, model_settings, search_config, trackers_of, train_config
+from fliqs_hf.pipeline.recipe import PLAIN, Recipe, completed
 from fliqs_hf.tasks import Task, find_task
 from fliqs_hf.training import ImageData, TrainConfig, evaluate, load_models_whole, load_splits
 from fliqs_hf.training.arguments import DataArguments, ModelArguments, SearchArguments, TrainingArguments
@@ -33,6 +34,7 @@ class Job:
     """What every part of the run needs."""
 
     args: TrainingArguments
+    search_args: SearchArguments
     accelerator: Accelerator
     search: SearchConfig
     quantizers: QuantizerSettings
@@ -51,7 +53,16 @@ class Job:
         assert self.args.max_steps is not None, "`load` sets it"
         return self.args.max_steps
 
-    def train_config(self, steps: int, learning_rate: float) -> TrainConfig:
+    def following(self, recipe: Recipe) -> Job:
+        """This job with what its arguments leave open."""
+        args, search_args = completed(self.args, self.search_args, recipe)
+        settings = {name: value for part in (args, search_args) for name, value in asdict(part).items()}
+        return replace(
+            self, args=args, search_args=search_args, quantizers=quantizers_of(search_args),
+            settings=self.settings | {name: settings[name] for name in asdict(recipe)},
+        )  # fmt: skip
+
+    def train_config(self, steps: int, learning_rate: float | None) -> TrainConfig:
         return train_config(self.args, steps, learning_rate, self.search.quality)
 
     def score(self, model: Any) -> float:
@@ -125,8 +136,6 @@ def job_of(
     """A job of what is loaded. Its model is on its device, and its settings are those that will be recorded."""
     model_args, data_args, args, search_args = parts
     train_data, eval_data = data
-    quantizers = QuantizerSettings(activation_granularity=search_args.activation_granularity)
-    quantizers.require_dynamic(learned=True)
     if args.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         try:
@@ -141,9 +150,10 @@ def job_of(
         accelerator.init_trackers("fliqs", {key: str(value) for key, value in settings.items()}, named)
     return Job(
         args=args,
+        search_args=search_args,
         accelerator=accelerator,
         search=search_config(search_args),
-        quantizers=quantizers,
+        quantizers=quantizers_of(search_args),
         settings=settings,
         model=model.to(accelerator.device),
         processor=processor,
@@ -153,6 +163,11 @@ def job_of(
         metrics=data_args.metrics or [],
         task=task,
     )
+
+
+def quantizers_of(search_args: SearchArguments) -> QuantizerSettings:
+    """Those of the arguments, or what is usual where they leave it open."""
+    return QuantizerSettings(activation_granularity=search_args.activation_granularity or PLAIN.activation_granularity)
 
 
 def _splits(task: Task, model_args: ModelArguments, data_args: DataArguments, seed: int) -> tuple[Any, Any, list[str]]:

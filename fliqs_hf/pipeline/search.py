@@ -36,6 +36,7 @@ from fliqs_hf.pipeline.neighbour import LATENT, keep, neighbour
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders
 from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
+from fliqs_hf.pipeline.recipe import recipe_at, recipe_of, summary
 from fliqs_hf.pipeline.search_floor import floor_of, meet
 from fliqs_hf.records import RunResults
 from fliqs_hf.runs.folder import RunFolder, cost_summary, write_front
@@ -49,12 +50,21 @@ from fliqs_hf.wording import figure
 
 
 @dataclass(frozen=True)
+class Planned:
+    """A search before it begins: the job with the recipe of the target, and what is searched."""
+
+    job: Job
+    problem: SearchProblem
+
+
+@dataclass(frozen=True)
 class Start:
     """What the searches for all targets start from.
 
     Attributes:
+        job: without the recipe of any target.
         layers: all that were traced; those of `space` are searched, the others stay in fp32.
-        problems: of one space, by target.
+        planned: of one space, by target.
         model: in fp32; searches train copies of it. fp32: its `Score`.
         other_bytes, fp32_bytes: of the checkpoint, beside the layers' weights, and of the whole in fp32.
         prior: sensitivity scores.
@@ -64,10 +74,10 @@ class Start:
         kept: whether a search keeps its own for the next one.
     """
 
+    job: Job
     folder: RunFolder
-
     layers: tuple[LayerInfo, ...]
-    problems: dict[Target, SearchProblem]
+    planned: dict[Target, Planned]
     model: Any
     fp32: Any
     prior: Prior
@@ -80,7 +90,7 @@ class Start:
 
     @property
     def space(self) -> SearchSpace:
-        return next(iter(self.problems.values())).space
+        return next(iter(self.planned.values())).problem.space
 
 
 def main(argv: list[str] | None = None, description: str | None = None) -> list[dict[str, Any]]:
@@ -116,7 +126,7 @@ def _run(
     check_output((folder, *runs.values()), parts[2])
     job = load(*parts)
     floor = floor_of(parts[3], parts[2], len(runs))
-    return carry_out(job, folder, runs, *searched(job, parts[3], list(runs)), uniform, floor)
+    return carry_out(job, folder, runs, *searched(job, list(runs)), uniform, floor)
 
 
 def carry_out(
@@ -124,31 +134,34 @@ def carry_out(
     folder: RunFolder,
     runs: dict[Target, RunFolder],
     layers: tuple[LayerInfo, ...],
-    problems: dict[Target, SearchProblem],
+    planned: dict[Target, Planned],
     uniform: list[str],
     floor: Floor | None = None,
 ) -> list[dict[str, Any]]:
     """The run of a job: fp32, then a search for each target. Returns: as `main`."""
     if floor is not None:
         job.task.check_right()
+    several, warm = len(runs) > 1, bool(job.settings["warm_start"])
+    whole = job if several else next(iter(planned.values())).job  # whose settings `folder` records
     if job.args.resume:
-        for run in (folder, *runs.values()):
-            run.check(job.settings, job.search)
+        folder.check(whole.settings, job.search)
+        for target, run in runs.items():
+            run.check(planned[target].job.settings, job.search)
     job.accelerator.wait_for_everyone()
     publishing = Publishing(job, runs)
     if job.accelerator.is_main_process:
         if not job.args.resume:  # at once: whatever `--resume` finds later is of this run
             for run in (folder, *runs.values()):
                 run.files.clear()
-        folder.configure(job.settings, job.search)
-        if len(runs) > 1:
+        folder.configure(whole.settings, job.search)
+        if several:
             folder.files.claim(*(f"{target.label}/" for target in runs))
 
     model = finetune(job, folder)
     fp32 = job.evaluate(model, "fp32 evaluation")
     job.accelerator.print(f"fp32 {job.task.measure}: {fp32.value:.2%} of {fp32.n} images")
     start = Start(
-        folder, layers, problems,
+        job, folder, layers, planned,
         model=model,
         fp32=fp32,
         prior=Prior(job, model),
@@ -157,12 +170,11 @@ def carry_out(
         uniform=uniform,
         floor=floor,
     )  # fmt: skip
-    several, warm = len(runs) > 1, bool(job.settings["warm_start"])
     results = []
     for number, (target, run) in enumerate(runs.items()):
         track = Tracking(job, f"{target.label}/" if several else "", job.args.finetune_steps + number * job.steps)
         start = replace(start, kept=warm and number + 1 < len(runs))
-        results.append({**search_for(job, run, target, start, track), "run": str(run.path)})
+        results.append({**search_for(run, target, start, track), "run": str(run.path)})
         if start.before is not None and job.accelerator.is_main_process:
             start.before.discard(LATENT)
         start = replace(start, before=run if warm else None)
@@ -182,11 +194,10 @@ def script(argv: list[str] | None = None, description: str | None = None) -> int
     return status_of(lambda: main(argv, description), "add --resume to go on")
 
 
-def searched(
-    job: Job, search_args: SearchArguments, targets: list[Target]
-) -> tuple[tuple[LayerInfo, ...], dict[Target, SearchProblem]]:
-    """The layers, and a problem per target. What cannot work, such as a target out of reach, fails before training."""
-    job.train_config(job.steps, job.args.learning_rate)
+def searched(job: Job, targets: Sequence[Target]) -> tuple[tuple[LayerInfo, ...], dict[Target, Planned]]:
+    """The layers, and what is to be done for each target. What cannot work, such as a target out of reach, fails here,
+    before training."""
+    search_args = job.search_args
     wanted = quantizable_layers(job.model, search_args.modules_to_not_convert)
     layers = trace_layers(job.model, job.eval_data[0][0][None].to(job.accelerator.device))
     if search_args.latency_table is not None:
@@ -194,12 +205,18 @@ def searched(
     space = search_space(search_args, [layer for layer in layers if layer.name in wanted])
     limits = limits_of(search_args)
     first = search_problem(job.model, layers, space, targets[0], job.quantizers, limits)
-    problems = {target: replace(first, target=target) for target in targets}  # of one kind of cost
-    for problem in problems.values():
+    planned = {}
+    for target in targets:
+        problem = replace(first, target=target)  # of one kind of cost
+        own = job.following(recipe_of(problem, job.args, job.task))
+        if own.quantizers != job.quantizers:  # of which a file may hold numbers
+            problem = search_problem(job.model, layers, space, target, own.quantizers, limits)
+        planned[target] = Planned(own, problem)
+        own.train_config(job.steps, own.args.learning_rate)
         search = OneShotSearch(problem, job.search, job.steps)
         if job.args.load_best_model_at_end and search.phase(job.steps - 1) != "final":
             raise ConfigError(UNSETTLED)
-    return layers, problems
+    return layers, planned
 
 
 def check_output(runs: Sequence[RunFolder], args: TrainingArguments) -> None:
@@ -208,11 +225,12 @@ def check_output(runs: Sequence[RunFolder], args: TrainingArguments) -> None:
     check_run_folders(runs, replace, "add --resume to go on with it, --overwrite_output_dir to replace it")
 
 
-def search_for(job: Job, run: RunFolder, target: Target, start: Start, track: Tracking) -> dict[str, Any]:
+def search_for(run: RunFolder, target: Target, start: Start, track: Tracking) -> dict[str, Any]:
     """One search and all that a run folder has at its end, of which a resumed run makes what is not there.
 
     Raises: CheckpointError: what was recorded is damaged.
     """
+    job = start.planned[target].job
     found = run.read_record(RunResults) if job.args.resume else None
     result = {} if found is None else asdict(found)
     if found is None:
@@ -232,13 +250,14 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
     """Policy and weights together, then the final allocation, packed, saved, loaded and evaluated; the result last."""
     accelerator, args = job.accelerator, job.args
     search = OneShotSearch(
-        start.problems[target], job.search, job.steps, seed=args.seed,
+        start.planned[target].problem, job.search, job.steps, seed=args.seed,
         rank=accelerator.process_index, world_size=accelerator.num_processes, device=accelerator.device,
         gather=accelerator.gather if accelerator.num_processes > 1 else None,
     )  # fmt: skip
     if (sensitivity := start.prior.scores(run, search.problem)) is not None:
         search.start_from(sensitivity.decision_scores)
     check_one_policy(accelerator, search)
+    accelerator.print(f"training with {summary(job.settings)}")
     if accelerator.is_main_process:
         run.configure(job.settings, job.search)
         run.begin(start.layers, start.space, sensitivity)
@@ -264,7 +283,7 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
     measure = partial(_measure, job, run, start.space, final.allocation, signals.tolist())
     accuracy = deliver(job, run, trained, final.allocation, None, "searched evaluation", measure)
     track.log({"step": job.steps, f"eval/{accuracy.key}": accuracy.value, "eval/loss": accuracy.loss})
-    others = {f"uniform_{name}": train_uniform(job, start, name) for name in start.uniform}
+    others = {f"uniform_{name}": train_uniform(start, name) for name in start.uniform}
     seconds = run.seconds()
     result: dict[str, Any] = {
         "target": {target.kind: target.value, "cost": search.problem.target_cost, "cap": target.cap},
@@ -348,8 +367,9 @@ def train_formats(
     )  # fmt: skip
 
 
-def train_uniform(job: Job, start: Start, fmt: str) -> dict[str, Any]:
-    """The model with one format everywhere, trained for as many steps: what the search must beat.
+def train_uniform(start: Start, fmt: str) -> dict[str, Any]:
+    """The model with one format everywhere, trained for as many steps by the recipe for its bits: what the search must
+    beat.
 
     All targets share it, and so does a run that is resumed.
 
@@ -357,6 +377,7 @@ def train_uniform(job: Job, start: Start, fmt: str) -> dict[str, Any]:
         `uniform_<format>/`.
     """
     run, folder = start.folder, f"uniform_{fmt}"
+    job = start.job.following(recipe_at(parse_format(fmt).effective_bits, start.job.args, start.job.task))
     record = f"{folder}.json"
     state = run.records / f"{folder}-state"
     accuracy = run.read_result(record)

@@ -7,8 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -16,6 +15,7 @@ from transformers import HfArgumentParser
 from fliqs_hf.errors import ConfigError, did_you_mean
 from fliqs_hf.limits import check_values
 from fliqs_hf.training.foreign import ForeignArguments, advice, fold
+from fliqs_hf.training.hints import as_type
 from fliqs_hf.training.schedule import Schedule
 from fliqs_hf.training.splits import TRAIN_VAL_SPLIT
 
@@ -73,8 +73,17 @@ class TrainingArguments:
         default=None, metadata={"help": "length of each search instead of max_steps"}
     )
     finetune_steps: int = field(default=0, metadata={"help": "fp32 steps beforehand, for a new data set or model"})
-    learning_rate: float = 1e-4
-    finetune_learning_rate: float | None = field(default=None, metadata={"help": "default: learning_rate"})
+    recipe: Literal["auto", "none"] = field(
+        default="auto",
+        metadata={
+            "help": "what learning_rate, distill, distill_features and activation_granularity are where they are not "
+            "given: auto, what was best for a target of so many bits (docs/recipe.md); none, as for fp32"
+        },
+    )
+    learning_rate: float | None = field(default=None, metadata={"help": "of each search; default: by recipe"})
+    finetune_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the fp32 steps; default: learning_rate, or 1e-4"}
+    )
     weight_decay: float = 0.05
     warmup_ratio: float = 0.05
     warmup_steps: int | None = field(default=None, metadata={"help": "of each training, instead of warmup_ratio"})
@@ -95,10 +104,15 @@ class TrainingArguments:
     torch_compile_backend: str | None = field(default=None, metadata={"help": "compile with it; default: inductor"})
     ema_decay: float = field(default=0.0, metadata={"help": "deliver a moving average of the weights, e.g. 0.999"})
     label_smoothing_factor: float = 0.0
-    distill: float = field(default=0.0, metadata={"help": "share of the loss that imitates the fp32 model, 0 to 1"})
-    distill_features: float = field(
-        default=0.0,
-        metadata={"help": "weight of what the outputs of blocks miss of the fp32 model's, added to the loss"},
+    distill: float | None = field(
+        default=None, metadata={"help": "share of the loss that imitates the fp32 model, 0 to 1; default: by recipe"}
+    )
+    distill_features: float | None = field(
+        default=None,
+        metadata={
+            "help": "weight of what the outputs of blocks miss of the fp32 model's, added to the loss; default: by "
+            "recipe"
+        },
     )
     dataloader_num_workers: int = 0
     logging_steps: int = 10
@@ -153,9 +167,12 @@ class SearchArguments:
             "apart (default where the hardware runs every pair)"
         },
     )
-    activation_granularity: Literal["per_token", "per_token_clipped"] = field(
-        default="per_token",
-        metadata={"help": "scale of a layer's input: of each token, or that times a learned factor per layer"},
+    activation_granularity: Literal["per_token", "per_token_clipped"] | None = field(
+        default=None,
+        metadata={
+            "help": "scale of a layer's input: of each token, or that times a learned factor per layer; default: by "
+            "recipe"
+        },
     )
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata={"help": "layers to leave in fp32: patterns"}
@@ -309,7 +326,7 @@ def typed(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     Raises: ConfigError: a value that is none of its argument.
     """
     types = {f.name: t for cls in _ALL for f in fields(cls) for t in [get_type_hints(cls)[f.name]]}
-    return {key: _typed(f"{prefix}{key}", value, types[key]) for key, value in settings.items()}
+    return {key: as_type(f"{prefix}{key}", value, types[key]) for key, value in settings.items()}
 
 
 class _Loader(yaml.SafeLoader):
@@ -345,46 +362,6 @@ def _mapping(name: str, value: Any) -> dict[str, Any] | None:
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name}={value!r} holds what JSON cannot: {error}") from error
     return value
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type of its argument: one value where a list is wanted becomes a list, "1e-4" a number."""
-    union = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
-    if value is None and type(None) in union:
-        return None
-    if value is False and any("no" in get_args(wanted) for wanted in union):
-        return "no"  # YAML reads the word as a truth value
-    if isinstance(value, bool) and name.endswith("resume_from_checkpoint"):
-        return str(value)
-    for wanted in union:
-        if wanted in (dict, bool):
-            if isinstance(value, wanted):
-                return value
-        elif get_origin(wanted) is list:
-            (item,) = get_args(wanted)
-            return [_typed(name, v, item) for v in (value if isinstance(value, list) else [value])]
-        elif (wanted is str and isinstance(value, str)) or (
-            get_origin(wanted) is Literal and value in get_args(wanted)
-        ):
-            return value
-        elif wanted in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-            if wanted is int and isinstance(value, int):
-                return value
-            try:
-                number = float(value)
-            except (ValueError, OverflowError):
-                continue
-            if wanted is float or number.is_integer():
-                return wanted(number)
-    raise ConfigError(f"{name} has the value {value!r}, but must be {_words(hint)}")
-
-
-def _words(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return " or ".join(get_args(hint))
-    if isinstance(hint, UnionType) or get_origin(hint) is Union:
-        return " or ".join(_words(t) for t in get_args(hint) if t is not type(None))
-    return str(getattr(hint, "__name__", hint))
 
 
 def _nearest(key: str) -> str:
