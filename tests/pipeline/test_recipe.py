@@ -133,7 +133,7 @@ def test_every_target_has_its_own_recipe_on_record_and_resumes_with_it(
 def test_the_file_of_a_search_for_a_size_keeps_to_it_with_its_factors(tmp_path: Path) -> None:
     """Learned factors of inputs are part of the file."""
     larger = "{patch_size: 4, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128}"
-    (result,) = run(tmp_path, "--target_size_mb", "0.0215", "--config_overrides", larger)
+    (result,) = run(tmp_path, "--target_size_mb", "0.022", "--config_overrides", larger)
     assert recorded(tmp_path / "run")["activation_granularity"] == "per_token_clipped"
     size = (tmp_path / "run" / "model.safetensors").stat().st_size
-    assert result["checkpoint_bytes"] == size <= 21500
+    assert result["checkpoint_bytes"] == size <= 22000
