@@ -108,8 +108,7 @@ class Comparison:
         self.accelerator = Accelerator(cpu=arguments.use_cpu)
         self.model = load(self.task.auto_class(), arguments.model)
         self.model.to(self.accelerator.device)
-        taught = arguments.distill or arguments.distill_features
-        self.teacher = copy.deepcopy(self.model) if taught else None
+        self.teacher = copy.deepcopy(self.model) if arguments.distill or arguments.distill_features else None
         self.train, self.eval = self._data(load_processor(arguments.model))
         self.original = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.layers = trace_layers(self.model, self.train[0][0][None].to(self.accelerator.device))
@@ -317,10 +316,8 @@ def parser(command: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--distill", type=float, default=0.0, help="share of the loss that imitates the fp32 model, 0 to 1"
     )
-    made.add_argument(
-        "--distill_features", type=float, default=0.0,
-        help="weight of what the outputs of blocks miss of the fp32 model's, added to the loss",
-    )  # fmt: skip
+    made.add_argument("--distill_features", type=float, default=0.0,
+                      help="weight of what the outputs of blocks miss of the fp32 model's, added to the loss")  # fmt: skip
     made.add_argument("--prior_images", type=int, default=1536, help="of the sensitivity passes")
     made.add_argument("--trials", type=int, default=8, help="of the multi-trial searches")
     made.add_argument("--trial_steps", type=int, help="of one trial; default: a quarter of max_steps")

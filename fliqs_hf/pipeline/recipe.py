@@ -29,7 +29,7 @@ class Recipe:
 PLAIN = Recipe()
 #: Below so many bits -> what was best there, the fewest first.
 BY_BITS = (
-    (3.5, Recipe(learning_rate=6e-4, distill=1.0, distill_features=10.0, activation_granularity="per_token_clipped")),
+    (3.5, Recipe(learning_rate=6e-4, distill=1.0, distill_features=30.0, activation_granularity="per_token_clipped")),
 )
 
 

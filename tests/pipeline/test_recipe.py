@@ -115,7 +115,7 @@ def test_every_target_has_its_own_recipe_on_record_and_resumes_with_it(
     low, plain = (LOW.learning_rate, 0.25, LOW.distill_features, True), (PLAIN.learning_rate, 0.25, 0.0, True)
     assert trained == [low, plain, low, plain]  # 3 bits, its uniform models (INT8, INT2), 5 bits
     shown = capsys.readouterr().out
-    assert "training with learning_rate=0.0006, distill=0.25, distill_features=10.0" in shown
+    assert "training with learning_rate=0.0006, distill=0.25, distill_features=30.0" in shown
     granularity = [
         json.loads((tmp_path / "run" / f"bits-{bits}" / "config.json").read_text())["quantization_config"]
         for bits in (3, 5)
