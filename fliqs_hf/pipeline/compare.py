@@ -317,7 +317,7 @@ def parser(command: str) -> argparse.ArgumentParser:
         "--distill", type=float, default=0.0, help="share of the loss that imitates the fp32 model, 0 to 1"
     )
     made.add_argument("--distill_features", type=float, default=0.0,
-                      help="weight of what the outputs of blocks miss of the fp32 model's, added to the loss")  # fmt: skip
+                      help="weight of what blocks' outputs miss of the fp32 model's, added to the loss")  # fmt: skip
     made.add_argument("--prior_images", type=int, default=1536, help="of the sensitivity passes")
     made.add_argument("--trials", type=int, default=8, help="of the multi-trial searches")
     made.add_argument("--trial_steps", type=int, help="of one trial; default: a quarter of max_steps")
