@@ -46,6 +46,7 @@ class Job:
     augment: BatchAugment | None
     metrics: list[str]
     task: Task
+    trained: bool  # whether searches start from a model that is: of a checkpoint with its head, or fine-tuned
 
     @property
     def steps(self) -> int:
@@ -87,7 +88,7 @@ def load(
     accelerator = accelerator_of(args, data_args.metrics or [])
     with accelerator.main_process_first():
         train_split, eval_split, names = _splits(task, model_args, data_args, args.seed)
-    model, processor = load_classifier(names, **model_settings(model_args))
+    model, processor, trained = load_classifier(names, **model_settings(model_args))
     ids = label_ids(names, model) if task.class_per_image else None
     names = names if task.class_per_image else names_of(model.config)
     train_data, eval_data = _data(task, train_split, eval_split, processor, names, ids, data_args)
@@ -96,7 +97,7 @@ def load(
         mean, std = (getattr(processor, key, None) or [0.5] * 3 for key in ("image_mean", "image_std"))
         augment = BatchAugment(data_args.augment, len(names), mean, std)
     parts = (model_args, data_args, args, search_args)
-    return job_of(parts, accelerator, task, model, processor, (train_data, eval_data), augment)
+    return job_of(parts, accelerator, task, model, processor, (train_data, eval_data), augment, trained)
 
 
 def with_columns(args: DataArguments, task: Task) -> DataArguments:
@@ -132,6 +133,7 @@ def job_of(
     processor: Any,
     data: tuple[ImageData | StreamData, ImageData],
     augment: BatchAugment | None = None,
+    trained: bool = True,
 ) -> Job:
     """A job of what is loaded. Its model is on its device, and its settings are those that will be recorded."""
     model_args, data_args, args, search_args = parts
@@ -162,6 +164,7 @@ def job_of(
         augment=augment,
         metrics=data_args.metrics or [],
         task=task,
+        trained=trained or args.finetune_steps > 0,
     )
 
 

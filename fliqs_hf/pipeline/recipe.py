@@ -33,18 +33,20 @@ BY_BITS = (
 )
 
 
-def recipe_at(bits: float, args: TrainingArguments, task: Task) -> Recipe:
-    """What was best at so many bits on what was measured, without what a task cannot do; if the arguments want it."""
+def recipe_at(bits: float, args: TrainingArguments, task: Task, trained: bool = True) -> Recipe:
+    """What was best at so many bits on what was measured, if the arguments want it.
+
+    Args:
+        task: without a loss for imitating predictions only blocks are imitated.
+        trained: whether the fp32 model is, its head too; there is nothing to imitate otherwise.
+    """
     if args.recipe == "none":
         return PLAIN
     found = next((recipe for below, recipe in BY_BITS if bits < below), PLAIN)
-    imitates = type(task).imitation is not Task.imitation
-    return found if imitates else replace(found, distill=0.0)
-
-
-def recipe_of(problem: SearchProblem, args: TrainingArguments, task: Task) -> Recipe:
-    """`recipe_at` the bits that the target is worth."""
-    return recipe_at(bits_of(problem), args, task)
+    imitates = trained and type(task).imitation is not Task.imitation
+    return replace(
+        found, distill=found.distill if imitates else 0.0, distill_features=found.distill_features if trained else 0.0
+    )
 
 
 def bits_of(problem: SearchProblem) -> float:

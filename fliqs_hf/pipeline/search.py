@@ -36,7 +36,7 @@ from fliqs_hf.pipeline.neighbour import LATENT, keep, neighbour
 from fliqs_hf.pipeline.outputs import check_places, check_run_folders
 from fliqs_hf.pipeline.outside import Publishing, Tracking
 from fliqs_hf.pipeline.prior import Prior, check_one_policy
-from fliqs_hf.pipeline.recipe import recipe_at, recipe_of, summary
+from fliqs_hf.pipeline.recipe import bits_of, recipe_at, summary
 from fliqs_hf.pipeline.search_floor import floor_of, meet
 from fliqs_hf.records import RunResults
 from fliqs_hf.runs.folder import RunFolder, cost_summary, write_front
@@ -208,7 +208,7 @@ def searched(job: Job, targets: Sequence[Target]) -> tuple[tuple[LayerInfo, ...]
     planned = {}
     for target in targets:
         problem = replace(first, target=target)  # of one kind of cost
-        own = job.following(recipe_of(problem, job.args, job.task))
+        own = job.following(recipe_at(bits_of(problem), job.args, job.task, job.trained))
         if own.quantizers != job.quantizers:  # of which a file may hold numbers
             problem = search_problem(job.model, layers, space, target, own.quantizers, limits)
         planned[target] = Planned(own, problem)
@@ -377,7 +377,8 @@ def train_uniform(start: Start, fmt: str) -> dict[str, Any]:
         `uniform_<format>/`.
     """
     run, folder = start.folder, f"uniform_{fmt}"
-    job = start.job.following(recipe_at(parse_format(fmt).effective_bits, start.job.args, start.job.task))
+    base, bits = start.job, parse_format(fmt).effective_bits
+    job = base.following(recipe_at(bits, base.args, base.task, base.trained))
     record = f"{folder}.json"
     state = run.records / f"{folder}-state"
     accuracy = run.read_result(record)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,19 @@ from fliqs_hf.training.scratch import check_patches, image_side, scratch_config
 logger = logging.getLogger(__name__)
 
 
+class Loaded(NamedTuple):
+    """What `load_classifier` gives.
+
+    Attributes:
+        processor: of its images.
+        trained: whether all of the model's weights are a checkpoint's, its head too.
+    """
+
+    model: Any
+    processor: Any
+    trained: bool
+
+
 def load_classifier(
     names: Sequence[str],
     *,
@@ -31,7 +44,7 @@ def load_classifier(
     image_size: int | None = None,
     cache_dir: str | None = None,
     task: str = IMAGE_CLASSIFICATION.name,
-) -> tuple[Any, Any]:
+) -> Loaded:
     """A model of `task` over the classes `names`, and its image processor.
 
     A head of as many classes is kept, matched with the data set's by the rules of `training.labels`, and what nothing
@@ -56,7 +69,7 @@ def load_classifier(
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     if model_type is not None:
         config.id2label, config.label2id = labels["id2label"], labels["label2id"]
-        return find_task(task).auto_class().from_config(config), processor
+        return Loaded(find_task(task).auto_class().from_config(config), processor, trained=False)
     kept = _class_names(config, names, str(model_name_or_path), find_task(task))
     if len(kept) == config.num_labels:
         find_task(task).check(config)
@@ -65,15 +78,15 @@ def load_classifier(
     if kept != names_of(config):
         config.num_labels = len(kept)
         config.id2label, config.label2id = dict(enumerate(kept)), {name: index for index, name in enumerate(kept)}
-    model = load(
+    model, found = load(
         find_task(task).auto_class(), str(model_name_or_path), revision=model_revision, config=config,
-        ignore_mismatched_sizes=True, dtype=torch.float32, cache_dir=cache_dir,
+        ignore_mismatched_sizes=True, dtype=torch.float32, cache_dir=cache_dir, output_loading_info=True,
     )  # fmt: skip
     if image_size and getattr(config, "image_size", None) not in (None, image_size):
         model = _resized(model, image_size)
     if image_size:
         resize_to(processor, image_size)
-    return model, processor
+    return Loaded(model, processor, trained=not (found["missing_keys"] or found["mismatched_keys"]))
 
 
 def read_classifier(

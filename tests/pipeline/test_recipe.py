@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ max_train_samples: 64
 max_eval_samples: 32
 cache_images: true
 use_cpu: true
+finetune_steps: 2
 max_steps: 4
 per_device_train_batch_size: 16
 alternative_images: 0
@@ -76,6 +77,16 @@ def test_a_task_that_cannot_imitate_predictions_imitates_blocks_alone() -> None:
 
     found = recipe_at(3.0, TrainingArguments(), Other())
     assert (found.distill, found.distill_features) == (0, LOW.distill_features)
+
+
+def test_what_is_not_trained_is_not_imitated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From scratch, or with a new head, unless fp32 steps come first."""
+    found = recipe_at(3.0, TrainingArguments(), IMAGE_CLASSIFICATION, trained=False)
+    assert found == replace(LOW, distill=0.0, distill_features=0.0)
+    for steps, imitated in (("0", 0.0), ("2", LOW.distill)):
+        run(tmp_path, "--target_bits", "3", "--finetune_steps", steps, "--overwrite_output_dir")
+        assert recorded(tmp_path / "run")["distill"] == imitated
+        assert f"distill={imitated}," in capsys.readouterr().out
 
 
 def test_what_is_given_stays_also_where_it_is_0() -> None:

@@ -202,8 +202,8 @@ def test_a_checkpoint_for_another_size_and_other_classes(tmp_path: Path) -> None
     original = tiny("vit")
     original.save_pretrained(tmp_path)
     PROCESSOR.save_pretrained(tmp_path)
-    model, processor = load_classifier(["a", "b", "c"], model_name_or_path=str(tmp_path), image_size=16)
-    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    model, processor, trained = load_classifier(["a", "b", "c"], model_name_or_path=str(tmp_path), image_size=16)
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"} and not trained
     assert model(processor(Image.new("RGB", (30, 40)), return_tensors="pt")["pixel_values"]).logits.shape == (1, 3)
     for name, tensor in original.vit.state_dict().items():
         if not name.endswith("position_embeddings"):

@@ -33,8 +33,8 @@ def load(folder: Path, own: list[str], names: list[str], caplog: pytest.LogCaptu
     PROCESSOR.save_pretrained(folder)
     caplog.clear()
     with caplog.at_level(logging.WARNING, "fliqs_hf"):
-        loaded, _ = load_classifier(names, model_name_or_path=str(folder))
-    assert torch.equal(loaded.classifier.weight, model.classifier.weight)  # the head is kept
+        loaded, _, trained = load_classifier(names, model_name_or_path=str(folder))
+    assert trained and torch.equal(loaded.classifier.weight, model.classifier.weight)  # the head is kept
     return loaded, [record.getMessage() for record in caplog.records if record.name.startswith("fliqs_hf")]
 
 
@@ -128,7 +128,7 @@ def test_a_processor_that_cannot_is_named() -> None:
 def test_a_checkpoint_whose_processor_knows_the_shortest_edge_alone(tmp_path: Path) -> None:
     tiny("resnet").save_pretrained(tmp_path)
     hf.ConvNextImageProcessorPil(size={"shortest_edge": 224}).save_pretrained(tmp_path)
-    _, processor = load_classifier(FLOWERS, model_name_or_path=str(tmp_path), image_size=112)
+    _, processor, _ = load_classifier(FLOWERS, model_name_or_path=str(tmp_path), image_size=112)
     assert processor(images=Image.new("RGB", (96, 64)), return_tensors="pt")["pixel_values"].shape == (1, 3, 112, 112)
 
 

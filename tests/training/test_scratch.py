@@ -23,10 +23,10 @@ def test_any_architecture_takes_an_image_size(model_type: str) -> None:
     """ResNet has no such setting, DeiT two classifiers, Hiera a side for each direction."""
     overrides = SMALL[model_type] | ({"image_size": [64, 64]} if model_type == "hiera" else {})
     size = None if model_type == "hiera" else 64
-    model, processor = load_classifier(
+    model, processor, trained = load_classifier(
         ["a", "b", "c"], model_type=model_type, config_overrides=overrides, image_size=size
     )
-    assert dict(processor.size) == {"height": 64, "width": 64}
+    assert dict(processor.size) == {"height": 64, "width": 64} and not trained
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
     with torch.no_grad():
         assert model.eval()(torch.zeros(1, 3, 64, 64)).logits.shape == (1, 3)
