@@ -52,7 +52,7 @@ RIGHT: dict[tuple[type, str], tuple[Any, ...]] = {
     (SearchConfig, "samples_per_step"): COUNTS, (SearchConfig, "policy_learning_rate"): NUMBERS,
     (SearchConfig, "entropy_weight"): NUMBERS,
     (TrainConfig, "seed"): (5, -1), (TrainConfig, "learning_rate"): NUMBERS, (TrainConfig, "weight_decay"): NUMBERS,
-    (TrainConfig, "max_grad_norm"): NUMBERS,
+    (TrainConfig, "max_grad_norm"): NUMBERS, (TrainConfig, "feature_weight"): NUMBERS,
     **{(TrainConfig, name): COUNTS for name in (
         "max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "eval_steps",
         "workers",

@@ -71,8 +71,7 @@ def search(
     """Search formats, train the weights for them, pack, evaluate: what `fliqs-hf search` does.
 
     Args:
-        model: in fp32, of Transformers, trained for these classes unless `finetune_steps` are given: below 3.5 bits it
-            is imitated (docs/recipe.md). It stays as it is: a copy is trained.
+        model: in fp32, of Transformers, trained for these classes or with `finetune_steps`. It stays as it is.
         data: images to train with: a `datasets.Dataset` with columns of images and of labels, or a dataset of pairs
             (pixel values [channels, height, width], label) or of dictionaries of both ("pixel_values", "labels"), as
             for `Trainer`. A `datasets.DatasetDict` holds those of `eval_data` too ("validation", or else "test").

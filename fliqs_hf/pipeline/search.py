@@ -234,6 +234,7 @@ def search_for(run: RunFolder, target: Target, start: Start, track: Tracking) ->
     found = run.read_record(RunResults) if job.args.resume else None
     result = {} if found is None else asdict(found)
     if found is None:
+        job.accelerator.print(f"training with {summary(job.settings)}")
         result = _search(job, run, target, start, track)
     else:
         job.accelerator.print(f"{run.path} is finished")
@@ -257,7 +258,6 @@ def _search(job: Job, run: RunFolder, target: Target, start: Start, track: Track
     if (sensitivity := start.prior.scores(run, search.problem)) is not None:
         search.start_from(sensitivity.decision_scores)
     check_one_policy(accelerator, search)
-    accelerator.print(f"training with {summary(job.settings)}")
     if accelerator.is_main_process:
         run.configure(job.settings, job.search)
         run.begin(start.layers, start.space, sensitivity)

@@ -78,7 +78,7 @@ def test_an_unfinished_front_is_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
     original = recipe.search_for
 
     def first_only(*values: object) -> object:
-        if "bits-5" in str(values[1].path):  # type: ignore[attr-defined]
+        if "bits-5" in str(values[0].path):  # type: ignore[attr-defined]
             raise KeyboardInterrupt
         return original(*values)  # type: ignore[arg-type]
 
@@ -157,10 +157,10 @@ def test_a_warm_start_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pyt
         main([str(write(tmp_path, **SHORT)), "--target_bits", "3", "--warm_start", "true"])
     original = recipe.search_for
 
-    def first_only(job: Any, run: Any, *values: Any) -> Any:
+    def first_only(run: Any, *values: Any) -> Any:
         if run.path.name == "bits-3":
             raise KeyboardInterrupt
-        return original(job, run, *values)
+        return original(run, *values)
 
     with monkeypatch.context() as patch:
         patch.setattr(recipe, "search_for", first_only)
