@@ -100,4 +100,4 @@ class _Outputs:
 
 
 def _first_tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else _first_tensor(next(iter(output)))
+    return output if isinstance(output, Tensor) else _first_tensor(output[0])  # of a tuple, or a `ModelOutput`

@@ -113,7 +113,7 @@ class TrainingStep:
                 with self._watching(index) as missed:
                     prediction = self.backend.prediction(images)
                 loss = task.loss(prediction, targets, config.label_smoothing)
-                if imitated is not None:
+                if imitated is not None and config.distill_weight:  # a task may have no loss for it
                     imitation = task.imitation(prediction, imitated)
                     loss = (1 - config.distill_weight) * loss + config.distill_weight * imitation
                 if index == 0:

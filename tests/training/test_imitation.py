@@ -15,7 +15,8 @@ from fliqs_hf.allocation import Allocation
 from fliqs_hf.errors import ConfigError
 from fliqs_hf.nn import make_searchable
 from fliqs_hf.oneshot.hook import FixedFormats
-from fliqs_hf.tasks import IMAGE_CLASSIFICATION
+from fliqs_hf.tasks import IMAGE_CLASSIFICATION, Task
+from fliqs_hf.tasks.classification import ImageClassification
 from fliqs_hf.training import train
 from fliqs_hf.training.imitation import Teacher
 from tests.helpers.models import ARCHITECTURES, images, tiny
@@ -119,6 +120,21 @@ def test_features_change_what_is_learnt_and_not_what_is_left_out() -> None:
     teacher = tiny("vit")
     without, none, some = (student_of(teacher, feature_weight=weight) for weight in (0.0, 0.0, 1.0))
     assert same(without, none) and not same(without, some)
+
+
+def test_a_task_without_a_loss_for_predictions_imitates_blocks_alone() -> None:
+    class Other(ImageClassification):
+        imitation = Task.imitation
+
+    teacher = tiny("vit")
+    students = [changed(teacher) for _ in range(2)]
+    for student, weight in zip(students, (0.0, 1.0), strict=True):
+        settings = config(max_steps=2, feature_weight=weight)
+        train(student, Blobs(16), settings, Accelerator(cpu=True), teacher=copy.deepcopy(teacher), task=Other())
+    assert not same(*map(weights, students))
+    settings = config(max_steps=1, distill_weight=0.5)
+    with pytest.raises(ConfigError, match="no loss for imitating"):
+        train(changed(teacher), Blobs(16), settings, Accelerator(cpu=True), teacher=teacher, task=Other())
 
 
 def test_checkpointed_blocks_are_compared_once() -> None:
